@@ -1,0 +1,106 @@
+"""What every perturbed operator is told about the noise, and the checks they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .noise import Noise, check_index
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One pass: which directions, which signs, how far.
+
+    The groups of a pass are ``queries`` directions by the signs given, stacked group-major: (q0, +), (q0, -), (q1, +), ...
+
+    Args:
+        key: int32[2], the folded key of (seed, step); :func:`ezo_kernels.ops.noise.fold_key`.
+        eps: float32[1], perturbation scale, on the device.
+        noise: :class:`Noise`.
+        query: first direction, [0, 2^24).
+        queries: how many directions.
+        signs: ``(1, -1)`` for the pair, or one of ``(1,)``, ``(-1,)``, ``(0,)``.
+    """
+
+    key: torch.Tensor
+    eps: torch.Tensor
+    noise: Noise = Noise()
+    query: int = 0
+    queries: int = 1
+    signs: tuple[int, ...] = (1, -1)
+
+    def __post_init__(self) -> None:
+        if self.key.dtype != torch.int32:
+            raise TypeError(f"key must be int32, got {self.key.dtype}")
+        if self.eps.dtype != torch.float32:
+            raise TypeError(f"eps must be float32, got {self.eps.dtype}")
+        if self.key.shape != (2,) or self.eps.shape != (1,):
+            raise ValueError(f"key must be [2] and eps [1], got {tuple(self.key.shape)} and {tuple(self.eps.shape)}")
+        if tuple(self.signs) not in ((1, -1), (1,), (-1,), (0,)):
+            raise ValueError(f"signs must be (1, -1), (1,), (-1,) or (0,), got {tuple(self.signs)}")
+        if self.noise.name == "sparse_int8":
+            raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
+        if self.queries < 1:
+            raise ValueError(f"queries must be at least 1, got {self.queries}")
+        check_index(self.query, "query", (1 << 24) - self.queries + 1)
+
+    @property
+    def groups(self) -> int:
+        return self.queries * len(self.signs)
+
+    def schema_args(self):
+        """The arguments that every operator's schema ends with."""
+        n = self.noise
+        return self.query, self.queries, list(self.signs), n.name, n.rounds, n.p_zero
+
+
+#: The end of every perturbed operator's schema, filled by :meth:`Perturbation.schema_args`.
+SCHEMA = "int query, int queries, int[] signs, str noise, int rounds, float p_zero"
+
+
+def compute_dtype(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.dtype:
+    """The dtype of x after autocast, which is the dtype of the product; checks the pair of dtypes."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype in FLOATS:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype not in FLOATS or weight.dtype not in FLOATS:
+        raise TypeError(f"{name} takes float32, float16 or bfloat16, got x {x.dtype} and weight {weight.dtype}")
+    if weight.dtype not in (dtype, torch.float32):
+        raise TypeError(f"{name}: weight {weight.dtype} goes with x of the same dtype, got x {dtype}")
+    return dtype
+
+
+def check_pass(x: torch.Tensor, tensors, p: Perturbation, rows: int, shared: bool, name: str) -> int:
+    """Rows per group of a pass over ``x`` with ``rows`` in its first dimension; checks devices, groups and autograd."""
+    for t in (*tensors, p.key, p.eps):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: x is on {x.device} but a weight, the key or eps is on {t.device}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"{name}: x requires grad, so a layer trained by backpropagation ran before this zeroth-order one. "
+            "Give every layer from that one on to the head."
+        )
+    if shared or p.groups == 1:
+        return rows
+    if rows % p.groups:
+        raise ValueError(
+            f"{name}: x has {rows} rows in its first dimension, no multiple of the {p.groups} groups of this pass "
+            f"({p.queries} queries, signs {p.signs}); stack the groups along dimension 0, or run the pass sequentially"
+        )
+    return rows // p.groups
+
+
+def aligned(part: torch.Tensor) -> torch.Tensor:
+    """``part`` at a 64-byte boundary of its storage: MKL's bits depend on it, and groups must not."""
+    return part if (part.storage_offset() * part.element_size()) % 64 == 0 else part.clone()
+
+
+def group_slices(x: torch.Tensor, groups: int, shared: bool):
+    """x of each group, in order."""
+    if shared or groups == 1:
+        return [x] * groups
+    return [aligned(part) for part in x.chunk(groups)]

@@ -1,0 +1,177 @@
+"""Perturbed convolution: y_g = conv(x_g, W + sign_g eps z_q) + (b + sign_g eps z'_q), z made inside the implicit GEMM.
+
+| tensor | shape |
+|---|---|
+| x | [groups * B, C, H, W] stacked group-major, or [B, C, H, W] shared by all groups |
+| W | [O, C / g, R, S]; row o, column (r S + s) pad(C / g) + c in the noise contract |
+| b | [O] |
+| y | [groups * B, O, H', W'] |
+
+As a GEMM: M = B H' W' of one group, N = O / g, K = R S pad(C / g). A 1-D convolution is one with H = R = 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ._library import register
+from ._perturbation import SCHEMA, Perturbation, check_pass, compute_dtype, group_slices
+from .noise import Noise, check_index
+from .perturb import perturbed_cpu
+
+
+def _conv2d_cpu(
+    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+    query, queries, signs, noise, rounds, p_zero, out,
+) -> None:  # fmt: skip
+    spec = Noise(noise, rounds, p_zero)
+    groups = queries * len(signs)
+    tail = (query, queries, signs, spec, x.dtype)
+    weights = perturbed_cpu(w, key, eps, site, "conv", *tail)
+    biases = [None] * groups if b is None else perturbed_cpu(b, key, eps, bias_site, "matrix", *tail)
+    for x_g, y_g, w_g, b_g in zip(group_slices(x, groups, shared), out.chunk(groups), weights, biases, strict=True):
+        y_g.copy_(F.conv2d(x_g, w_g, b_g, stride, padding, dilation, conv_groups))
+
+
+def _conv2d_cuda(
+    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+    query, queries, signs, noise, rounds, p_zero, out,
+) -> None:  # fmt: skip
+    from ._conv2d_triton import launch_conv2d
+
+    launch_conv2d(
+        x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+        query, queries, signs, Noise(noise, rounds, p_zero), out,
+    )  # fmt: skip
+
+
+_conv2d = register(
+    "conv2d",
+    "(Tensor x, Tensor w, Tensor? b, Tensor key, Tensor eps, int site, int bias_site, bool shared, SymInt[2] stride, "
+    f"SymInt[2] padding, SymInt[2] dilation, int conv_groups, str precision, {SCHEMA}, Tensor(a!) out) -> ()",
+    cpu=_conv2d_cpu,
+    cuda=_conv2d_cuda,
+)
+
+
+def _pair(value, name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(v < least for v in pair):
+        raise ValueError(f"perturbed_conv2d: {name} must be one or two integers >= {least}, got {value}")
+    return pair
+
+
+def perturbed_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: Perturbation,
+    *,
+    site: int,
+    bias_site: int = 0,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    shared: bool = False,
+    precision: str | None = None,
+) -> torch.Tensor:
+    """2-D convolution of every group of a pass, in one launch.
+
+    Args:
+        x: [groups of the pass * B, C, H, W], or [B, C, H, W] with ``shared``. Contiguous or channels_last.
+        weight: [O, C / groups, R, S], of x's dtype or fp32. Any strides. Never written.
+        bias: [O] or None; perturbed too.
+        p: the pass.
+        site, bias_site: ids of weight and bias.
+        stride, padding, dilation: an int or two; padding is with zeros.
+        groups: of the convolution, as in ``F.conv2d`` (not the groups of the pass).
+        shared, precision: as in :func:`perturbed_linear`.
+
+    Returns:
+        [groups of the pass * B, O, H', W'], in x's memory format.
+
+    Raises:
+        TypeError: dtypes that do not go together.
+        ValueError: shapes, devices, rows that are no multiple of the groups of the pass, x that requires grad.
+    """
+    if weight.dim() != 4 or x.dim() != 4:
+        raise ValueError(f"perturbed_conv2d: x and weight must be 4-D, got {tuple(x.shape)} and {tuple(weight.shape)}")
+    stride, padding = _pair(stride, "stride", 1), _pair(padding, "padding", 0)
+    dilation = _pair(dilation, "dilation", 1)
+    o, c, *kernel = weight.shape
+    if groups < 1 or o % groups or x.shape[1] != c * groups:
+        raise ValueError(
+            f"perturbed_conv2d: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}"
+        )
+    if bias is not None and bias.shape != (o,):
+        raise ValueError(f"perturbed_conv2d: bias must be [{o}], got {tuple(bias.shape)}")
+    if precision not in (None, "ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    size = [
+        (n + 2 * pad - d * (k - 1) - 1) // s + 1
+        for n, pad, d, k, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
+    ]
+    if min(size) < 1:
+        raise ValueError(f"perturbed_conv2d: the kernel {tuple(kernel)} is larger than the padded x {tuple(x.shape)}")
+    site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
+    rows = check_pass(x, (weight, bias), p, x.shape[0], shared, "perturbed_conv2d")
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    x = x.to(compute_dtype(x, weight, "perturbed_conv2d"))
+    out = torch.empty(
+        (p.groups * rows, o, *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    if out.numel():
+        _conv2d(
+            x, weight, bias, p.key, p.eps, site, bias_site, shared, stride, padding, dilation, groups,
+            precision or "", *p.schema_args(), out,
+        )  # fmt: skip
+    return out
+
+
+def perturbed_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: Perturbation,
+    *,
+    site: int,
+    bias_site: int = 0,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    shared: bool = False,
+    precision: str | None = None,
+) -> torch.Tensor:
+    """1-D convolution of every group of a pass: :func:`perturbed_conv2d` with a height of one.
+
+    Args:
+        x: [groups of the pass * B, C, L], or [B, C, L] with ``shared``.
+        weight: [O, C / groups, S].
+        bias: [O] or None.
+
+    Returns:
+        [groups of the pass * B, O, L'].
+    """
+    if weight.dim() != 3 or x.dim() != 3:
+        raise ValueError(f"perturbed_conv1d: x and weight must be 3-D, got {tuple(x.shape)} and {tuple(weight.shape)}")
+    one = [v[0] if isinstance(v, (tuple, list)) else v for v in (stride, padding, dilation)]
+    return perturbed_conv2d(
+        x.unsqueeze(2),
+        weight.unsqueeze(2),
+        bias,
+        p,
+        site=site,
+        bias_site=bias_site,
+        stride=(1, one[0]),
+        padding=(0, one[1]),
+        dilation=(1, one[2]),
+        groups=groups,
+        shared=shared,
+        precision=precision,
+    ).squeeze(2)

@@ -1,0 +1,81 @@
+"""Perturbed copies of a small parameter: out[g] = w + (sign_g * eps) * z_query(g), in fp32, rounded to out's dtype.
+
+| tensor | shape |
+|---|---|
+| w | any |
+| out | [groups, *w.shape] |
+
+For parameters that no fused layer reads (norm affine, bare parameters): they live in the step's workspace, never in the
+model. The linear and conv operators of the CPU backend take their weights from here too.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._layout import LAYOUTS, default_layout
+from ._library import register
+from ._perturbation import FLOATS, SCHEMA, Perturbation
+from .noise import Noise, check_index, z_cpu
+
+
+def perturbed_cpu(weight, key, eps, site, layout, query, queries, signs, noise: Noise, dtype):
+    """Yield the perturbed weight of each group, in order, in ``dtype``."""
+    scale = eps.item()
+    w = weight.detach().float()
+    for q in range(query, query + queries):
+        if tuple(signs) == (0,):
+            yield weight.detach().to(dtype)
+            continue
+        step = z_cpu(weight.shape, key, site, q, noise, layout) * scale
+        for sign in signs:
+            yield (w + step if sign > 0 else w - step).to(dtype)
+
+
+def _perturb_cpu(w, key, eps, site, layout, query, queries, signs, noise, rounds, p_zero, out) -> None:
+    spec = Noise(noise, rounds, p_zero)
+    for g, part in enumerate(perturbed_cpu(w, key, eps, site, layout, query, queries, signs, spec, out.dtype)):
+        out[g].copy_(part)
+
+
+def _perturb_cuda(w, key, eps, site, layout, query, queries, signs, noise, rounds, p_zero, out) -> None:
+    from ._noise_triton import launch_perturb
+
+    launch_perturb(w, key, eps, site, layout, query, queries, signs, Noise(noise, rounds, p_zero), out)
+
+
+_perturb = register(
+    "perturb",
+    f"(Tensor w, Tensor key, Tensor eps, int site, str layout, {SCHEMA}, Tensor(a!) out) -> ()",
+    cpu=_perturb_cpu,
+    cuda=_perturb_cuda,
+)
+
+
+def perturb(weight: torch.Tensor, p: Perturbation, *, site: int, layout: str | None = None, dtype=None) -> torch.Tensor:
+    """Perturbed copies of ``weight``, one a group.
+
+    Args:
+        weight: any shape, fp32, fp16 or bf16.
+        p: the pass.
+        site: id of the parameter.
+        layout: ``matrix`` or ``conv``; by default by shape (docs/rng.md).
+        dtype: of the copies; the weight's by default.
+
+    Returns:
+        [groups, *weight.shape].
+
+    Raises:
+        TypeError: a dtype that is no float of the three.
+        ValueError: an unknown layout, a site out of range.
+    """
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"perturb takes float32, float16 or bfloat16, got {weight.dtype}")
+    layout = layout or default_layout(weight.shape)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    site = check_index(site, "site", 1 << 32)
+    out = weight.new_empty((p.groups, *weight.shape), dtype=dtype or weight.dtype)
+    if out.numel():
+        _perturb(weight, p.key, p.eps, site, layout, *p.schema_args(), out)
+    return out

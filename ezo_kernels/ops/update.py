@@ -1,0 +1,175 @@
+"""The update, in place: w <- w - coef_0 z_0 - coef_1 z_1 - ..., z made again; one launch over all parameters.
+
+| tensor | shape |
+|---|---|
+| params | list of any shapes, fp32, fp16 or bf16 |
+| coef | fp32 [queries], on the device: lr * g_q / queries, zero on a step that is skipped |
+
+Arithmetic is fp32, each product rounded, one rounding to the weight's dtype at the end: to nearest for fp32, stochastic
+(stream 4 of the noise contract) for 16-bit weights, where an update is smaller than half an ulp more often than not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import _constants as C
+from ._layout import LAYOUTS, default_layout, grid
+from ._library import register
+from ._perturbation import FLOATS
+from .noise import Noise, check_index, key_words, z_cpu
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """Where the parameters of an update lie: built once, valid while :meth:`fits`.
+
+    On CUDA ``table`` holds addresses, so a parameter that was moved or rebound needs a new plan.
+    """
+
+    sites: tuple[int, ...]
+    layouts: tuple[str, ...]
+    addresses: tuple[tuple[int, ...], ...]
+    table: torch.Tensor
+
+    @staticmethod
+    def _address(p: torch.Tensor) -> tuple[int, ...]:
+        return (p.data_ptr(), *p.shape, *p.stride())
+
+    @classmethod
+    def build(cls, params, sites, layouts, noise: Noise) -> UpdatePlan:
+        table = torch.empty(0, dtype=torch.int64)
+        if params and params[0].is_cuda:
+            from ._update_triton import update_table
+
+            table = update_table(params, sites, layouts, noise)
+        return cls(tuple(sites), tuple(layouts), tuple(map(cls._address, params)), table)
+
+    def fits(self, params) -> bool:
+        """Whether the parameters are still where the plan says."""
+        return self.addresses == tuple(map(self._address, params))
+
+
+def round_stochastic(v: torch.Tensor, lanes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 ``v`` rounded to a 16-bit ``dtype``, up with the probability of the discarded part.
+
+    Args:
+        v: fp32.
+        lanes: int32 of v's shape, uniform in [0, 65536).
+        dtype: bf16 or fp16. fp16 keeps 13 of the 16 random bits for normal numbers, all of them below 2^-14.
+    """
+    bits = v.view(torch.int32)
+    if dtype == torch.bfloat16:
+        rounded = ((bits + lanes) & -65536).view(torch.float32)
+    else:
+        normal = ((bits + (lanes >> 3)) & -8192).view(torch.float32)
+        small = torch.trunc((v.abs() * 2.0**24) + lanes.float() * 2.0**-16) * 2.0**-24
+        rounded = torch.where(v.abs() < 2.0**-14, torch.copysign(small, v), normal)
+    return torch.where(torch.isfinite(v), rounded, v).to(dtype)
+
+
+def rounding_lanes(shape, key, site: int, where, rounds: int) -> torch.Tensor:
+    """Stream 4 of one parameter as int32 of its shape."""
+    import numpy as np
+
+    from . import _noise_cpu as N
+
+    k0, k1 = key_words(key)
+    lanes = np.empty((where.rows, -(-where.columns // 8) * 8), np.uint16)
+    rows = np.arange(where.rows, dtype=np.uint32)
+    N.lanes(lanes, k0, k1, np.uint32(site), np.uint32(C.STREAM_ROUNDING), rows, rounds)
+    return where.view(torch.from_numpy(lanes[:, : where.columns].astype(np.int32)), shape)
+
+
+def _update_cpu(params, key, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero) -> None:
+    spec = Noise(noise, rounds, p_zero)
+    scales = coef.tolist()
+    for w, site, conv in zip(params, sites, layouts, strict=True):
+        layout = LAYOUTS[conv]
+        if not w.numel():
+            continue
+        acc = w if w.dtype == torch.float32 else w.float()
+        for q, scale in enumerate(scales):
+            acc.sub_(z_cpu(w.shape, key, site, query + q, spec, layout) * scale)
+        if acc is w:
+            continue
+        if stochastic:
+            lanes = rounding_lanes(w.shape, key, site, grid(w.shape, layout, spec.segment), rounds)
+            acc = round_stochastic(acc, lanes, w.dtype)
+        w.copy_(acc)
+
+
+def _update_cuda(params, key, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero) -> None:
+    from ._update_triton import launch_update
+
+    launch_update(params, key, coef, table, query, stochastic, Noise(noise, rounds, p_zero))
+
+
+_update = register(
+    "update_",
+    "(Tensor(a!)[] params, Tensor key, Tensor coef, Tensor table, int[] sites, int[] layouts, int query, "
+    "bool stochastic, str noise, int rounds, float p_zero) -> ()",
+    cpu=_update_cpu,
+    cuda=_update_cuda,
+)
+
+
+@torch.no_grad()
+def update_(
+    params: list[torch.Tensor],
+    key: torch.Tensor,
+    coef: torch.Tensor,
+    *,
+    sites: list[int],
+    layouts: list[str] | None = None,
+    noise: Noise = Noise(),
+    query: int = 0,
+    stochastic_rounding: bool = True,
+    plan: UpdatePlan | None = None,
+) -> None:
+    """Subtract ``coef[q] * z_q`` from every parameter, in place, in one launch.
+
+    Args:
+        params: tensors of one device, fp32, fp16 or bf16, any strides.
+        key: int32[2], of the step whose forward perturbed them.
+        coef: fp32 [queries], on the parameters' device; read there, never on the host.
+        sites: id of each parameter.
+        layouts: ``matrix`` or ``conv`` of each; by default by shape.
+        noise: that of the forward.
+        query: first direction of ``coef``.
+        stochastic_rounding: of 16-bit parameters; to nearest if False.
+        plan: :class:`UpdatePlan` of these parameters, to spare building it.
+
+    Raises:
+        TypeError: dtypes.
+        ValueError: lengths, devices, an unknown layout, a plan of other tensors.
+    """
+    if layouts is None:
+        layouts = [default_layout(w.shape) for w in params]
+    if not len(params) == len(sites) == len(layouts):
+        raise ValueError(f"update_: {len(params)} params, {len(sites)} sites and {len(layouts)} layouts")
+    if coef.dtype != torch.float32 or key.dtype != torch.int32:
+        raise TypeError(f"update_: coef must be float32 and key int32, got {coef.dtype} and {key.dtype}")
+    if coef.dim() != 1 or not coef.numel() or key.shape != (2,):
+        raise ValueError(f"update_: coef must be [queries] and key [2], got {tuple(coef.shape)}, {tuple(key.shape)}")
+    for w, layout in zip(params, layouts, strict=True):
+        if w.dtype not in FLOATS:
+            raise TypeError(f"update_ takes float32, float16 or bfloat16, got {w.dtype}")
+        if w.device != coef.device or w.device != key.device:
+            raise ValueError(f"update_: a parameter is on {w.device}, coef on {coef.device}, key on {key.device}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    sites = [check_index(s, "site", 1 << 32) for s in sites]
+    check_index(query, "query", (1 << 24) - coef.numel() + 1)
+    if not params:
+        return
+    if plan is None:
+        plan = UpdatePlan.build(params, sites, layouts, noise)
+    elif not plan.fits(params):
+        raise ValueError("update_: the plan was built for other tensors; build it again after moving a parameter")
+    _update(
+        params, key, coef, plan.table, sites, [LAYOUTS.index(name) for name in layouts], query, stochastic_rounding,
+        noise.name, noise.rounds, noise.p_zero,
+    )  # fmt: skip
