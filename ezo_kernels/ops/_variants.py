@@ -1,7 +1,7 @@
 """What a kernel is compiled as: one launch configuration, as the static report and the compile tests see it.
 
-Each ``_*_triton.py`` yields its own from ``variants()``, built by the code that also builds its launches, so that what is
-counted without a GPU is what runs on one.
+Each ``_*_triton.py`` yields its own from ``variants()``, built by the code that also chooses its launches, so that what
+is counted without a GPU is what runs on one.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ class Variant:
 
     Args:
         kernel: the ``jit`` function.
-        name: unique among the library's variants, ``kernel/dtype/noise/...``: a row of the static report.
-        signature: run-time argument -> Triton type (``*fp32``, ``i32``, ...). Arguments in neither this nor ``constexprs``
-            are an error.
-        constexprs: argument -> value; also arguments passed as None.
+        name: unique in the library, ``kernel/dtype/noise/...``: a row of the static report.
+        signature: run-time argument -> Triton type (``*fp32``, ``i32``, ...).
+        constexprs: argument -> value; also the arguments that are passed as None. With ``signature`` it names every
+            argument of the kernel.
         num_warps, num_stages: as launched.
         archs: compute capabilities that the variant is for, among :data:`ARCHS`.
-        expects: what the SASS must have: ``mma`` (a matrix instruction), ``multiply`` (Philox's wide multiplies), ``integer
-            mma`` (an int8 one).
-        z_per_loop: noise values that one iteration of the innermost loop makes, over the whole program; 0 if there is no
-            loop, and then instructions a z are counted over the whole kernel with ``z_per_program``.
-        z_per_program: noise values of a program without a loop.
+        expects: what the SASS must have: ``mma`` (a matrix instruction), ``integer mma`` (an int8 one), ``multiply``
+            (Philox's wide multiplies: proof that the noise was not folded away).
+        z_per_loop: values of z that one iteration of the innermost loop makes, over the whole program; 0 if unknown.
+        z_per_program: the same of a program without a loop.
         divisible: integer arguments known to be multiples of 16; pointers always are.
-        representative: one of the few that the compile tests build for sm_90 and elsewhere; the others are the report's.
+        representative: compiled by the tests too, for sm_90 and once elsewhere; the others are the report's alone.
     """
 
     kernel: Any
