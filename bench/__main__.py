@@ -1,0 +1,24 @@
+"""``python -m bench COMMAND``: the library's measurements, one module a command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import static
+
+COMMANDS = {"static": static}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        module.configure(commands.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
