@@ -1,7 +1,7 @@
 """Triton, where it is installed. Importing this touches no driver.
 
-Without triton (a CPU wheel of torch on its own) the kernels' source still imports: ``jit`` hands the function back, and a
-launch raises through :func:`require`.
+Without triton (a CPU wheel of torch on its own) the kernels' source still imports: ``jit`` hands the function back and
+``constexpr`` the value, and a launch raises through :func:`require`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    jit, constexpr = triton.jit, tl.constexpr
 except ImportError:  # pragma: no cover - exercised by tests/test_import.py in a process that hides triton
 
     class _Language:
         constexpr = None
 
     triton, tl = None, _Language()
+
+    def constexpr(value):
+        return value
 
     def jit(fn=None, **_):
         return fn if fn is not None else (lambda g: g)
