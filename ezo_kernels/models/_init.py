@@ -9,9 +9,8 @@ from torch import nn
 def kaiming_(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
     """Weights N(0, 2 / fan_in), biases zero, for every linear and convolution of ``model``, in place.
 
-    Activations then keep their scale through the ReLUs, so one ``eps`` suits all layers: a perturbation of the same size
-    in each weight moves each layer's output by about the same fraction. torch's own default (a uniform of variance
-    1 / (3 fan_in)) shrinks the signal by sqrt(6) a layer and the loss differences with it.
+    Activations then keep their scale through the ReLUs; torch's own default (a uniform of variance 1 / (3 fan_in))
+    shrinks the signal by sqrt(6) a layer, and with it the differences of losses that zeroth-order training lives on.
 
     Args:
         model: any module; parameters of other layers are left alone.
