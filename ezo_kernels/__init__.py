@@ -1,0 +1,29 @@
+"""Zeroth-order training on a GPU: fused kernels that make the perturbation inside the matmul.
+
+    model = ezo.models.LeNet5()
+    ezo.convert_(model, head=["fc2", "fc3"])
+    opt = ezo.ElasticZO(model, lr=1e-4, eps=1e-3, head_lr=0.05)
+    loss = opt.train_step(x, y)
+
+Importing the package touches no GPU and no driver.
+"""
+
+from . import models, nn, ops, optim
+from ._version import __version__
+from .nn import convert_, head_parameters, summary, trunk_parameters, unconvert_
+from .optim import ElasticZO, chunked_cross_entropy
+
+__all__ = [
+    "ElasticZO",
+    "__version__",
+    "chunked_cross_entropy",
+    "convert_",
+    "head_parameters",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+    "summary",
+    "trunk_parameters",
+    "unconvert_",
+]

@@ -36,7 +36,7 @@ class UpdatePlan:
 
     @staticmethod
     def _address(p: torch.Tensor) -> tuple[int, ...]:
-        return (p.data_ptr(), *p.shape, *p.stride())
+        return (p.data_ptr() if p.is_cuda else 0, *p.shape, *p.stride())
 
     @classmethod
     def build(cls, params, sites, layouts, noise: Noise) -> UpdatePlan:

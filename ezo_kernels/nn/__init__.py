@@ -1,0 +1,22 @@
+"""Drop-in layers and the conversion of a model."""
+
+from .conv import ZOConv1d, ZOConv2d
+from .convert import convert_, head_parameters, trunk_parameters, unconvert_
+from .dropout import ZODropout
+from .embedding import ZOEmbedding
+from .linear import ZOLinear, ZOTransposedLinear
+from .summary import summary
+
+__all__ = [
+    "ZOConv1d",
+    "ZOConv2d",
+    "ZODropout",
+    "ZOEmbedding",
+    "ZOLinear",
+    "ZOTransposedLinear",
+    "convert_",
+    "head_parameters",
+    "summary",
+    "trunk_parameters",
+    "unconvert_",
+]

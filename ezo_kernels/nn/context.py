@@ -1,0 +1,103 @@
+"""What the converted layers of one model are told during a pass.
+
+One :class:`ZOContext` is shared by all converted layers of a model. Outside a pass it says nothing and every layer is the
+original. It holds no parameter, and nothing of it enters a state_dict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..ops import Perturbation
+from ..ops._perturbation import aligned
+
+
+@dataclass(frozen=True)
+class Site:
+    """One trunk parameter: the manifest's row.
+
+    ``names`` are all its qualified names, the first one the site's own (more than one: tied). ``kind`` is how the forward
+    perturbs it: ``fused`` (inside a kernel) or ``workspace`` (a copy a group). ``z_dtype`` is the dtype z is rounded to
+    before it meets the weight, the same in forward and update.
+    """
+
+    site: int
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    layout: str
+    kind: str
+    z_dtype: str = "float32"
+
+
+@dataclass
+class ZOContext:
+    """State of the current pass.
+
+    Attributes:
+        p: the pass, or None outside one.
+        rows: rows of the whole stacked batch, or None when groups run one by one.
+        manifest: every trunk parameter, by site.
+        visited: sites that this pass perturbed, while a check listens; else None.
+        batch_stats: batch-norm module -> (mean, unbiased variance) of each group of the step.
+        micro: number of the micro-batch under gradient accumulation.
+    """
+
+    p: Perturbation | None = None
+    rows: int | None = None
+    manifest: tuple[Site, ...] = ()
+    visited: set[int] | None = None
+    batch_stats: dict = field(default_factory=dict)
+    micro: int = 0
+    calls: dict = field(default_factory=dict)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether several groups lie along dimension 0."""
+        return self.p is not None and self.p.groups > 1
+
+    def visit(self, *sites: int | None) -> None:
+        """Note that the forward perturbed these sites."""
+        if self.visited is not None:
+            self.visited.update(s for s in sites if s is not None)
+
+    @contextlib.contextmanager
+    def running(self, p: Perturbation, rows: int | None = None) -> Iterator[None]:
+        """Run the model as the pass ``p``."""
+        if self.p is not None:
+            raise RuntimeError("a zeroth-order pass is already running on this model")
+        self.p, self.rows, self.calls = p, rows, {}
+        try:
+            yield
+        finally:
+            self.p, self.rows = None, None
+
+    @contextlib.contextmanager
+    def one_group(self, group: int) -> Iterator[None]:
+        """Narrow a stacked pass to one of its groups, for a module that runs once a group."""
+        p, rows = self.p, self.rows
+        self.p, self.rows = group_pass(p, group), None
+        try:
+            yield
+        finally:
+            self.p, self.rows = p, rows
+
+    def is_stacked(self, value) -> bool:
+        """Whether ``value`` is a tensor whose first dimension holds all groups."""
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return False
+        unit = self.rows if self.rows is not None else self.p.groups
+        return value.shape[0] > 0 and value.shape[0] % unit == 0
+
+    def part(self, value: torch.Tensor, group: int) -> torch.Tensor:
+        """Rows of one group of a stacked tensor, aligned so that every group runs alike."""
+        return aligned(value.chunk(self.p.groups)[group])
+
+
+def group_pass(p: Perturbation, group: int) -> Perturbation:
+    """The single-group pass that is group ``group`` of ``p``."""
+    query, sign = divmod(group, len(p.signs))
+    return replace(p, query=p.query + query, queries=1, signs=(p.signs[sign],))

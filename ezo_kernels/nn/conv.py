@@ -1,0 +1,78 @@
+"""Fused convolutions: drop-in for nn.Conv1d and nn.Conv2d."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import perturbed_conv1d, perturbed_conv2d
+from .context import ZOContext
+from .linear import become
+
+
+def _explicit_padding(conv: nn.modules.conv._ConvNd, x: torch.Tensor):
+    """x and the zero padding that is left for the kernel; modes and uneven 'same' are padded here."""
+    if conv.padding_mode != "zeros":
+        return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0,) * len(conv.kernel_size)
+    if conv.padding == "valid":
+        return x, (0,) * len(conv.kernel_size)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if any(t % 2 for t in total):
+            x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+            return x, (0,) * len(total)
+        return x, tuple(t // 2 for t in total)
+    return x, conv.padding
+
+
+class _ZOConv:
+    zo: ZOContext
+    site: int
+    bias_site: int | None
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module, zo: ZOContext, sites: dict[str, int]):
+        """Turn ``conv`` into one, in place; ``sites`` maps "weight" (and "bias") to ids."""
+        return become(conv, cls, zo=zo, site=sites["weight"], bias_site=sites.get("bias"))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.zo.p is None:
+            return super().forward(input)
+        self.zo.visit(self.site, self.bias_site)
+        single = input.dim() == self.weight.dim() - 1  # torch's unbatched form
+        x, padding = _explicit_padding(self, input.unsqueeze(0) if single else input)
+        y = self._operator(
+            x,
+            self.weight,
+            self.bias,
+            self.zo.p,
+            site=self.site,
+            bias_site=self.bias_site or 0,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return y.squeeze(0) if single else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, site={self.site}"
+
+
+class ZOConv1d(_ZOConv, nn.Conv1d):
+    """nn.Conv1d whose weight and bias are perturbed inside the implicit GEMM during a zeroth-order pass.
+
+    Shapes as nn.Conv1d; in a stacked pass x is [groups * B, C, L], group-major. Outside a pass it is nn.Conv1d.
+    """
+
+    _operator = staticmethod(perturbed_conv1d)
+
+
+class ZOConv2d(_ZOConv, nn.Conv2d):
+    """nn.Conv2d whose weight and bias are perturbed inside the implicit GEMM during a zeroth-order pass.
+
+    Shapes as nn.Conv2d; in a stacked pass x is [groups * B, C, H, W], group-major. Outside a pass it is nn.Conv2d.
+    """
+
+    _operator = staticmethod(perturbed_conv2d)

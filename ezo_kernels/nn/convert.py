@@ -1,0 +1,110 @@
+"""Turn a torch model into one whose trunk is trained by zeroth order, and back."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .context import ZOContext
+from .dropout import ZODropout
+from .grouped import Grouped, group_, ungroup_
+from .linear import release
+from .plan import Plan, make_plan
+
+
+def context_of(model: nn.Module) -> ZOContext:
+    """The context of a converted model, or ValueError."""
+    zo = model.__dict__.get("_ezo")
+    if zo is None:
+        raise ValueError("the model is not converted: call ezo_kernels.convert_(model, head=...) first")
+    return zo
+
+
+def convert_(model: nn.Module, head=0, filter_fn=None, sample=None) -> nn.Module:
+    """Convert ``model`` in place: zeroth order for the trunk, backpropagation for the head.
+
+    Linear, Conv1d, Conv2d, Embedding and Hugging Face's Conv1D of the trunk become fused layers that hold the same
+    Parameters; other modules with trunk parameters (norm affine, attention, bare parameters) run once a group on perturbed
+    copies; layers of the head run once a group; dropouts draw one mask for both signs. ``state_dict`` is unchanged, and
+    outside a step the model computes what it did. Trunk parameters get ``requires_grad=False``.
+
+    Args:
+        model: any module. Parameters with ``requires_grad=False`` stay frozen.
+        head: names of the head's modules (one or several, each with all below it); an integer n, the last n weight layers in
+            the order of a forward with all that runs after the first of them; 0, pure zeroth order; "all", pure
+            backpropagation.
+        filter_fn: ``filter_fn(module, name)``; trunk modules for which it is false are left alone, their parameters frozen.
+        sample: one batch (a tensor, a tuple of arguments or a dict), for an integer head of a model that ``torch.fx`` cannot
+            trace.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: a head of another type, a trunk parameter of another dtype.
+        ValueError: a head that is not there, a tie across the cut, a model that is converted already.
+        NotImplementedError: modules that cannot be trained this way, with the way out.
+        Nothing is changed when it raises.
+    """
+    if "_ezo" in model.__dict__:
+        raise ValueError("the model is converted already: unconvert_ it first")
+    if any("zo" in m.__dict__ for m in model.modules()):
+        raise ValueError("a part of the model is converted already: unconvert_ that part first")
+    plan = make_plan(model, head, filter_fn, sample)
+    zo = ZOContext(manifest=tuple(plan.sites))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sites = {name: s for s in plan.sites for name in s.names}
+    modules = dict(model.named_modules())
+    held = {n: p.requires_grad for n, p in parameters.items() if n in sites or n in plan.frozen}
+    for name in held:
+        parameters[name].requires_grad_(False)
+    for name, cls in plan.fused.items():
+        own = {path: sites[f"{name}.{path}".lstrip(".")].site for path, _ in modules[name].named_parameters(recurse=False)}
+        make = next(f for f in ("from_linear", "from_conv1d", "from_conv", "from_embedding") if hasattr(cls, f))
+        getattr(cls, make)(modules[name], zo, own)
+    for name, paths in plan.grouped.items():
+        own = [sites[f"{name}.{path}".lstrip(".")] for path in paths]
+        group_(modules[name], zo, [(path, s.site, s.layout) for path, s in zip(paths, own, strict=True)])
+    for index, name in enumerate(plan.dropouts):
+        ZODropout.from_dropout(modules[name], zo, index)
+    model.__dict__["_ezo"] = zo
+    model.__dict__["_ezo_plan"] = plan
+    model.__dict__["_ezo_requires_grad"] = held
+    return model
+
+
+def unconvert_(model: nn.Module) -> nn.Module:
+    """Undo :func:`convert_` in place: plain torch modules, the same Parameters with their ``requires_grad``.
+
+    Raises:
+        ValueError: the model is not converted.
+    """
+    context_of(model)
+    held = model.__dict__.pop("_ezo_requires_grad")
+    for module in model.modules():
+        if isinstance(module, Grouped):
+            ungroup_(module)
+        elif "plain_class" in module.__dict__:
+            release(module)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in held:
+            parameter.requires_grad_(held[name])
+    del model.__dict__["_ezo"], model.__dict__["_ezo_plan"]
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What :func:`convert_` decided for this model."""
+    context_of(model)
+    return model.__dict__["_ezo_plan"]
+
+
+def trunk_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a converted model that zeroth order trains, by site."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [parameters[s.names[0]] for s in context_of(model).manifest]
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a converted model that backpropagation trains."""
+    context_of(model)
+    return [p for p in model.parameters() if p.requires_grad]

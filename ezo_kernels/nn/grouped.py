@@ -1,0 +1,149 @@
+"""Modules that run once a group: those whose parameters no kernel reads, those of the head, and batch norm.
+
+They keep their class's behaviour: a subclass made here overrides ``forward`` only, and the module's ``__class__`` is set to
+it, so that names, Parameters, hooks and ``isinstance`` stay what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..ops import perturb
+from .context import ZOContext
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Grouped(nn.Module):
+    """Runs its base class's forward on each group's rows, with each group's copies of its own trunk parameters.
+
+    Attributes:
+        zo: the model's context.
+        owned: (path below this module, site, layout) of the trunk parameters that it reads.
+    """
+
+    zo: ZOContext
+    owned: tuple[tuple[str, int, str], ...]
+
+    def forward(self, *args, **kwargs):
+        if self.zo.p is None:
+            return super().forward(*args, **kwargs)
+        return _run(self, functools.partial(self._group_forward, super().forward), args, kwargs)
+
+    def _group_forward(self, forward, *args, **kwargs):
+        return forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time; a pickle names its base.
+        state = self.__dict__.copy()
+        return _rebuild, (type(self).base,), state
+
+
+class GroupedBatchNorm(Grouped):
+    """Batch norm with statistics of each group's rows; running statistics are left to the step, which may be skipped."""
+
+    def _group_forward(self, forward, x):
+        if not (self.training or self.running_mean is None):
+            return forward(x)
+        self._check_input_dim(x)
+        mean = x.new_zeros(x.shape[1], dtype=torch.float32)
+        var = torch.ones_like(mean)
+        # momentum 1 makes F.batch_norm write this batch's own mean and unbiased variance into its "running" ones.
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        if self.running_mean is not None:
+            self.zo.batch_stats.setdefault(self, []).append((mean, var))
+        return y
+
+
+@functools.cache
+def grouped_class(base: type) -> type:
+    """The subclass of ``base`` that runs once a group."""
+    mixin = GroupedBatchNorm if base in BATCH_NORMS else Grouped
+    return type("ZO" + base.__name__, (mixin, base), {"base": base, "__module__": __name__})
+
+
+def _rebuild(base: type):
+    return grouped_class(base).__new__(grouped_class(base))
+
+
+def group_(module: nn.Module, zo: ZOContext, owned=()) -> None:
+    """Make ``module`` run once a group, in place."""
+    module.__class__ = grouped_class(type(module))
+    module.zo, module.owned = zo, tuple(owned)
+
+
+def ungroup_(module: nn.Module) -> None:
+    """Undo :func:`group_`."""
+    del module.zo, module.owned
+    module.__class__ = type(module).base
+
+
+def copies(module: nn.Module, path: str, site: int, layout: str, zo: ZOContext):
+    """[groups, *shape]: every group's copy of one parameter below ``module``."""
+    owner, _, name = path.rpartition(".")
+    zo.visit(site)
+    return perturb(module.get_submodule(owner)._parameters[name], zo.p, site=site, layout=layout)
+
+
+@contextlib.contextmanager
+def swapped(module: nn.Module, tensors: dict[str, torch.Tensor]):
+    """Put ``tensors`` in the place of parameters below ``module``; the Parameters themselves are not written."""
+    held = []
+    try:
+        for path, tensor in tensors.items():
+            owner, _, name = path.rpartition(".")
+            table = module.get_submodule(owner)._parameters
+            held.append((table, name, table[name]))
+            table[name] = tensor
+        yield
+    finally:
+        for table, name, parameter in reversed(held):
+            table[name] = parameter
+
+
+def _run(module: Grouped, forward, args, kwargs):
+    zo = module.zo
+    spread = {path: copies(module, path, site, layout, zo) for path, site, layout in module.owned}
+    if not zo.stacked:
+        with swapped(module, {path: t[0] for path, t in spread.items()}):
+            return forward(*args, **kwargs)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if not any(zo.is_stacked(leaf) for leaf in leaves):
+        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        raise ValueError(
+            f"{type(module).base.__name__}: no argument holds the {zo.p.groups} groups of this pass along dimension 0 "
+            f"(shapes {shapes}); use mode='sequential'"
+        )
+    outputs = []
+    for g in range(zo.p.groups):
+        mine = [zo.part(leaf, g) if zo.is_stacked(leaf) else leaf for leaf in leaves]
+        with swapped(module, {path: t[g] for path, t in spread.items()}), zo.one_group(g):
+            a, k = pytree.tree_unflatten(mine, spec)
+            outputs.append(forward(*a, **k))
+    flat = [pytree.tree_flatten(out) for out in outputs]
+    joined = [
+        torch.cat(parts) if isinstance(parts[0], torch.Tensor) and parts[0].dim() else parts[0]
+        for parts in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
+    return pytree.tree_unflatten(joined, flat[0][1])
+
+
+@torch.no_grad()
+def update_batch_norms(zo: ZOContext, ok: torch.Tensor) -> None:
+    """Move running statistics once, by the mean over the step's groups; not where ``ok`` is false."""
+    for module, stats in zo.batch_stats.items():
+        module.num_batches_tracked.add_(ok)
+        if module.momentum is None:
+            factor = 1.0 / module.num_batches_tracked.clamp(min=1).float()
+        else:
+            factor = module.momentum
+        for running, new in zip((module.running_mean, module.running_var), zip(*stats, strict=True), strict=True):
+            mean = torch.stack(new).mean(0).to(running.dtype)
+            running.copy_(torch.where(ok, running + (mean - running) * factor, running))
+    zo.batch_stats.clear()

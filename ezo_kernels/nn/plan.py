@@ -1,0 +1,199 @@
+"""What a conversion will do to each module and parameter, worked out before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..ops._layout import default_layout
+from .context import Site
+from .conv import ZOConv1d, ZOConv2d
+from .cut import in_head, resolve_head
+from .dropout import DROPOUTS
+from .embedding import ZOEmbedding
+from .grouped import BATCH_NORMS
+from .linear import ZOLinear, ZOTransposedLinear
+
+FUSED: dict[type, type] = {
+    nn.Linear: ZOLinear,
+    nn.Conv1d: ZOConv1d,
+    nn.Conv2d: ZOConv2d,
+    nn.Embedding: ZOEmbedding,
+}
+#: Modules that read their children's parameters instead of calling them: their whole subtree is one unit.
+UNITS = (nn.MultiheadAttention,)
+REFUSED: dict[type, str] = {
+    nn.DataParallel: "it replicates the model each forward and drops the pass; use one GPU a process",
+    nn.parallel.DistributedDataParallel: "it reduces gradients that zeroth-order layers do not have",
+    nn.SyncBatchNorm: "its statistics are over processes; use BatchNorm2d",
+}
+
+
+@dataclass
+class Plan:
+    """Every decision, by qualified name.
+
+    Attributes:
+        head: names of the head's modules.
+        fused: module -> class that it becomes.
+        grouped: module -> its own trunk parameters (path below it).
+        dropouts: dropout modules.
+        sites: trunk parameters.
+        frozen: parameter -> why it is neither perturbed nor trained.
+        reasons: module -> why it is not fused.
+    """
+
+    head: tuple[str, ...] = ()
+    fused: dict[str, type] = field(default_factory=dict)
+    grouped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dropouts: list[str] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    frozen: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's Conv1D (recognised without importing transformers)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module._parameters.get("weight") is not None
+
+
+def fused_class(module: nn.Module) -> type | None:
+    """The fused layer for exactly this class of module, or None."""
+    return ZOTransposedLinear if is_transposed_linear(module) else FUSED.get(type(module))
+
+
+def _not_fused(module: nn.Module, trunk: set[nn.Parameter]) -> str | None:
+    """Why a module of a fused class is not, or None."""
+    own = [p for p in module._parameters.values() if p is not None]
+    if any(p not in trunk for p in own):
+        return "part of it is frozen or in the head"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm renormalises the weight in the forward"
+    return None
+
+
+def _refuse(model: nn.Module, head: tuple[str, ...], trunk: set[nn.Parameter]) -> None:
+    for name, module in model.named_modules():
+        for cls, why in REFUSED.items():
+            if isinstance(module, cls):
+                raise NotImplementedError(f"{cls.__name__} ({name or 'the model'}) is refused: {why}")
+        own = [p for p in module.parameters() if p in trunk]
+        if not own or in_head(name, head):
+            continue
+        if isinstance(module, nn.RNNBase):
+            raise NotImplementedError(
+                f"{type(module).__name__} {name!r} reads its weights past its attributes and cannot be perturbed: "
+                "put it in the head, or freeze it (requires_grad_(False))"
+            )
+        if parametrize.is_parametrized(module):
+            raise NotImplementedError(
+                f"{name!r} computes its weight by a parametrization: remove_parametrizations, or put it in the head"
+            )
+        if hasattr(module, "weight_g") and hasattr(module, "weight_v"):
+            raise NotImplementedError(f"{name!r} has weight_norm: remove_weight_norm, or put it in the head")
+
+
+def _check_ties(names: dict[nn.Parameter, list[str]], head: tuple[str, ...]) -> None:
+    by_storage: dict[int, str] = {}
+    for parameter, own in names.items():
+        if not parameter.requires_grad:
+            continue
+        inside = [n for n in own if in_head(n, head)]
+        if inside and len(inside) < len(own):
+            outside = next(n for n in own if n not in inside)
+            raise ValueError(
+                f"{outside!r} (trunk) and {inside[0]!r} (head) are the same parameter: it cannot be trained both ways. "
+                "Put both on one side of the cut, or untie them."
+            )
+        if parameter.numel() == 0:
+            continue
+        other = by_storage.setdefault(parameter.untyped_storage()._cdata, own[0])
+        if other != own[0] and not (in_head(other, head) and inside):
+            raise ValueError(
+                f"{other!r} and {own[0]!r} are two parameters over the same memory (a transposed tie?): each would be "
+                "perturbed and updated on its own. Tie them as one Parameter, or untie them."
+            )
+
+
+def make_plan(model: nn.Module, head, filter_fn=None, sample=None) -> Plan:
+    """Decide everything; raises instead of touching the model. Arguments as :func:`ezo_kernels.convert_`."""
+    plan = Plan(head=resolve_head(model, head, sample))
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} is a lazy parameter: run one forward before converting")
+        names.setdefault(parameter, []).append(name)
+    for own in names.values():
+        own.sort()
+    _check_ties(names, plan.head)
+
+    left = set()
+    if filter_fn is not None:
+        left = {n for n, m in model.named_modules() if not in_head(n, plan.head) and not filter_fn(m, n)}
+    trunk: set[nn.Parameter] = set()
+    for parameter, own in names.items():
+        if not parameter.requires_grad:
+            plan.frozen.update(dict.fromkeys(own, "requires_grad=False before conversion"))
+        elif in_head(own[0], plan.head):
+            continue
+        elif any(n.rpartition(".")[0] in left for n in own):
+            plan.frozen.update(dict.fromkeys(own, "filter_fn left its module alone"))
+        elif parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"{own[0]!r} is {parameter.dtype}: a trunk parameter must be float32, float16 or bfloat16")
+        else:
+            trunk.add(parameter)
+    _refuse(model, plan.head, trunk)
+    if not trunk:
+        return plan
+    layouts: dict[nn.Parameter, tuple[str, str, str]] = {}
+
+    def use(parameter: nn.Parameter, name: str, layout: str, kind: str) -> None:
+        known = layouts.setdefault(parameter, (layout, kind, name))
+        if known[0] != layout:
+            raise ValueError(
+                f"{known[2]!r} and {name!r} are one parameter used as {known[0]} and as {layout}: untie them"
+            )
+        if kind == "workspace":
+            layouts[parameter] = (layout, kind, name)
+
+    unit = None
+    for name, module in model.named_modules():
+        if unit is not None and name.startswith(unit):
+            continue
+        if isinstance(module, UNITS):
+            unit = name + "."
+        if type(module) in DROPOUTS:
+            plan.dropouts.append(name)
+            continue
+        if in_head(name, plan.head):
+            owns = any(p is not None for p in module._parameters.values())
+            if owns or type(module) in BATCH_NORMS or (name in plan.head and type(module).forward is not nn.Module.forward):
+                plan.grouped[name] = ()
+            continue
+        own = dict(module.named_parameters() if isinstance(module, UNITS) else module.named_parameters(recurse=False))
+        own = {path: p for path, p in own.items() if p in trunk}
+        if not own:
+            if type(module) in BATCH_NORMS:
+                plan.grouped[name] = ()
+            continue
+        cls = fused_class(module)
+        reason = _not_fused(module, trunk) if cls else f"no fused form of {type(module).__name__}"
+        if cls and reason is None:
+            plan.fused[name] = cls
+        else:
+            plan.grouped[name] = tuple(own)
+            plan.reasons[name] = reason
+        for path, parameter in own.items():
+            conv = cls in (ZOConv1d, ZOConv2d) and path == "weight"
+            layout = "conv" if conv else default_layout(parameter.shape)
+            use(parameter, f"{name}.{path}".lstrip("."), layout, "workspace" if name in plan.grouped else "fused")
+    order = sorted(names, key=lambda p: names[p][0])
+    plan.sites = [
+        Site(i, tuple(names[p]), tuple(p.shape), layouts[p][0], layouts[p][1])
+        for i, p in enumerate(order)
+        if p in layouts
+    ]
+    return plan

@@ -1,0 +1,62 @@
+"""Batches of any structure: stacking them for the groups of a pass, and taking one group's rows."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..ops._perturbation import aligned
+
+
+def rows_of(x) -> int:
+    """Rows of a batch: the first dimension of its first tensor that has one.
+
+    Raises:
+        ValueError: no tensor with a dimension, or an empty batch.
+    """
+    for leaf in pytree.tree_leaves(x):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            if leaf.shape[0] == 0:
+                raise ValueError(f"the batch is empty: x has shape {tuple(leaf.shape)}")
+            return leaf.shape[0]
+    raise ValueError("the batch holds no tensor with a first dimension")
+
+
+def stack(x, groups: int):
+    """``x`` with every tensor whose first dimension is the batch repeated ``groups`` times, group-major."""
+    rows = rows_of(x)
+
+    def repeat(leaf):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == rows:
+            return torch.cat([leaf] * groups)
+        return leaf
+
+    return pytree.tree_map(repeat, x) if groups > 1 else x
+
+
+def part(output, group: int, groups: int):
+    """One group's rows of a stacked output: a tensor, or any nest of tuples, lists, dicts and Hugging Face outputs."""
+    if groups == 1:
+        return output
+    if isinstance(output, torch.Tensor):
+        if output.dim() == 0 or output.shape[0] % groups:
+            raise ValueError(
+                f"the model's output of shape {tuple(output.shape)} does not hold {groups} groups along dimension 0; "
+                "use mode='sequential'"
+            )
+        return aligned(output.chunk(groups)[group])
+    if isinstance(output, dict):  # Hugging Face's ModelOutput is an OrderedDict with attributes
+        return type(output)(**{k: part(v, group, groups) for k, v in output.items()})
+    if isinstance(output, (tuple, list)):
+        items = [part(v, group, groups) for v in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    return output
+
+
+def call(model, x, kwargs):
+    """``model`` on a batch: a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(x, dict):
+        return model(**x, **kwargs)
+    if isinstance(x, (tuple, list)):
+        return model(*x, **kwargs)
+    return model(x, **kwargs)

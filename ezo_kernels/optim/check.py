@@ -1,0 +1,139 @@
+"""The first step's check: every trunk parameter is perturbed wherever it is used, and nothing else is random.
+
+What it cannot accept it names, before anything has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+#: Tensor methods that give a tensor without reading the values of the one they are called on.
+_SHAPE_ONLY = {
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided", "empty_like", "zeros_like",
+    "ones_like", "full_like", "rand_like", "randn_like",
+}  # fmt: skip
+
+
+class RawReads(TorchFunctionMode):
+    """Collects trunk parameters that some torch function reads as they are, unperturbed."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.found: dict[str, str] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if getattr(func, "namespace", None) == "ezo":
+            return out
+        name = getattr(func, "__name__", str(func))
+        if name in _SHAPE_ONLY or not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(out)):
+            return out
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if id(leaf) in self.names:
+                self.found.setdefault(self.names[id(leaf)], name)
+        return out
+
+
+@contextlib.contextmanager
+def _randomness(model: nn.Module, found: list[str]):
+    """Names (innermost first) of modules that draw from torch's generators while they run."""
+    names = {m: n for n, m in model.named_modules()}
+
+    def state(device):
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    entered: list[torch.Tensor] = []
+
+    def enter(module, _):
+        entered.append(state(device))
+
+    def leave(module, *_):
+        before = entered.pop()
+        now = state(device)
+        if not torch.equal(before, now) and module in names:
+            found.append(f"{names[module] or 'the model'} ({type(module).__name__})")
+
+    hooks = []
+    for module in names:
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def checked_forward(model: nn.Module, zo, names: dict[int, str], listed: dict[int, str]):
+    """Run a trial forward inside; raise on leaving if the model cannot be trained as it is.
+
+    Args:
+        zo: the model's context.
+        names: id of a trunk parameter -> its qualified name.
+        listed: site -> qualified name, all that must be visited.
+
+    Raises:
+        ValueError: a parameter that is read unperturbed, or not at all; a random layer; a buffer written by the forward.
+    """
+    buffers = {n: (b, b._version) for n, b in model.named_buffers()}
+    random: list[str] = []
+    reads = RawReads(names)
+    zo.visited = set()
+    try:
+        with _randomness(model, random), reads:
+            yield
+        visited = zo.visited
+    finally:
+        zo.visited = None
+    problems = []
+    if reads.found:
+        what = ", ".join(f"{n!r} (by {f})" for n, f in sorted(reads.found.items()))
+        problems.append(
+            f"read without being perturbed: {what}. Call the module that owns it (a tied nn.Linear instead of F.linear), "
+            "put it in the head, or freeze it (requires_grad_(False))"
+        )
+    missing = sorted(name for site, name in listed.items() if site not in visited)
+    if missing:
+        problems.append(
+            f"not visited by the forward, so never perturbed: {', '.join(map(repr, missing))}. Freeze them "
+            "(requires_grad_(False) before convert_), put them in the head, or call their module"
+        )
+    if random:
+        problems.append(
+            f"random in a way that would differ between the signs: {random[0]}. Use nn.Dropout modules (they are converted), "
+            "set its rate to 0, or call eval() on it"
+        )
+    written = sorted(n for n, (b, version) in buffers.items() if b._version != version)
+    if written:
+        problems.append(f"buffers written by the forward: {', '.join(map(repr, written))}; only BatchNorm's are understood")
+    if problems:
+        raise ValueError("this model cannot take a zeroth-order step: " + "; ".join(problems))
+
+
+def rows_apart(stacked: list, alone: list) -> bool:
+    """Whether the stacked pass gave every group what the group gives alone.
+
+    Compared by the outputs: they may differ by a fiftieth of what the perturbation itself changes, and by rounding.
+    """
+    flat = [[t for t in pytree.tree_leaves(o) if torch.is_tensor(t) and t.is_floating_point()] for o in (*stacked, *alone)]
+    half = len(stacked)
+    for a, b in zip(flat[:half], flat[half:], strict=True):
+        if len(a) != len(b):
+            return False
+        for i, (s, t) in enumerate(zip(a, b, strict=True)):
+            if s.shape != t.shape:
+                return False
+            moved = max(((other[i] - t).abs().max() for other in flat[half:]), default=t.new_zeros(()))
+            floor = 64 * torch.finfo(t.dtype).eps * t.abs().max()
+            if bool((s - t).abs().max() > moved / 50 + floor):
+                return False
+    return True

@@ -1,0 +1,415 @@
+"""ElasticZO: the trunk by zeroth order, the head by backpropagation (arXiv 2501.04287), without writing a perturbation.
+
+For each query q, with z_q from the noise contract and losses l of the two groups (q, +) and (q, -):
+
+    g_q = (l+ - l-) / (2 eps),   clipped to [-clip, clip]
+    trunk: w <- w - lr / queries * sum_q g_q z_q           head: its optimiser on the mean of the groups' gradients
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .._nvtx import ranges
+from ..nn.context import group_pass
+from ..nn.convert import context_of, head_parameters, plan_of, trunk_parameters
+from ..nn.grouped import update_batch_norms
+from ..ops import Noise, Perturbation, UpdatePlan, update_
+from ..ops.noise import check_index, fold_key, rng_version
+from .batches import call, part, rows_of, stack
+from .check import checked_forward, rows_apart
+from .head import GuardedOptimizer
+from .losses import loss_for
+from .state import OptimizerState
+
+MODES = ("auto", "stacked", "sequential")
+HEAD_GRADS = ("mean", "plus", "minus")
+
+
+def _number(value, name: str, *, least: float, strict: bool = False) -> float:
+    if isinstance(value, (torch.Tensor, str, bool)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < least or (strict and value == least):
+        raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {least}, got {value}")
+    return float(value)
+
+
+class ElasticZO(OptimizerState, torch.optim.Optimizer):
+    """Trains a model that :func:`ezo_kernels.convert_` converted.
+
+    ``param_groups[0]`` is the trunk (``lr``, ``eps``, ``clip``), the others are the head's; all hold Python numbers, and
+    torch's schedulers drive them. Seed, step, eps, lr and coefficients live on the device: a step never waits for it, except
+    the first, which checks the model (:mod:`ezo_kernels.optim.check`). A step whose losses, g or head gradients are not
+    finite changes nothing and is counted in ``skipped``.
+
+    Args:
+        model: converted, on its device.
+        lr: of the trunk.
+        eps: perturbation scale, above 0.
+        noise: a name of :data:`ezo_kernels.ops.noise.NOISES`; ``gaussian_fast`` on CUDA only.
+        queries: directions a step; two forwards each.
+        head_lr: of the head's SGD.
+        head_optimizer: instead of it, a function of the head's parameters that returns a torch optimizer, or one.
+        clip: largest magnitude of g, or None.
+        seed: base seed, [0, 2^64).
+        p_zero: fraction of zeros of ``sparse``.
+        rounds: Philox rounds, 7 or 10.
+        mode: ``stacked`` runs all groups as one batch in :meth:`train_step`, ``sequential`` one by one (inference memory of
+            one batch); ``auto`` stacks where the model allows it.
+        head_grad: the head learns from the ``mean`` over groups, or from the ``plus`` or ``minus`` ones.
+        stochastic_rounding: of 16-bit trunk weights in the update.
+        nvtx: push NVTX ranges by phase.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, naming it.
+        NotImplementedError: noise that the device cannot make, a head optimizer that cannot be guarded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        eps: float = 1e-3,
+        noise: str = "gaussian",
+        queries: int = 1,
+        head_lr: float = 0.05,
+        head_optimizer=None,
+        clip: float | None = None,
+        seed: int = 0,
+        *,
+        p_zero: float = 0.0,
+        rounds: int = 7,
+        mode: str = "auto",
+        head_grad: str = "mean",
+        stochastic_rounding: bool = True,
+        nvtx: bool = False,
+    ) -> None:
+        self.zo = context_of(model)
+        self.model = model
+        lr, eps = _number(lr, "lr", least=0.0), _number(eps, "eps", least=0.0, strict=True)
+        head_lr = _number(head_lr, "head_lr", least=0.0)
+        if clip is not None:
+            clip = _number(clip, "clip", least=0.0, strict=True)
+        if mode not in MODES or head_grad not in HEAD_GRADS:
+            raise ValueError(f"mode must be one of {MODES} and head_grad one of {HEAD_GRADS}, got {mode!r}, {head_grad!r}")
+        self.queries = check_index(queries, "queries", 1 << 12)
+        if queries < 1:
+            raise ValueError(f"queries must be at least 1, got {queries}")
+        seed = check_index(seed, "seed", 1 << 64)
+        self.noise = Noise(noise, rounds, p_zero)
+        self.trunk, self.head = trunk_parameters(model), head_parameters(model)
+        if not self.trunk and not self.head:
+            raise ValueError("the model has no parameter to train: all are frozen")
+        devices = {p.device for p in (*self.trunk, *self.head)}
+        if len(devices) > 1:
+            raise ValueError(f"the model's parameters are on several devices: {sorted(map(str, devices))}")
+        self.device = devices.pop()
+        if not self.noise.portable and self.device.type == "cpu":
+            raise NotImplementedError(f"noise {noise!r} exists on CUDA only: use 'gaussian' or 'clt4' on the CPU")
+        head = self._head_optimizer(head_optimizer, head_lr)
+        trunk = {"params": self.trunk, "lr": lr, "eps": eps, "clip": clip, "name": "trunk"}
+        torch.optim.Optimizer.__init__(self, [trunk], {"lr": lr, "eps": eps, "clip": clip, "name": "trunk"})
+        self.head_optimizer = None if head is None else GuardedOptimizer(head)
+        if head is not None:
+            self.param_groups += head.param_groups  # the same dicts: a scheduler that moves one moves the head's own
+        self.mode = self._mode(mode)
+        self.requested_mode, self.head_grad = mode, head_grad
+        self.stochastic_rounding = stochastic_rounding
+        self._phase = ranges(nvtx)
+        self._plan: UpdatePlan | None = None
+        self._checked = False
+        self._losses: torch.Tensor | None = None
+        self._micro = 0
+
+        def scalar(value, dtype, shape=(1,)):
+            return torch.full(shape, value, dtype=dtype, device=self.device)
+
+        self._seed = scalar(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.int64)
+        self._step = scalar(0, torch.int64)
+        self._key = scalar(0, torch.int32, (2,))
+        self._eps, self._lr = scalar(eps, torch.float32), scalar(lr, torch.float32)
+        self._filled = {"eps": eps, "lr": lr}
+        self.skipped = scalar(0, torch.int64, ())
+        self.g = scalar(0.0, torch.float32, (self.queries,))
+        self.losses = scalar(0.0, torch.float32, (self._groups,))
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    @property
+    def step_count(self) -> torch.Tensor:
+        """int64[1] on the device: steps taken, skipped ones not counted."""
+        return self._step
+
+    @property
+    def _groups(self) -> int:
+        return 2 * self.queries if self.trunk else 1
+
+    @property
+    def rng_version(self) -> str:
+        """The noise contract's version, as logs and checkpoints carry it."""
+        return rng_version(self.noise.rounds)
+
+    def _head_optimizer(self, made, head_lr: float):
+        if not self.head:
+            if made is not None:
+                raise ValueError("head_optimizer was given but the head has no parameter")
+            return None
+        if made is None:
+            return torch.optim.SGD(self.head, lr=head_lr)
+        optimizer = made if isinstance(made, torch.optim.Optimizer) else made(self.head)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"head_optimizer must give a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        own = {id(p) for p in self.head}
+        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("head_optimizer holds parameters that are not the head's")
+        return optimizer
+
+    def _mode(self, mode: str) -> str:
+        if mode != "auto" or not self.trunk:
+            return "stacked" if mode == "auto" else mode
+        plan, modules = plan_of(self.model), dict(self.model.named_modules())
+        # A module that reads its own parameters between calls of its children would run them once a group anyway.
+        composite = [n for n, own in plan.grouped.items() if own and any(f.startswith(n + ".") or not n for f in plan.fused)]
+        return "sequential" if any(list(modules[n].children()) for n in composite) else "stacked"
+
+    def _fill_scalars(self) -> None:
+        group = self.param_groups[0]
+        for name, tensor in (("lr", self._lr), ("eps", self._eps)):
+            value = group[name]
+            if value != self._filled[name]:
+                tensor.fill_(_number(value, name, least=0.0, strict=name == "eps"))
+                self._filled[name] = value
+
+    def _begin(self) -> Perturbation | None:
+        """Device scalars and the key of this step; the pass of all its groups."""
+        if not self.trunk:
+            return None
+        if self.trunk[0].device != self.device:
+            raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
+        self._fill_scalars()
+        fold_key(self._seed, self._step, self._key)
+        self.zo.micro = self._micro
+        return Perturbation(self._key, self._eps, self.noise, 0, self.queries)
+
+    # ------------------------------------------------------------------------------------------------------- passes
+
+    @contextlib.contextmanager
+    def _checking(self):
+        """The first step's check around a real forward."""
+        first = not self._checked and bool(self.trunk) and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
+        if not first:
+            yield
+            return
+        listed = {s.site: s.names[0] for s in self.zo.manifest}
+        names = {id(p): s.names[0] for p, s in zip(self.trunk, self.zo.manifest, strict=True)}
+        with checked_forward(self.model, self.zo, names, listed):
+            yield
+
+    def _uses(self, group: int) -> bool:
+        """Whether the head learns from this group."""
+        return self.head_grad == "mean" or group % 2 == HEAD_GRADS.index(self.head_grad) - 1 or not self.trunk
+
+    def _backward(self, losses: list[torch.Tensor]) -> None:
+        """Add the mean of these groups' gradients to the head's."""
+        used = [loss for g, loss in enumerate(losses) if self._uses(g)]
+        if not self.head:
+            return
+        if not all(loss.requires_grad for loss in used):
+            raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
+        total = used[0] if len(used) == 1 else torch.stack(used).mean()
+        torch.autograd.backward(total, inputs=self.head)
+
+    def _one_by_one(self, p: Perturbation, run) -> torch.Tensor:
+        """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once."""
+        used = sum(self._uses(g) for g in range(p.groups))
+        losses = []
+        for g in range(p.groups):
+            checking = self._checking() if g == 0 else contextlib.nullcontext()
+            with torch.set_grad_enabled(bool(self.head)), checking, self.zo.running(group_pass(p, g)):
+                with self._phase("perturbed forward"):
+                    loss = run()
+                self._check_loss(loss)
+            if self.head and self._uses(g):
+                with self._phase("head"):
+                    self._backward_one(loss / used if used > 1 else loss)
+            losses.append(loss.detach().float().reshape(()))
+        return torch.stack(losses)
+
+    def _backward_one(self, loss: torch.Tensor) -> None:
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
+        torch.autograd.backward(loss, inputs=self.head)
+
+    @staticmethod
+    def _check_loss(loss) -> None:
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"the loss must be a tensor of one element, got {shape}")
+
+    def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
+        groups = p.groups
+        rows = rows_of(x) * groups
+        with torch.set_grad_enabled(bool(self.head)), self._checking():
+            with self._phase("perturbed forward"), self.zo.running(p, rows):
+                output = call(self.model, stack(x, groups), stack(kwargs, groups) if kwargs else kwargs)
+            parts = [part(output, g, groups) for g in range(groups)]
+            losses = []
+            with self._phase("loss"):
+                for own in parts:
+                    losses.append(loss_for(loss_fn, own, y))
+                    self._check_loss(losses[-1])
+        if not self._checked and not isinstance(self.trunk[0], torch._subclasses.FakeTensor):
+            stats = dict(self.zo.batch_stats)
+            if not rows_apart(parts, self._alone(p, x, kwargs)):
+                why = "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?)"
+                if self.requested_mode == "stacked":
+                    raise ValueError(f"{why}: a stacked pass would mix the groups; use mode='sequential'")
+                warnings.warn(f"{why}: running the groups one by one (mode='sequential')", stacklevel=3)
+                self.mode = "sequential"
+                self.zo.batch_stats.clear()
+                return self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, kwargs), y))
+            self.zo.batch_stats = stats
+        with self._phase("head"):
+            self._backward(losses)
+        return torch.stack([loss.detach().float().reshape(()) for loss in losses])
+
+    @torch.no_grad()
+    def _alone(self, p: Perturbation, x, kwargs) -> list:
+        outputs = []
+        for g in range(p.groups):
+            self.zo.batch_stats = {}
+            with self.zo.running(group_pass(p, g)):
+                outputs.append(call(self.model, x, kwargs))
+        return outputs
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    def train_step(self, x, y, loss_fn=F.cross_entropy, *, update: bool = True, **model_kwargs) -> torch.Tensor:
+        """One step on a batch: all groups as one stacked pass (or one by one, by ``mode``).
+
+        Args:
+            x: [B, ...], or a tuple of arguments or a dict of them; tensors whose first dimension is B are stacked.
+            y: what ``loss_fn`` takes beside the output.
+            loss_fn: ``loss_fn(output, y)`` -> scalar, called once a group on that group's rows.
+            update: False accumulates: the same z, losses and gradients averaged with those of the next calls, and nothing
+                changes until a call with True.
+            **model_kwargs: passed to the model, stacked like x.
+
+        Returns:
+            The mean loss over groups, a detached scalar on the device.
+
+        Raises:
+            ValueError: an empty batch, a model that cannot take such a step (first step only; it says why).
+            A call that raises changes nothing and drops what was accumulated.
+        """
+
+        def losses(p):
+            if p is None:
+                with torch.enable_grad():
+                    loss = loss_for(loss_fn, call(self.model, x, model_kwargs), y)
+                    self._check_loss(loss)
+                with self._phase("head"):
+                    self._backward([loss])
+                return loss.detach().float().reshape(1)
+            if self.mode == "stacked":
+                return self._stacked(p, x, y, loss_fn, model_kwargs)
+            return self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
+
+        rows_of(x)
+        return self._take(losses, update)
+
+    def step(self, closure=None) -> torch.Tensor:
+        """One step by torch's contract: ``closure()`` runs the model and returns the loss; it never calls backward.
+
+        It is called once a group, each time with the weights of that group. With an empty head the loss need not be
+        differentiable.
+
+        Returns:
+            The mean loss over groups, a detached scalar on the device.
+        """
+        if closure is None:
+            raise ValueError("ElasticZO.step needs a closure that returns the loss; or call train_step(x, y)")
+
+        def losses(p):
+            if p is None:
+                with torch.enable_grad():
+                    loss = closure()
+                self._check_loss(loss)
+                self._backward([loss])
+                return loss.detach().float().reshape(1)
+            return self._one_by_one(p, closure)
+
+        return self._take(losses, True)
+
+    def _take(self, run, update: bool) -> torch.Tensor:
+        if self._losses is None:
+            self._drop()
+        try:
+            losses = run(self._begin())
+        except BaseException:
+            self._drop()
+            raise
+        self._checked = self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
+        self._losses = losses if self._losses is None else self._losses + losses
+        self._micro += 1
+        if update:
+            self._finish()
+        return losses.mean()
+
+    def _drop(self) -> None:
+        """Forget gradients and losses that were not applied."""
+        self._losses, self._micro = None, 0
+        self.zo.batch_stats = {}
+        for p in self.head:
+            p.grad = None
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        losses, group = self._losses / self._micro, self.param_groups[0]
+        grads = [p.grad for p in self.head if p.grad is not None]
+        if self._micro > 1:
+            for grad in grads:
+                grad.div_(self._micro)
+        ok = torch.isfinite(losses).all()
+        for grad in grads:
+            ok = ok & torch.isfinite(grad).all()
+        self.losses = losses
+        if self.trunk:
+            pair = losses.view(self.queries, 2)
+            g = (pair[:, 0] - pair[:, 1]) / (2.0 * self._eps)
+            ok = ok & torch.isfinite(g).all()
+            if group["clip"] is not None:
+                g = g.clamp(-group["clip"], group["clip"])
+            self.g = g
+            coef = torch.where(ok, self._lr * g / self.queries, torch.zeros_like(g))
+            with self._phase("update"):
+                self._update(coef)
+        if self.head_optimizer is not None:
+            with self._phase("head"):
+                self.head_optimizer.step(ok)
+        update_batch_norms(self.zo, ok)
+        self._step += ok
+        self.skipped += ~ok
+        self._drop()
+
+    def _update(self, coef: torch.Tensor) -> None:
+        sites = [s.site for s in self.zo.manifest]
+        layouts = [s.layout for s in self.zo.manifest]
+        if self._plan is None or not self._plan.fits(self.trunk):
+            self._plan = UpdatePlan.build(self.trunk, sites, layouts, self.noise)
+        update_(
+            self.trunk,
+            self._key,
+            coef,
+            sites=sites,
+            layouts=layouts,
+            noise=self.noise,
+            stochastic_rounding=self.stochastic_rounding,
+            plan=self._plan,
+        )
