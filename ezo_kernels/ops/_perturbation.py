@@ -65,7 +65,7 @@ SCHEMA = "int query, int queries, int[] signs, str noise, int rounds, float p_ze
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.dtype:
     """The dtype of x after autocast, which is the dtype of the product; checks the pair of dtypes."""
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype in FLOATS:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and dtype in FLOATS:
         dtype = torch.get_autocast_dtype(x.device.type)
     if dtype not in FLOATS or weight.dtype not in FLOATS:
         raise TypeError(f"{name} takes float32, float16 or bfloat16, got x {x.dtype} and weight {weight.dtype}")
@@ -95,12 +95,14 @@ def check_pass(x: torch.Tensor, tensors, p: Perturbation, rows: int, shared: boo
 
 
 def aligned(part: torch.Tensor) -> torch.Tensor:
-    """``part`` at a 64-byte boundary of its storage: MKL's bits depend on it, and groups must not."""
-    return part if (part.storage_offset() * part.element_size()) % 64 == 0 else part.clone()
+    """``part`` at a 64-byte boundary of its storage, densely strided: MKL's bits depend on both, and groups must not."""
+    dense = part.is_contiguous() or (part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last))
+    return part if dense and (part.storage_offset() * part.element_size()) % 64 == 0 else part.clone()
 
 
 def group_slices(x: torch.Tensor, groups: int, shared: bool):
-    """x of each group, in order."""
+    """x of each group, in order; on the CPU only, for it looks at the address of memory that came from elsewhere."""
     if shared or groups == 1:
         return [x] * groups
-    return [aligned(part) for part in x.chunk(groups)]
+    parts = x.chunk(groups)
+    return [part.clone() for part in parts] if x.data_ptr() % 64 else [aligned(part) for part in parts]

@@ -65,7 +65,9 @@ def round_stochastic(v: torch.Tensor, lanes: torch.Tensor, dtype: torch.dtype) -
         rounded = ((bits + lanes) & -65536).view(torch.float32)
     else:
         normal = ((bits + (lanes >> 3)) & -8192).view(torch.float32)
-        small = torch.trunc((v.abs() * 2.0**24) + lanes.float() * 2.0**-16) * 2.0**-24
+        ulps = v.abs() * 2.0**24
+        whole = torch.trunc(ulps)
+        small = (whole + torch.trunc((ulps - whole) + lanes.float() * 2.0**-16)) * 2.0**-24
         rounded = torch.where(v.abs() < 2.0**-14, torch.copysign(small, v), normal)
     return torch.where(torch.isfinite(v), rounded, v).to(dtype)
 
@@ -88,10 +90,12 @@ def _update_cpu(params, key, coef, table, sites, layouts, query, stochastic, noi
     scales = coef.tolist()
     for w, site, conv in zip(params, sites, layouts, strict=True):
         layout = LAYOUTS[conv]
-        if not w.numel():
+        if not w.numel() or not any(scales):
             continue
         acc = w if w.dtype == torch.float32 else w.float()
         for q, scale in enumerate(scales):
+            if scale == 0.0:  # a skipped step leaves every bit alone, that of -0 too
+                continue
             acc.sub_(z_cpu(w.shape, key, site, query + q, spec, layout) * scale)
         if acc is w:
             continue
@@ -144,8 +148,11 @@ def update_(
 
     Raises:
         TypeError: dtypes.
+        NotImplementedError: ``sparse_int8``, or ``gaussian_fast`` on a CPU.
         ValueError: lengths, devices, an unknown layout, a plan of other tensors.
     """
+    if noise.name == "sparse_int8":
+        raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
     if layouts is None:
         layouts = [default_layout(w.shape) for w in params]
     if not len(params) == len(sites) == len(layouts):
