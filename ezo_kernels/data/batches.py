@@ -11,15 +11,15 @@ import torch
 class Batches:
     """Shuffled mini-batches of (x, y); the order of an epoch is a function of (seed, epoch) alone.
 
-    So a run resumed in the middle of an epoch sees what it would have seen. Iterating goes through epoch 0, then 1, ...;
-    :meth:`epoch` gives one by number. A device's batches are gathered on it, from one permutation copied an epoch.
+    So a run resumed in the middle of an epoch sees what it would have seen. Iterating goes through epoch 0, then 1,
+    ...; :meth:`epoch` gives one by number. A device's batches are gathered on it, from one permutation copied an epoch.
 
     Args:
         x: [n, ...].
         y: [n, ...], on the same device.
         batch_size: rows of a batch.
         seed: any non-negative integer.
-        drop_last: leave out the short batch at the end of an epoch (a captured step has one shape). By default it is kept.
+        drop_last: leave out the short batch at the end of an epoch (a captured step has one shape); kept by default.
 
     Raises:
         ValueError: x and y differ in length or are empty, batch_size < 1, seed < 0, or nothing left by drop_last.

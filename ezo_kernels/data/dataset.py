@@ -15,7 +15,7 @@ from .files import NAMES, Arrays, cache_dir, read_folder, which_genuine
 
 SPLIT_FILE = "mnist_validation.txt"
 
-#: mean and standard deviation of the pixels / 255 of the training images (for the digits: as :func:`load_digits` makes them)
+#: mean and standard deviation of the pixels / 255 of the training images (the digits as :func:`load_digits` makes them)
 STATISTICS = {"mnist": (0.13066, 0.30811), "fashion_mnist": (0.28604, 0.35302), "digits": (0.22403, 0.34907)}
 
 
@@ -41,8 +41,8 @@ class Dataset:
 def validation_indices() -> np.ndarray:
     """The 5,000 of 60,000 training images that are for validation, in both MNIST and Fashion-MNIST: sorted int64.
 
-    From a file in the package, so that no version of numpy can move an image from one split to another. It was made once by
-    ``np.sort(np.random.default_rng(2501_04287).permutation(60_000)[:5_000])``.
+    From a file in the package, so that no version of numpy can move an image from one split to another. It was made
+    once by ``np.sort(np.random.default_rng(2501_04287).permutation(60_000)[:5_000])``.
     """
     text = resources.files(__package__).joinpath(SPLIT_FILE).read_text(encoding="ascii")
     return np.array([int(line) for line in text.splitlines() if not line.startswith("#")], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The IDX format: two zero bytes, a type byte (8 is uint8), the number of dimensions, each as a big-endian uint32, data."""
+"""The IDX format: two zero bytes, a type byte (8: uint8), how many dimensions, each a big-endian uint32, the data."""
 
 from __future__ import annotations
 

@@ -1,0 +1,36 @@
+"""The program ``ezo``: train, eval, info, data. Every error is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+#: what a bad option, a bad file or a missing package raises; anything else is a defect of ours and keeps its traceback
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line (``sys.argv`` if None) and return its exit code."""
+    # Imported here: `ezo --help` and a mistyped option need no torch.
+    from .parser import UsageError, build
+
+    show = False
+    try:
+        args = build().parse_args(argv)
+        show = args.traceback
+        if args.command == "train":
+            from .train import train as command
+        else:
+            from . import commands
+
+            command = {"eval": commands.evaluate, "info": commands.info, "data": commands.data}[args.command]
+        return command(args)
+    except (UsageError, *EXPECTED) as error:
+        if show:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"ezo: error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ezo: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,90 @@
+"""Checkpoints: a file of tensors and plain values, written under another name first, refused if it does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..data.files import replacing
+from .recipe import Recipe
+
+FORMAT = "ezo-checkpoint-1"
+KEYS = ("format", "recipe", "rng_version", "model", "optimizer", "step", "history", "losses", "genuine")
+
+
+def save(path: Path, **contents) -> None:
+    """Write a checkpoint; whatever happens, ``path`` holds the old one or the whole of the new one."""
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, **contents}, temporary)
+
+
+def read(path: Path) -> dict:
+    """The contents of a checkpoint, on the CPU, its recipe as a :class:`Recipe`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: corrupt, truncated, or no checkpoint of this program; names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        # weights_only: tensors and plain values, no code.
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its zip reader, its unpickler or a bad offset happen to raise
+        raise ValueError(f"{path}: corrupt or no checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of the format {FORMAT}")
+    missing = [key for key in KEYS if key not in contents]
+    if missing:
+        raise ValueError(f"{path}: a checkpoint without {', '.join(missing)}")
+    try:
+        contents["recipe"] = Recipe.from_dict(contents["recipe"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its recipe does not fit: {error}") from None
+    return contents
+
+
+def merge(given: dict, checkpoint: dict | None, path: Path | None) -> Recipe:
+    """The recipe of a run: the options given, over those of the checkpoint, over the defaults.
+
+    Raises:
+        ValueError: an option that differs from the checkpoint's.
+    """
+    if checkpoint is None:
+        return Recipe(**given)
+    theirs: Recipe = checkpoint["recipe"]
+    asked = Recipe(**{**theirs.as_dict(), **given})
+    if asked != theirs:
+        raise ValueError(f"{path}: a checkpoint of another run: {asked.difference(theirs)}")
+    return theirs
+
+
+def check_rng(version: str, checkpoint: dict, path: Path) -> None:
+    """Refuse a checkpoint whose noise this version would not make again.
+
+    Raises:
+        ValueError: its rng_version is another.
+    """
+    if checkpoint["rng_version"] != version:
+        raise ValueError(
+            f"{path}: rng version {checkpoint['rng_version']} is not {version}: its noise cannot be replayed"
+        )
+
+
+def load_model(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
+    """Copy the checkpoint's weights into ``model``.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    state, own = checkpoint["model"], model.state_dict()
+    if state.keys() != own.keys():
+        names = ", ".join(sorted(state.keys() ^ own.keys()))
+        raise ValueError(f"{path}: a checkpoint of another model: {names} in only one of them")
+    for name, tensor in own.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: a checkpoint of another model: {name} is {list(state[name].shape)}, not {list(tensor.shape)}"
+            )
+    model.load_state_dict(state)

@@ -1,0 +1,69 @@
+"""``ezo eval``, ``ezo info`` and ``ezo data``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from ..data import download, load
+from . import checkpoint as ckpt
+from . import outputs, system
+from .recipe import Recipe
+from .run import DTYPES, accuracy, build_model
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """``ezo eval``: accuracy of a checkpoint on the validation or the test images."""
+    from ..data import standardize
+
+    outputs.check_writable("--json", args.json)
+    contents = ckpt.read(args.checkpoint)
+    recipe: Recipe = contents["recipe"]
+    device = system.pick_device(args.device)
+    model = build_model(recipe, device)
+    ckpt.load_model(model, contents, args.checkpoint)
+    data = load(recipe.data, args.data_dir)
+    short = {"validation": "valid", "test": "test"}[args.split]
+    x = standardize(getattr(data, f"x_{short}"), data.name, DTYPES[recipe.precision]).to(device)
+    value = accuracy(model, x, torch.from_numpy(getattr(data, f"y_{short}")).to(device))
+    print(f"{recipe.model} on {data.name}, {len(x)} {args.split} images: accuracy {100 * value:.2f}%")
+    if args.json:
+        result = {
+            "model": recipe.model,
+            "data": data.name,
+            "genuine": data.genuine,
+            "split": args.split,
+            "images": len(x),
+            f"{args.split}_accuracy": value,
+            "steps": contents["step"],
+            "rng_version": contents["rng_version"],
+        }
+        outputs.write_json(args.json, result)
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    """``ezo info``: what runs here, and how each layer of a model would be trained."""
+    from ..nn import convert_, summary
+    from ..ops.noise import rng_version
+
+    device = system.pick_device(args.device)
+    for name, version in system.versions().items():
+        print(f"{name:12} {version}")
+    print(f"{'noise':12} {rng_version(7)}")
+    print(f"{'device':12} {device.type}: {system.device_name(device)}")
+    recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head)
+    model = build_model(recipe, device)
+    convert_(model, head=recipe.head_argument)
+    print(f"\n{args.model}, head {args.head}:")
+    print(summary(model))
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    """``ezo data``: a data set into the cache."""
+    folder = download(args.name, lambda line: print(f"ezo: {line}", file=sys.stderr, flush=True))
+    print(f"{args.name}: genuine, in {folder}")
+    return 0

@@ -1,0 +1,36 @@
+"""The optimizer of each ``--method``. All have ``train_step(x, y, loss_fn)``, ``param_groups`` and ``state_dict``."""
+
+from __future__ import annotations
+
+import torch
+
+from ..nn import convert_
+from ..ops.noise import rng_version
+from ..optim import ElasticZO
+from .recipe import Recipe
+
+
+def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Convert ``model`` in place where the method asks for it, and make its optimizer.
+
+    Raises:
+        ValueError: whatever of the recipe it cannot take: an unknown noise, a head that does not exist, eps <= 0, ...
+    """
+    noise = {"noise": recipe.noise, "p_zero": recipe.p_zero, "rounds": recipe.rounds}
+    zo = {"lr": recipe.lr, "eps": recipe.eps, "clip": recipe.clip, "queries": recipe.queries, "seed": recipe.seed}
+    if recipe.method == "elastic":
+        convert_(model, head=recipe.head_argument)
+        return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, mode=recipe.mode)
+    # What ElasticZO is held against: not imported by a run that does not compare.
+    from ..optim import baselines
+
+    if recipe.method == "mezo":
+        return baselines.MeZO(model, **zo, **noise)
+    if recipe.method == "frozen":
+        return baselines.FrozenTrunk(model, head=recipe.head_argument, lr=recipe.head_lr)
+    return baselines.BackpropSGD(model, lr=recipe.head_lr)
+
+
+def noise_version(recipe: Recipe) -> str:
+    """The version string of the noise contract that a run's draws follow."""
+    return rng_version(recipe.rounds)

@@ -1,0 +1,105 @@
+"""The command line's options."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from .._version import __version__
+from . import recipe as R
+
+
+class UsageError(Exception):
+    """A command line that makes no sense; its text is the whole of what the user is told."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line and left to ``main`` to print."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The options of :class:`Recipe`. Absent from the namespace unless given: a checkpoint may fill them."""
+    default = {field.name: field.default for field in fields(R.Recipe)}
+
+    def option(name: str, help: str, **kwargs) -> None:
+        shown = kwargs.pop("shown", default[name])
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", help=f"{help} (default: {shown})", default=argparse.SUPPRESS, **kwargs
+        )
+
+    option("model", "the network", choices=R.MODELS)
+    option("hidden", "widths of the MLP's hidden layers", metavar="N,N")
+    option("data", "the data set; digits is scikit-learn's, small and offline", choices=R.DATA)
+    option("method", "elastic: ZO trunk and BP head; mezo: ZO in place; bp: SGD; frozen: head only", choices=R.METHODS)
+    option(
+        "head",
+        "layers trained by backpropagation: names, the last N weight layers, 0 or all",
+        metavar="fc2,fc3|N|0|all",
+        shown="fc2,fc3; 0 for mezo, all for bp",
+    )
+    option("precision", "dtype of weights and activations; 16-bit trunks round stochastically", choices=R.PRECISIONS)
+    option("noise", "distribution of the perturbation, by name", metavar="NAME")
+    option("p_zero", "fraction of zeros of the noise sparse", type=float, metavar="P")
+    option("rounds", "Philox rounds, 7 or 10", type=int, metavar="N")
+    option("queries", "directions a step", type=int, metavar="N")
+    option("mode", "all groups of a step in one pass, or one by one", choices=R.MODES)
+    option("epochs", "passes over the training images", type=int, metavar="N")
+    option("batch", "images a step", type=int, metavar="N")
+    option("lr", "learning rate of the trunk", type=float, metavar="X")
+    option("eps", "scale of the perturbation", type=float, metavar="X")
+    option("clip", "largest magnitude of the projected gradient", type=float, metavar="X")
+    option("head_lr", "learning rate of the head, and of bp", type=float, metavar="X")
+    option("schedule", "of both learning rates, a step at a time", choices=R.SCHEDULES)
+    option("seed", "of weights, batches and noise", type=int, metavar="N")
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="folder with the four IDX files or NAME.npz, or an npz file"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+
+
+def build() -> Parser:
+    parser = Parser(prog="ezo", description="Zeroth-order training at the memory of inference.")
+    parser.add_argument("--version", action="version", version=f"ezo-kernels {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model", description="Train, validate each epoch, test once.")
+    add_recipe(train)
+    add_data_dir(train)
+    add_device(train)
+    train.add_argument("--offline", action="store_true", help="do not download: the cache, else the digits")
+    train.add_argument(
+        "--max-steps", type=int, metavar="N", help="stop after N steps; the schedule spans --epochs still"
+    )
+    train.add_argument("--json", type=Path, metavar="FILE", help="write the results, the recipe and the versions")
+    train.add_argument("--plot", type=Path, metavar="FILE.png", help="write the curves of loss and accuracy")
+    train.add_argument("--checkpoint", type=Path, metavar="FILE", help="written after each epoch and on Ctrl-C")
+    train.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint; its recipe is taken over")
+    train.add_argument("--quiet", action="store_true", help="no progress bar and no line an epoch")
+
+    evaluate = commands.add_parser("eval", help="accuracy of a checkpoint", description="Accuracy of a checkpoint.")
+    evaluate.add_argument("checkpoint", type=Path, metavar="FILE")
+    evaluate.add_argument("--split", choices=("validation", "test"), default="test", help="(default: test)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    add_data_dir(evaluate)
+    add_device(evaluate)
+
+    info = commands.add_parser("info", help="versions, device, and how each layer of a model would be trained")
+    info.add_argument("--model", choices=R.MODELS, default="lenet5", help="(default: lenet5)")
+    info.add_argument("--hidden", default="256,128", metavar="N,N", help="widths of the MLP's hidden layers")
+    info.add_argument("--head", default="fc2,fc3", metavar="fc2,fc3|N|0|all", help="(default: fc2,fc3)")
+    add_device(info)
+
+    data = commands.add_parser("data", help="get a data set into the cache, with its checksum compared")
+    data.add_argument("name", choices=("mnist", "fashion_mnist"))
+    return parser
