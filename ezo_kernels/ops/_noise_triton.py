@@ -212,14 +212,14 @@ def _interleave8(z0, z1, z2, z3, z4, z5, z6, z7):
 
 @jit
 def _interleave_lanes(w0, w1, w2, w3):
-    """16-bit lanes of a block as int32 [R, 8 U]: column c is the low half of word c >> 1 if c is even, else the high."""
+    """16-bit lanes of a block as int32 [R, 8 U]: column c is the low half of word c >> 1 (even c) or the high."""
     w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
     return tl.reshape(tl.join(w & 0xFFFF, (w >> 16) & 0xFFFF), (w0.shape[0], w0.shape[1] * 8))
 
 
 @jit
 def lane_units(k0, k1, site, counter2, rows, units, ROUNDS: tl.constexpr, ASM: tl.constexpr):
-    """16-bit lanes (masks, rounding), int32 [R, 8 U]; ``units`` are multiples of 8, ``counter2`` query << 8 | stream."""
+    """16-bit lanes (masks, rounding), int32 [R, 8 U]; ``units`` multiples of 8, ``counter2`` query << 8 | stream."""
     w0, w1, w2, w3 = philox(site.to(tl.uint32), units >> 3, counter2.to(tl.uint32), rows, k0, k1, ROUNDS, ASM)
     return _interleave_lanes(w0, w1, w2, w3)
 

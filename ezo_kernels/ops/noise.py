@@ -176,9 +176,9 @@ def _fold_key_cpu(seed, step, key) -> None:
 
 
 def _noise_cuda(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> None:
-    from ._noise_triton import launch_noise
+    from ._perturb_triton import launch_noise
 
-    launch_noise(out, key, site, query, grid(out.shape, layout, NOISES[noise][1]), Noise(noise, rounds, p_zero, r_max))
+    launch_noise(out, key, site, query, layout, Noise(noise, rounds, p_zero, r_max))
 
 
 def _fold_key_cuda(seed, step, key) -> None:

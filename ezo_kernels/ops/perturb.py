@@ -39,7 +39,7 @@ def _perturb_cpu(w, key, eps, site, layout, query, queries, signs, noise, rounds
 
 
 def _perturb_cuda(w, key, eps, site, layout, query, queries, signs, noise, rounds, p_zero, out) -> None:
-    from ._noise_triton import launch_perturb
+    from ._perturb_triton import launch_perturb
 
     launch_perturb(w, key, eps, site, layout, query, queries, signs, Noise(noise, rounds, p_zero), out)
 

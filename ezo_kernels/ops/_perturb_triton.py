@@ -1,0 +1,166 @@
+"""Kernels that write z, or perturbed copies of a parameter, to memory.
+
+    out = z_query                              (materialize)
+    out[g] = w + (sign_g eps) z_query(g)       (perturb; fp32, rounded once to out's dtype)
+
+| tensor | shape |
+|---|---|
+| w | any, any strides |
+| out | w's, or [groups, *w.shape]; any strides |
+
+A program makes one tile of rows by logical columns (docs/rng.md) for one query and writes it for every sign.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._address import address, offsets
+from ._layout import Grid, grid
+from ._noise_triton import load_key, noise_args, noise_constexprs, signed32, z_units
+from ._tiles import element_tile
+from ._triton import jit, require, tl
+
+_SCALARS = ["site", "query", "rows", "columns", "padded", "tiles", "threshold", "n1", "n2", "n3"]
+
+
+@jit
+def _place(pid, tiles, channels, padded, R: tl.constexpr, C: tl.constexpr, CONV: tl.constexpr):
+    """Rows [R, 1], logical columns [1, C], taps and channels [1, C] of tile ``pid``."""
+    first = (pid % tiles) * C
+    rows = ((pid // tiles) * R + tl.arange(0, R))[:, None]
+    columns = (first + tl.arange(0, C))[None, :]
+    if CONV:
+        taps = columns // padded
+        within = columns - taps * padded
+    else:
+        taps = columns * 0
+        within = columns
+    return first, rows, columns, taps, within
+
+
+@jit(do_not_specialize=_SCALARS)
+def _noise(
+    out_ptr, key_ptr, site, query, rows, columns, channels, padded, tiles,
+    n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, threshold, scale,
+    R: tl.constexpr, C: tl.constexpr, DIMS: tl.constexpr, CONV: tl.constexpr,
+    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    k0, k1 = load_key(key_ptr)
+    first, r, c, taps, within = _place(tl.program_id(0), tiles, channels, padded, R, C, CONV)
+    units = (first + tl.arange(0, C // UNIT) * UNIT)[None, :].to(tl.uint32)
+    z = z_units(k0, k1, site, query, r.to(tl.uint32), units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+    at = offsets(r, taps, within, n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, DIMS, CONV)
+    tl.store(out_ptr + at, z.to(out_ptr.dtype.element_ty), mask=(r < rows) & (c < columns) & (within < channels))
+
+
+@jit(do_not_specialize=[*_SCALARS, "w_n1", "w_n2", "w_n3"])
+def _perturb(
+    w_ptr, out_ptr, key_ptr, eps_ptr, site, query, rows, columns, channels, padded, tiles, group_stride,
+    w_n1, w_n2, w_n3, w_s0, w_s1, w_s2, w_s3, w_row_stride, w_channel_stride,
+    n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, threshold, scale,
+    SIGNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W_DIMS: tl.constexpr, DIMS: tl.constexpr, CONV: tl.constexpr,
+    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """SIGNS: 2 for the pair, else the sign."""
+    first, r, c, taps, within = _place(tl.program_id(0), tiles, channels, padded, R, C, CONV)
+    q = tl.program_id(1)
+    mask = (r < rows) & (c < columns) & (within < channels)
+    w_at = offsets(
+        r, taps, within, w_n1, w_n2, w_n3, w_s0, w_s1, w_s2, w_s3, w_row_stride, w_channel_stride, W_DIMS, CONV
+    )
+    w = tl.load(w_ptr + w_at, mask=mask, other=0.0).to(tl.float32)
+    at = offsets(r, taps, within, n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, DIMS, CONV)
+    groups: tl.constexpr = 2 if SIGNS == 2 else 1
+    out_ptr += q.to(tl.int64) * groups * group_stride
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if SIGNS == 0:
+        tl.store(out_ptr + at, w.to(dtype), mask=mask)
+    else:
+        k0, k1 = load_key(key_ptr)
+        units = (first + tl.arange(0, C // UNIT) * UNIT)[None, :].to(tl.uint32)
+        z = z_units(k0, k1, site, query + q, r.to(tl.uint32), units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+        step = z * tl.load(eps_ptr)
+        if SIGNS >= 1:
+            tl.store(out_ptr + at, (w + step).to(dtype), mask=mask)
+        if SIGNS == 2:
+            tl.store(out_ptr + group_stride + at, (w - step).to(dtype), mask=mask)
+        if SIGNS == -1:
+            tl.store(out_ptr + at, (w - step).to(dtype), mask=mask)
+
+
+def _cover(where: Grid, noise) -> tuple:
+    """Tile, tiles in all and the arguments they give."""
+    tile = element_tile(where.rows, noise.name)
+    across = -(-where.columns // tile.columns)
+    total = -(-where.rows // tile.rows) * across
+    if max(where.rows + tile.rows, where.columns + tile.columns, total) >= 1 << 31:
+        raise NotImplementedError(f"a parameter of {where.rows} rows by {where.columns} columns: 2^31 is the limit")
+    scalars = {
+        "rows": where.rows,
+        "columns": where.columns,
+        "channels": where.channels,
+        "padded": where.padded,
+        "tiles": across,
+    }
+    return tile, total, scalars
+
+
+def launch_noise(out: torch.Tensor, key: torch.Tensor, site: int, query: int, layout: str, noise) -> None:
+    """Write z of one parameter.
+
+    Args:
+        out: fp32 (int8 for sparse_int8) of the parameter's shape, any strides.
+        key: int32 [2].
+        site, query, layout: as in the contract.
+        noise: a :class:`Noise`.
+    """
+    require()
+    where = grid(out.shape, layout, noise.segment)
+    place = address(out, layout)
+    if place is None:
+        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
+        launch_noise(whole, key, site, query, layout, noise)
+        out.copy_(whole)
+        return
+    tile, total, scalars = _cover(where, noise)
+    threshold, scale = noise_args(noise)
+    with torch.cuda.device_of(out):
+        _noise[(total,)](
+            out, key, signed32(site), query, **scalars, **place.args(), threshold=threshold, scale=scale,
+            R=tile.rows, C=tile.columns, DIMS=place.dims, CONV=layout == "conv",
+            **noise_constexprs(noise, tile.columns), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, out) -> None:
+    """Write the perturbed copies of one parameter, group-major.
+
+    Args:
+        w: fp32, fp16 or bf16, any shape and strides.
+        key, eps: int32 [2], fp32 [1], on the device.
+        site, layout, query, queries, signs, noise: as in :class:`Perturbation`.
+        out: [queries * len(signs), *w.shape].
+    """
+    require()
+    if queries > 65535:
+        raise NotImplementedError(f"perturb: 65535 queries a pass at most, got {queries}")
+    where = grid(w.shape, layout, noise.segment)
+    source, place = address(w, layout), address(out[0], layout)
+    if source is None:
+        return launch_perturb(w.contiguous(), key, eps, site, layout, query, queries, signs, noise, out)
+    if place is None:
+        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
+        launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, whole)
+        out.copy_(whole)
+        return
+    tile, total, scalars = _cover(where, noise)
+    threshold, scale = noise_args(noise)
+    with torch.cuda.device_of(w):
+        _perturb[(total, queries)](
+            w, out, key, eps, signed32(site), query, **scalars, group_stride=out.stride(0),
+            **source.args("w_"), **place.args(), threshold=threshold, scale=scale,
+            SIGNS=2 if len(signs) == 2 else signs[0], R=tile.rows, C=tile.columns,
+            W_DIMS=source.dims, DIMS=place.dims, CONV=layout == "conv",
+            **noise_constexprs(noise, tile.columns), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
