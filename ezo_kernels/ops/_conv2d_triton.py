@@ -16,7 +16,7 @@ are contiguous in NCHW; in channels_last the compiler turns the accesses round b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -160,19 +160,22 @@ def conv_tiles(positions: int, outputs: int, channels: int, conv_groups: int, no
         outputs, channels: of one conv group.
         conv_groups: how many.
         noise: name.
-        precision: ``ieee`` products of fp32 run on the CUDA cores, whose accumulators and operands share registers.
+        precision: of the products: ``16`` (bits), ``tf32`` or ``ieee``. Those in ieee run on the CUDA cores, which keep
+            a tile's whole K in registers.
     """
-    unit = UNIT[noise]
+    unit, bk = UNIT[noise], 32
+    if precision == "ieee" and noise != "hadamard":
+        bk = 16
     if noise == "rademacher":
-        unit = min(unit, max(4, _pow2(channels)))
-    bk = 32
+        unit = min(bk, max(4, _pow2(channels)))
     bn = min(64, max(16, _pow2(outputs)))
-    bm = 64
+    if precision == "ieee" and noise == "hadamard":
+        bn = min(bn, 32)
+    bm = 128 if precision == "16" else 64
     while bm > 16 and -(-positions // bm) * -(-outputs // bn) * conv_groups < 132:  # an H100 has 132 multiprocessors
         bm //= 2
-    if precision == "ieee":
-        bn, bm = min(bn, 32), min(bm, 64)
-    return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, 4)
+    warps = 8 if bm * bn >= (2048 if precision == "ieee" else 4096) else 4
+    return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps)
 
 
 # ----------------------------------------------------------------------------------------------------------- launcher
@@ -197,11 +200,10 @@ def launch_conv2d(
     if positions >= 1 << 31:
         raise NotImplementedError(f"perturbed_conv2d: {positions} output positions in a group, at most 2^31 - 1")
     if x.dtype != torch.float32:
-        precision = "ieee"
-        tiles = conv_tiles(positions, outputs, channels, conv_groups, noise.name, "")
-    else:
-        precision = precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
-        tiles = conv_tiles(positions, outputs, channels, conv_groups, noise.name, precision)
+        precision = "16"
+    elif not precision:
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    tiles = conv_tiles(positions, outputs, channels, conv_groups, noise.name, precision)
     tiles_m, tiles_n = -(-positions // tiles.bm), -(-outputs // tiles.bn)
     pair = len(signs) == 2
     stack = 0 if shared else batch * x.stride(0)
@@ -213,7 +215,7 @@ def launch_conv2d(
         stack, *x.stride(), *w.stride(), batch * out.stride(0), *out.stride(),
         KH=kh, KW=kw, PAIR=pair, SIGN=1 if pair else signs[0], SHARED=shared or groups == 1,
         NOISE=NOISE_ID[noise.name], ROUNDS=noise.rounds, UNIT=tiles.unit, ASM=ASM, TAP=tiles.tap,
-        PRECISION=precision, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
+        PRECISION="tf32" if precision == "tf32" else "ieee", BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -229,7 +231,7 @@ def variants():
         "lenet1": (32 * 24 * 24, 6, 1, 5),
         "lenet2": (32 * 8 * 8, 16, 6, 5),
     }
-    floats = {"bf16": ("bf16", "bf16", "ieee"), "fp16": ("fp16", "fp16", "ieee"), "mixed": ("bf16", "fp32", "ieee"),
+    floats = {"bf16": ("bf16", "bf16", "16"), "fp16": ("fp16", "fp16", "16"), "mixed": ("bf16", "fp32", "16"),
               "fp32": ("fp32", "fp32", "ieee"), "tf32": ("fp32", "fp32", "tf32")}  # fmt: skip
     names = [name for name in NOISE_ID if name != "sparse_int8"]
     for dtype, (xt, wt, precision) in floats.items():
@@ -238,7 +240,14 @@ def variants():
                 tested = noise in ("gaussian", "hadamard", "rademacher") and (shape == "resnet3x3" or dtype == "fp32")
                 yield _variant(shape, *shapes[shape], xt, wt, dtype, precision, noise, 1, True, tested)
     for sign in (1, 0):
-        yield _variant("resnet3x3", *shapes["resnet3x3"], "bf16", "bf16", "bf16", "ieee", "gaussian", sign, False, True)
+        yield _variant("resnet3x3", *shapes["resnet3x3"], "bf16", "bf16", "bf16", "16", "gaussian", sign, False, True)
+    ones = (*_INTEGERS[4:], *_ONES)  # a launch turns arguments that are one into constants
+    one = _variant("one", 1, 1, 1, 1, "fp32", "fp32", "fp32", "ieee", "gaussian", 1, True, True)
+    yield replace(
+        one,
+        signature={name: kind for name, kind in one.signature.items() if name not in ones},
+        constexprs={**one.constexprs, **dict.fromkeys(ones, 1)},
+    )
 
 
 #: Integer arguments of a contiguous NCHW convolution that are neither one (and so constants) nor anything else known.
@@ -251,8 +260,7 @@ _ONES = ("x_w", "w_s", "y_w", "stride_h", "stride_w", "dilation_h", "dilation_w"
 
 
 def _variant(shape, positions, outputs, channels, kernel, xt, wt, dtype, precision, noise, sign, pair, tested):
-    tiles = conv_tiles(positions, outputs, channels, 1, noise, precision if xt == "fp32" else "")
-    matrix = xt != "fp32" or precision == "tf32"
+    tiles = conv_tiles(positions, outputs, channels, 1, noise, precision)
     pointers = {"x_ptr": xt, "w_ptr": wt, "b_ptr": wt, "y_ptr": xt, "key_ptr": "i32", "eps_ptr": "fp32"}
     return Variant(
         kernel=conv2d_kernel,
@@ -266,12 +274,12 @@ def _variant(shape, positions, outputs, channels, kernel, xt, wt, dtype, precisi
             **dict.fromkeys(_ONES, 1),
             **{"KH": kernel, "KW": kernel, "PAIR": pair, "SIGN": sign, "SHARED": not pair},
             **{"NOISE": NOISE_ID[noise], "ROUNDS": 7, "UNIT": tiles.unit, "ASM": True, "TAP": tiles.tap},
-            **{"PRECISION": precision, "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk},
+            **{"PRECISION": "tf32" if precision == "tf32" else "ieee", "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk},
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         archs=ARCHS,
-        expects=(("mma",) if matrix else ()) + (("multiply",) if sign else ()),
+        expects=(("mma",) if precision != "ieee" else ()) + (("multiply",) if sign else ()),
         z_per_loop=tiles.bn * tiles.bk if sign else 0,
         representative=tested,
     )

@@ -73,7 +73,8 @@ def perturbed_embedding(
     Raises:
         TypeError: ids that are no integers.
         ValueError: shapes, devices, rows that are no multiple of the groups.
-        IndexError: an id outside [0, V), on the CPU; on CUDA it is a device assertion.
+        IndexError: an id outside [0, V), on the CPU. On CUDA nothing waits for the ids, so nothing is raised: the row
+            of y of such an id is NaN, and so is the loss, and a step whose loss is not finite changes nothing.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"perturbed_embedding: ids must be int32 or int64, got {ids.dtype}")
