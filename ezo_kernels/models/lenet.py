@@ -9,6 +9,18 @@ from torch import nn
 from ._init import kaiming_
 
 
+@torch.fx.wrap  # one node of a trace: the branch is about speed and cannot be seen by one
+def max_pool_2x2(x: torch.Tensor) -> torch.Tensor:
+    """F.max_pool2d(x, 2) of an even height and width.
+
+    On a CPU without autograd torch writes indices that nobody reads; two maxima give the same bits in a fifth of the time.
+    """
+    if x.is_cuda or x.requires_grad:
+        return F.max_pool2d(x, 2)
+    rows = torch.maximum(x[..., ::2, :], x[..., 1::2, :])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
 class LeNet5(nn.Module):
     """Two convolutions and three linear layers for 28 x 28 images with one channel.
 
@@ -39,8 +51,8 @@ class LeNet5(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 1, 28, 28] in the dtype of the weights to logits [B, classes]."""
         # The maximum commutes with relu: pooling first leaves relu a quarter of the work and the same bits.
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(max_pool_2x2(self.conv1(x)))
+        x = F.relu(max_pool_2x2(self.conv2(x)))
         x = x.flatten(1)
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
