@@ -166,8 +166,7 @@ def update_(
             raise TypeError(f"update_ takes float32, float16 or bfloat16, got {w.dtype}")
         if w.device != coef.device or w.device != key.device:
             raise ValueError(f"update_: a parameter is on {w.device}, coef on {coef.device}, key on {key.device}")
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        grid(w.shape, layout, noise.segment)  # refuses a layout before anything is written
     sites = [check_index(s, "site", 1 << 32) for s in sites]
     check_index(query, "query", (1 << 24) - coef.numel() + 1)
     if not params:
