@@ -30,7 +30,7 @@ def conv2d_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, key_ptr, eps_ptr, site, bias_site, query, threshold, scale,
     positions, channels, outputs, pad_channels, chunks, tiles_m, tiles_n,
     height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    x_group, x_b, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_group, y_b, y_o, y_h, y_w,
+    x_group, x_b, x_c, x_h, x_w, w_o, w_c, w_r, w_s, b_o, y_group, y_b, y_o, y_h, y_w,
     KH: tl.constexpr, KW: tl.constexpr, PAIR: tl.constexpr, SIGN: tl.constexpr, SHARED: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, TAP: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -111,7 +111,7 @@ def conv2d_kernel(
                 minus = tl.dot((w - step).to(x_ptr.dtype.element_ty), x_minus, minus, input_precision=PRECISION)
 
     if b_ptr is not None:
-        bias = tl.load(b_ptr + o, mask=inside_n, other=0.0).to(tl.float32)
+        bias = tl.load(b_ptr + o.to(tl.int64) * b_o, mask=inside_n, other=0.0).to(tl.float32)
         shift = bias * 0.0
         if SIGN != 0:
             # a bias is row 0 of its own site; a tile need not begin at a unit, so each channel makes its whole unit
@@ -174,7 +174,7 @@ def conv_tiles(positions: int, outputs: int, channels: int, conv_groups: int, no
     bm = 128 if precision == "16" else 64
     while bm > 16 and -(-positions // bm) * -(-outputs // bn) * conv_groups < 132:  # an H100 has 132 multiprocessors
         bm //= 2
-    warps = 8 if bm * bn >= (2048 if precision == "ieee" else 4096) else 4
+    warps = 8 if bm == 128 or bm * bn >= (2048 if precision == "ieee" else 4096) else 4
     return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps)
 
 
@@ -212,7 +212,7 @@ def launch_conv2d(
         positions, channels, outputs, -(-channels // noise.segment) * noise.segment,
         -(-channels // tiles.tap), tiles_m, tiles_n,
         x.shape[2], x.shape[3], out_height, out_width, *stride, *padding, *dilation,
-        stack, *x.stride(), *w.stride(), batch * out.stride(0), *out.stride(),
+        stack, *x.stride(), *w.stride(), 1 if b is None else b.stride(0), batch * out.stride(0), *out.stride(),
         KH=kh, KW=kw, PAIR=pair, SIGN=1 if pair else signs[0], SHARED=shared or groups == 1,
         NOISE=NOISE_ID[noise.name], ROUNDS=noise.rounds, UNIT=tiles.unit, ASM=ASM, TAP=tiles.tap,
         PRECISION="tf32" if precision == "tf32" else "ieee", BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
@@ -256,7 +256,7 @@ _INTEGERS = (
     "outputs", "height", "width", "out_height", "out_width", "pad_h", "pad_w", "x_group", "x_b", "x_c", "x_h", "w_o",
     "w_c", "w_r", "y_group", "y_b", "y_o", "y_h",
 )  # fmt: skip
-_ONES = ("x_w", "w_s", "y_w", "stride_h", "stride_w", "dilation_h", "dilation_w")
+_ONES = ("x_w", "w_s", "b_o", "y_w", "stride_h", "stride_w", "dilation_h", "dilation_w")
 
 
 def _variant(shape, positions, outputs, channels, kernel, xt, wt, dtype, precision, noise, sign, pair, tested):
