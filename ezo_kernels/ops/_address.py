@@ -31,12 +31,15 @@ class Address:
     row: int
     channel: int
 
-    def args(self, prefix: str = "") -> dict:
-        """Run-time arguments of :func:`offsets`, each name with ``prefix``."""
+    def index_args(self, prefix: str = "") -> dict:
+        """Run-time arguments of :func:`strided`, each name with ``prefix``."""
         values = {f"n{i}": n for i, n in enumerate(self.sizes) if i}
         values |= {f"s{i}": s for i, s in enumerate(self.strides)}
-        values |= {"row_stride": self.row, "channel_stride": self.channel}
         return {prefix + name: value for name, value in values.items()}
+
+    def args(self, prefix: str = "") -> dict:
+        """Run-time arguments of :func:`offsets`, each name with ``prefix``."""
+        return self.index_args(prefix) | {prefix + "row_stride": self.row, prefix + "channel_stride": self.channel}
 
 
 def collapse(sizes, strides) -> tuple[list[int], list[int]]:

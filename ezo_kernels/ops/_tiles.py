@@ -26,3 +26,24 @@ def element_tile(rows: int, noise: str) -> ElementTile:
     if rows <= 4:
         return ElementTile(1, 1024)
     return ElementTile(16, 256)
+
+
+def update_tile(noise: str) -> ElementTile:
+    """Tile of the update: one for all parameters of a launch."""
+    return ElementTile(64, 64) if noise == "hadamard" else ElementTile(16, 256)
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Tile of the perturbed matmuls: BM rows of one group by BN outputs, BK inputs at a time."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    swap: bool
+
+
+def linear_tile(rows, n, k, dtype, noise, precision, transposed, arch) -> LinearTile:
+    return LinearTile(16, 64, 32, 4, 3, True)

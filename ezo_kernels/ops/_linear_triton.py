@@ -1,0 +1,223 @@
+"""Perturbed linear on the GPU: y_g = x_g (W + sign_g eps z_q)^T + (b + sign_g eps z'_q), one launch for all groups.
+
+| tensor | shape |
+|---|---|
+| x | [groups * rows, K] by any leading dimensions and strides, or [rows, K] shared by all groups |
+| W | [N, K], or [K, N] when transposed; any strides; z has W's own rows and columns |
+| b | [N] |
+| y | [groups * rows, N], contiguous |
+
+A program makes BM rows of one group (both groups of a pair) by BN outputs: it reads a tile of W once, makes its z once,
+forms W + eps z and W - eps z in fp32 (product rounded, then sum), rounds them to x's dtype and multiplies. Tiles never
+straddle two groups. SWAP puts W's rows on the tensor core's long side, for few rows of x.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._address import address, strided
+from ._noise_triton import UNIT as UNITS
+from ._noise_triton import load_key, noise_args, noise_constexprs, signed32, z_units
+from ._tiles import linear_tile
+from ._triton import jit, require, tl
+
+
+@jit
+def perturb_tile(w, z, eps, dtype: tl.constexpr):
+    """w + eps z and w - eps z in fp32, each rounded once to ``dtype``."""
+    step = z * eps
+    w = w.to(tl.float32)
+    return (w + step).to(dtype), (w - step).to(dtype)
+
+
+@jit
+def bias_noise(
+    k0, k1, site, query, first,
+    BN: tl.constexpr, NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+    threshold, scale,
+):  # fmt: skip
+    """z of a bias, fp32 [BN] from column ``first``: the row 0 of its own site."""
+    # hadamard mixes on the tensor core, which wants 16 rows: 16 times the same row
+    R: tl.constexpr = 16 if NOISE == 4 else 1
+    units = (first + tl.arange(0, BN // UNIT) * UNIT)[None, :].to(tl.uint32)
+    rows = (tl.arange(0, R) * 0)[:, None].to(tl.uint32)
+    z = z_units(k0, k1, site, query, rows, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+    return tl.max(z, axis=0)
+
+
+@jit
+def _multiply(w, x, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + w x^T ([BN, BM]) if SWAP, else acc + x w^T; x is [BM, BK], w [BN, BK] ([BK, BN] if TRANSPOSED)."""
+    if SWAP:
+        if TRANSPOSED:
+            w = tl.trans(w)
+        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        if not TRANSPOSED:
+            w = tl.trans(w)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@jit
+def _store(out_ptr, acc, bias, row0, rm, rn, rows, N, SWAP: tl.constexpr, BIAS: tl.constexpr):
+    if SWAP:
+        acc = tl.trans(acc)
+    if BIAS:
+        acc += bias[None, :]
+    at = (row0 + rm).to(tl.int64)[:, None] * N + rn[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rm < rows)[:, None] & (rn < N)[None, :])
+
+
+@jit(do_not_specialize=["site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold"])
+def _linear(
+    x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
+    n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
+    SIGNS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """SIGNS: 2 for the pair, else the sign. Programs that share a tile of W are neighbours, so that it stays in L2."""
+    pid = tl.program_id(0)
+    first_m = (pid % tiles_m) * BM
+    pid = pid // tiles_m
+    first_n = (pid % tiles_n) * BN
+    q = pid // tiles_n
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    rm, rn, rk = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
+    # rows beyond the end are read again from the last one and never stored: no mask in the loop
+    xm, wn = tl.minimum(rm, rows - 1), tl.minimum(rn, N - 1)
+    groups: tl.constexpr = 2 if SIGNS == 2 else 1
+    row0 = q.to(tl.int64) * groups * rows
+    x_row = xm if SHARED else xm + row0
+    xk = rk.to(tl.int64)[None, :] * x_stride
+    x_at = x_ptr + strided(x_row, n1, n2, n3, s0, s1, s2, s3, X_DIMS)[:, None] + xk
+    if SIGNS == 2 and not SHARED:
+        y_at = x_ptr + strided(x_row + rows, n1, n2, n3, s0, s1, s2, s3, X_DIMS)[:, None] + xk
+    if TRANSPOSED:
+        w_at = w_ptr + rk.to(tl.int64)[:, None] * w_stride_k + wn.to(tl.int64)[None, :] * w_stride_n
+        units = (first_n + tl.arange(0, BN // UNIT) * UNIT)[None, :]
+    else:
+        w_at = w_ptr + wn.to(tl.int64)[:, None] * w_stride_n + rk.to(tl.int64)[None, :] * w_stride_k
+        units = (tl.arange(0, BK // UNIT) * UNIT)[None, :]
+    x_step = tl.full((), BK, tl.int64) * x_stride
+    w_step = tl.full((), BK, tl.int64) * w_stride_k
+    k0, k1 = load_key(key_ptr)
+    eps = tl.load(eps_ptr)
+    if SWAP:
+        acc = tl.zeros((BN, BM), tl.float32)
+        other = tl.zeros((BN, BM), tl.float32)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+        other = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        if EVEN_K:
+            x = tl.load(x_at)
+            w = tl.load(w_at)
+        else:
+            left = K - k
+            x = tl.load(x_at, mask=(rk < left)[None, :], other=0.0)
+            w = tl.load(w_at, mask=(rk < left)[:, None] if TRANSPOSED else (rk < left)[None, :], other=0.0)
+        if SIGNS == 0:
+            acc = _multiply(w.to(dtype), x, acc, SWAP, TRANSPOSED, PRECISION)
+        else:
+            # beyond K z is not zero, but x is
+            if TRANSPOSED:
+                z = z_units(
+                    k0, k1, site, query + q, (k + rk)[:, None].to(tl.uint32), units.to(tl.uint32),
+                    NOISE, ROUNDS, UNIT, ASM, threshold, scale,
+                )  # fmt: skip
+            else:
+                z = z_units(
+                    k0, k1, site, query + q, rn[:, None].to(tl.uint32), (k + units).to(tl.uint32),
+                    NOISE, ROUNDS, UNIT, ASM, threshold, scale,
+                )  # fmt: skip
+            plus, minus = perturb_tile(w, z, eps, dtype)
+            if SIGNS == 2:
+                if SHARED:
+                    y = x
+                elif EVEN_K:
+                    y = tl.load(y_at)
+                else:
+                    y = tl.load(y_at, mask=(rk < left)[None, :], other=0.0)
+                acc = _multiply(plus, x, acc, SWAP, TRANSPOSED, PRECISION)
+                other = _multiply(minus, y, other, SWAP, TRANSPOSED, PRECISION)
+                if not SHARED:
+                    y_at += x_step
+            elif SIGNS == 1:
+                acc = _multiply(plus, x, acc, SWAP, TRANSPOSED, PRECISION)
+            else:
+                acc = _multiply(minus, x, acc, SWAP, TRANSPOSED, PRECISION)
+        x_at += x_step
+        w_at += w_step
+    b_plus, b_minus = eps, eps
+    if BIAS:
+        b_plus = tl.load(b_ptr + rn.to(tl.int64) * b_stride, mask=rn < N, other=0.0).to(tl.float32)
+        b_minus = b_plus
+        if SIGNS != 0:
+            z = bias_noise(
+                k0, k1, bias_site, query + q, first_n, BN, NOISE, ROUNDS, BIAS_UNIT, ASM, threshold, scale
+            )  # fmt: skip
+            b_plus, b_minus = perturb_tile(b_plus, z, eps, tl.float32)
+    if SIGNS == -1:
+        b_plus = b_minus
+    _store(out_ptr, acc, b_plus, row0, rm, rn, rows, N, SWAP, BIAS)
+    if SIGNS == 2:
+        _store(out_ptr, other, b_minus, row0 + rows, rm, rn, rows, N, SWAP, BIAS)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as a number, 90 for an H100. Where there is no GPU (the interpreter), 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def input_precision(dtype: torch.dtype, precision: str) -> str:
+    """``ieee`` or ``tf32`` of fp32 products: as asked, else torch's float32 matmul precision."""
+    if dtype != torch.float32:
+        return "ieee"
+    return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+
+
+def launch_linear(
+    x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, out,
+) -> None:  # fmt: skip
+    """Write the outputs of every group; arguments as in :func:`perturbed_linear`, all checked there."""
+    require()
+    n, k = w.shape[::-1] if transposed else w.shape
+    groups = queries * len(signs)
+    rows = out.numel() // (n * groups)
+    place = address(x, "matrix")
+    if place is None:
+        x = x.contiguous()
+        place = address(x, "matrix")
+    if not out.is_contiguous():
+        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
+        launch_linear(
+            x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, whole
+        )
+        out.copy_(whole)
+        return
+    precision = input_precision(x.dtype, precision)
+    tile = linear_tile(rows, n, k, x.dtype, noise.name, precision, transposed, architecture(x.device))
+    tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
+    if max(n + tile.bn, k + tile.bk, rows + tile.bm, tiles_m * tiles_n * queries) >= 1 << 31:
+        raise NotImplementedError(f"perturbed_linear: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
+    threshold, scale = noise_args(noise)
+    columns = tile.bn if transposed else tile.bk
+    constexprs = noise_constexprs(noise, columns)
+    stride_n, stride_k = w.stride()[::-1] if transposed else w.stride()
+    with torch.cuda.device_of(x):
+        _linear[(tiles_m * tiles_n * queries,)](
+            x, w, b if b is not None else w, out, key, eps, signed32(site), signed32(bias_site), query, rows, n, k,
+            tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=stride_n, w_stride_k=stride_k,
+            b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
+            SIGNS=2 if len(signs) == 2 else signs[0], SHARED=bool(shared), TRANSPOSED=bool(transposed),
+            BIAS=b is not None, X_DIMS=place.dims, EVEN_K=k % tile.bk == 0, PRECISION=precision, SWAP=tile.swap,
+            BM=tile.bm, BN=tile.bn, BK=tile.bk, BIAS_UNIT=min(UNITS[noise.name], tile.bn), **constexprs,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -1,0 +1,229 @@
+"""The update on the GPU: w <- w - coef_0 z_0 - coef_1 z_1 - ..., one launch over all parameters, z made again.
+
+| tensor | shape |
+|---|---|
+| params | any shapes and strides, fp32, fp16 or bf16, mixed |
+| coef | fp32 [queries], on the device |
+| table | int64, on the device: FIELDS numbers a parameter, then (parameter << 32 | tile) for each program |
+
+A program reads and writes one tile of one parameter once, whatever the number of queries. Arithmetic is fp32, each
+product rounded; 16-bit weights round stochastically at the end, bit for bit as ``ops.update.round_stochastic``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from . import _constants as C
+from ._address import MOST_DIMS, address, strided
+from ._layout import grid
+from ._noise_triton import lane_units, load_key, noise_args, noise_constexprs, signed32, z_units
+from ._tiles import update_tile
+from ._triton import constexpr, jit, require, tl
+
+_S_ROUNDING = constexpr(C.STREAM_ROUNDING)
+_SMALLEST_NORMAL, _ULP, _ULPS, _TWO_M16 = map(constexpr, (2.0**-14, 2.0**-24, 2.0**24, 2.0**-16))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Numbers of one parameter in the table: address, site, dtype, whether fast, rows, columns, channels, padded, tiles
+#: across, whether conv, n1..n3, s0..s3, row stride, channel stride.
+FIELDS = 19
+_FIELDS = constexpr(FIELDS)
+
+
+@jit
+def _round_stochastic(v, lanes, CODE: tl.constexpr):
+    """fp32 rounded to bf16 (CODE 1, as int16) or fp16 (CODE 2), up with the probability of the discarded part."""
+    # a NaN may have all bits set: adding to it would make it a number
+    lanes = tl.where(v == v, lanes, 0)
+    bits = v.to(tl.int32, bitcast=True)
+    if CODE == 1:
+        out = ((bits + lanes) >> 16).to(tl.int16)
+    else:
+        normal = ((bits + (lanes >> 3)) & -8192).to(tl.float32, bitcast=True)
+        ulps = tl.abs(v) * _ULPS
+        whole = tl.floor(ulps)
+        small = (whole + tl.floor((ulps - whole) + lanes.to(tl.float32) * _TWO_M16)) * _ULP
+        small = (small.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
+        out = tl.where(tl.abs(v) < _SMALLEST_NORMAL, small, normal).to(tl.float16)
+    return out
+
+
+@jit
+def _general(at, entry_ptr, rows, columns):
+    """Pointers [R, C] of a tile in a parameter of any strides."""
+    padded = tl.load(entry_ptr + 7).to(tl.int32)
+    conv = tl.load(entry_ptr + 9)
+    n1, n2 = tl.load(entry_ptr + 10).to(tl.int32), tl.load(entry_ptr + 11).to(tl.int32)
+    n3 = tl.load(entry_ptr + 12).to(tl.int32)
+    s0, s1, s2, s3 = tl.load(entry_ptr + 13), tl.load(entry_ptr + 14), tl.load(entry_ptr + 15), tl.load(entry_ptr + 16)
+    taps = columns // padded
+    within = columns - taps * padded
+    # the sizes and strides are those of the taps of a conv weight, else of the rows
+    of_rows = strided(rows * (1 - conv).to(tl.int32), n1, n2, n3, s0, s1, s2, s3, 4)
+    of_taps = strided(taps * conv.to(tl.int32), n1, n2, n3, s0, s1, s2, s3, 4)
+    of_rows += rows.to(tl.int64) * tl.load(entry_ptr + 17)
+    of_taps += within.to(tl.int64) * tl.load(entry_ptr + 18)
+    return at + of_rows + of_taps, within
+
+
+@jit
+def _tile(
+    entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
+    CODE: tl.constexpr, STOCHASTIC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One tile of a parameter of dtype CODE. bf16 is read and written as int16, the upper half of an fp32."""
+    dtype: tl.constexpr = tl.float32 if CODE == 0 else tl.int16 if CODE == 1 else tl.float16
+    base = tl.load(entry_ptr).to(tl.pointer_type(dtype))
+    site = tl.load(entry_ptr + 1).to(tl.int32)
+    fast = tl.load(entry_ptr + 3) != 0
+    rows, columns = tl.load(entry_ptr + 4).to(tl.int32), tl.load(entry_ptr + 5).to(tl.int32)
+    channels = tl.load(entry_ptr + 6).to(tl.int32)
+    across = tl.load(entry_ptr + 8).to(tl.int32)
+    first = (tile % across) * C
+    r = ((tile // across) * R + tl.arange(0, R))[:, None]
+    c = (first + tl.arange(0, C))[None, :]
+    if fast:
+        # rows of multiples of 8 elements, at multiples of 16 bytes: 16-byte accesses
+        stride = tl.multiple_of(tl.load(entry_ptr + 16), 8)
+        at = tl.multiple_of(base, 16) + r.to(tl.int64) * stride + c
+        raw = tl.load(at, mask=(r < rows) & (c < tl.multiple_of(channels, 8)), other=0)
+    else:
+        at, within = _general(base, entry_ptr, r, c)
+        raw = tl.load(at, mask=(r < rows) & (c < columns) & (within < channels), other=0)
+    if CODE == 1:
+        v = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        v = raw.to(tl.float32)
+    k0, k1 = load_key(key_ptr)
+    counter_rows = r.to(tl.uint32)
+    units = (first + tl.arange(0, C // UNIT) * UNIT)[None, :].to(tl.uint32)
+    touched = 0
+    for q in range(queries):
+        coef = tl.load(coef_ptr + q)
+        # a skipped step leaves every bit alone, that of -0 too
+        if coef != 0.0:
+            z = z_units(k0, k1, site, query + q, counter_rows, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+            v = v - z * coef
+            touched = 1
+    if touched != 0:
+        if CODE == 0:
+            out = v
+        elif STOCHASTIC:
+            blocks = (first + tl.arange(0, C // 8) * 8)[None, :].to(tl.uint32)
+            stream = (query * 0 + _S_ROUNDING).to(tl.uint32)
+            lanes = lane_units(k0, k1, site, stream, counter_rows, blocks, ROUNDS, ASM)
+            out = _round_stochastic(v, lanes, CODE)
+        elif CODE == 1:
+            out = v.to(tl.bfloat16).to(tl.int16, bitcast=True)
+        else:
+            out = v.to(tl.float16)
+        if fast:
+            stride = tl.multiple_of(tl.load(entry_ptr + 16), 8)
+            at = tl.multiple_of(base, 16) + r.to(tl.int64) * stride + c
+            tl.store(at, out, mask=(r < rows) & (c < tl.multiple_of(channels, 8)))
+        else:
+            at, within = _general(base, entry_ptr, r, c)
+            tl.store(at, out, mask=(r < rows) & (c < columns) & (within < channels))
+
+
+@jit(do_not_specialize=["count", "queries", "query", "threshold"])
+def _update(
+    table_ptr, key_ptr, coef_ptr, count, queries, query, threshold, scale,
+    FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, STOCHASTIC: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """FP32, BF16, FP16: which dtypes the parameters have; a parameter's own is a branch of the whole program."""
+    work = tl.load(table_ptr + count.to(tl.int64) * _FIELDS + tl.program_id(0))
+    entry_ptr = table_ptr + (work >> 32) * _FIELDS
+    tile = (work & 0x7FFFFFFF).to(tl.int32)
+    code = tl.load(entry_ptr + 2)
+    if FP32:  # noqa: SIM102 - the outer ifs are the compiler's
+        if code == 0:
+            _tile(
+                entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
+                0, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+            )  # fmt: skip
+    if BF16:  # noqa: SIM102
+        if code == 1:
+            _tile(
+                entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
+                1, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+            )  # fmt: skip
+    if FP16:  # noqa: SIM102
+        if code == 2:
+            _tile(
+                entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
+                2, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+            )  # fmt: skip
+
+
+def update_table(params, sites, layouts, noise) -> torch.Tensor:
+    """The device table of :func:`launch_update`; valid while the parameters stay where they are.
+
+    Args:
+        params: tensors of one device.
+        sites, layouts: of each.
+        noise: a :class:`Noise`.
+
+    Returns:
+        int64, on the parameters' device.
+
+    Raises:
+        NotImplementedError: a parameter of more dimensions than can be addressed, or of more than 2^31 rows or columns.
+    """
+    tile = update_tile(noise.name)
+    entries = np.zeros((len(params), FIELDS), np.int64)
+    work = []
+    for i, (w, site, layout) in enumerate(zip(params, sites, layouts, strict=True)):
+        where, place = grid(w.shape, layout, noise.segment), address(w, layout)
+        if place is None:
+            raise NotImplementedError(
+                f"update_: a parameter of shape {tuple(w.shape)} and strides {w.stride()} has more than {MOST_DIMS} "
+                "dimensions that do not lie behind one another in memory; make it contiguous"
+            )
+        across = -(-where.columns // tile.columns)
+        tiles = -(-where.rows // tile.rows) * across if w.numel() else 0
+        if max(where.rows + tile.rows, where.columns + tile.columns, tiles) >= 1 << 31:
+            raise NotImplementedError(f"update_: shape {tuple(w.shape)}: 2^31 rows or columns is the limit")
+        fast = (
+            layout == "matrix" and place.dims == 1 and place.channel == 1 and w.data_ptr() % 16 == 0
+            and where.channels % 8 == 0 and place.strides[-1] % 8 == 0
+        )  # fmt: skip
+        entries[i] = [
+            w.data_ptr(), signed32(site), DTYPES.index(w.dtype), fast, where.rows, where.columns, where.channels,
+            where.padded, across, layout == "conv", *place.sizes[1:], *place.strides, place.row, place.channel,
+        ]  # fmt: skip
+        work.append(np.arange(tiles, dtype=np.int64) + (i << 32))
+    table = np.concatenate([entries.ravel(), *work])
+    return torch.from_numpy(table).to(params[0].device)
+
+
+def launch_update(params, key, coef, table, query, stochastic, noise) -> None:
+    """Update every parameter, in place, in one launch.
+
+    Args:
+        params: those of ``table``.
+        key, coef: int32 [2], fp32 [queries], on the device.
+        table: of :func:`update_table` for these parameters and this noise.
+        query: first direction of ``coef``.
+        stochastic: rounding of 16-bit parameters.
+        noise: a :class:`Noise`.
+    """
+    require()
+    programs = table.numel() - len(params) * FIELDS
+    if programs <= 0:
+        return
+    tile = update_tile(noise.name)
+    threshold, scale = noise_args(noise)
+    present = {w.dtype for w in params}
+    with torch.cuda.device_of(table):
+        _update[(programs,)](
+            table, key, coef, len(params), coef.numel(), query, threshold, scale,
+            FP32=torch.float32 in present, BF16=torch.bfloat16 in present, FP16=torch.float16 in present,
+            STOCHASTIC=bool(stochastic), R=tile.rows, C=tile.columns, **noise_constexprs(noise, tile.columns),
+            num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -1,0 +1,91 @@
+"""The update: one launch over all parameters against the CPU reference, bit for bit where the noise is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ezo_kernels import ops
+from ezo_kernels.ops._update_triton import update_table
+from ezo_kernels.ops.noise import Noise
+
+
+def plan(params, sites, layouts, noise):
+    table = update_table(params, sites, layouts, noise)
+    return ops.UpdatePlan(tuple(sites), tuple(layouts), tuple(map(ops.UpdatePlan._address, params)), table)
+
+
+def both(on_cpu, params, layouts, key, coef, noise, **options):
+    """The parameters after our update and after the reference's."""
+    sites = [0xFEDCBA98 + i for i in range(len(params))]
+    ours, theirs = ([torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in params] for _ in "ab")
+    options |= {"sites": sites, "layouts": layouts, "noise": noise}
+    ops.update_(ours, key, coef, plan=plan(ours, sites, layouts, noise), **options)
+    on_cpu(ops.update_, theirs, key, coef, **options)
+    return ours, theirs
+
+
+def test_noises(on_cpu, key, noise):
+    spec, limit = noise
+    params = [torch.randn(20, 40), torch.randn(5), torch.randn(6, 3, 5, 5)]
+    layouts = ["matrix", "matrix", "conv"]
+    ours, theirs = both(on_cpu, params, layouts, key, torch.tensor([0.5, 0.0, -0.25]), spec, query=4)
+    for a, b, w in zip(ours, theirs, params, strict=True):
+        assert not torch.equal(a, w)
+        torch.testing.assert_close(a, b, rtol=0, atol=limit and 2 * limit + 1e-6)
+
+
+def _params():
+    yield "matrix", torch.randn(20, 264)
+    yield "matrix", torch.randn(36, 20).t()
+    yield "matrix", torch.randn(20, 72).clone().as_strided((10, 23), (144, 3))
+    yield "matrix", torch.randn(())
+    yield "matrix", torch.randn(0, 4)
+    yield "matrix", torch.randn(3, 2, 4, 2, 5).permute(3, 1, 0, 2, 4)
+    yield "conv", torch.randn(6, 5, 3, 3)
+    yield "conv", torch.randn(6, 8, 3, 3).to(memory_format=torch.channels_last)
+    yield "conv", torch.randn(6, 5, 3)
+    yield "conv", torch.randn(3, 9, 2, 2, 2).to(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_layouts_and_dtypes_in_one_launch(on_cpu, key, stochastic):
+    layouts, params = zip(*_params(), strict=True)
+    # the interpreter truncates where it casts to bf16: only the stochastic rounding, done in integers, is bf16's here
+    dtypes = [torch.float32, torch.float16, torch.bfloat16 if stochastic else torch.float16]
+    params = [w.to(dtypes[i % 3]) for i, w in enumerate(params)]
+    ours, theirs = both(
+        on_cpu, params, list(layouts), key, torch.tensor([0.01, 0.02]), Noise("clt4"), stochastic_rounding=stochastic
+    )
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert torch.equal(a, b), i
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_of_special_values(on_cpu, key, dtype):
+    """Infinities, NaN, both zeros, subnormals and the largest number."""
+    largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    row = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), largest, -largest, tiny, -tiny, tiny / 8])
+    w = row.repeat(16, 8).to(dtype)
+    ours, theirs = both(on_cpu, [w], ["matrix"], key, torch.tensor([1e-6]), Noise("clt4"))
+    assert torch.equal(ours[0].nan_to_num(nan=7.0), theirs[0].nan_to_num(nan=7.0))
+    assert torch.equal(ours[0].isnan(), theirs[0].isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_skipped_step_leaves_every_bit_alone(key, dtype):
+    w = torch.tensor([0.0, -0.0, 1.0, float("nan")]).repeat(8, 8).to(dtype)
+    before = w.clone()
+    noise = Noise("clt4")
+    ops.update_([w], key, torch.zeros(2), sites=[1], noise=noise, plan=plan([w], [1], ["matrix"], noise))
+    kind = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(w.view(kind), before.view(kind))
+
+
+def test_the_forward_and_the_update_make_the_same_z(key, noise):
+    """w + eps z - eps z in exact arithmetic: with w = 0 the update by -eps is the perturbed copy."""
+    spec, _ = noise
+    w = torch.zeros(33, 70)
+    copy = ops.perturb(w, ops.Perturbation(key, torch.tensor([0.25]), spec, signs=(1,)), site=3)[0]
+    ops.update_([w], key, torch.tensor([-0.25]), sites=[3], noise=spec, plan=plan([w], [3], ["matrix"], spec))
+    assert torch.equal(w, copy)
