@@ -1,4 +1,4 @@
-"""The frozen values of every noise. ``python tests/golden.py`` writes golden_noise.json, which it refuses to change
+"""The frozen values of every noise. ``python -m tests.golden`` writes golden_noise.json, which it refuses to change
 under the same version string: bits change only with docs/rng.md's version.
 """
 

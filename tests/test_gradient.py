@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from materialised import Pass, randn
 
 from ezo_kernels import ops
+from tests.materialised import Pass, randn
 
 SITES = {"w1": 1, "b1": 2, "w2": 3, "b2": 4}
 

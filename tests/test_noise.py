@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 
-import golden
-import noise_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from known_answers import PHILOX
 from numba import njit
-from tolerance import assert_bitwise_equal
 
 from ezo_kernels import ops
 from ezo_kernels.ops import Noise, materialize
@@ -19,6 +15,10 @@ from ezo_kernels.ops import _noise_cpu as cpu
 from ezo_kernels.ops import noise as N
 from ezo_kernels.ops._layout import grid
 from ezo_kernels.ops.update import rounding_lanes
+from tests import golden
+from tests import noise_oracle as oracle
+from tests.known_answers import PHILOX
+from tests.tolerance import assert_bitwise_equal
 
 PARAMS = {"sparse": {"p_zero": 0.6}, "sparse_int8": {"p_zero": 0.3}}
 NAMES = ["gaussian", "clt4", "uniform", "hadamard", "rademacher", "sparse", "sparse_int8"]

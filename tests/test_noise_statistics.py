@@ -9,7 +9,20 @@ import math
 
 import numpy as np
 import pytest
-from noise_statistics import THRESHOLD, failures, good, law, moments, neighbours, shape, suite, tails, within, zeros
+
+from tests.noise_statistics import (
+    THRESHOLD,
+    failures,
+    good,
+    law,
+    moments,
+    neighbours,
+    shape,
+    suite,
+    tails,
+    within,
+    zeros,
+)
 
 NOISES = ["gaussian", "clt4", "uniform", "hadamard", "rademacher"]
 

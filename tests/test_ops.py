@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import materialised as ref
 import pytest
 import torch
-from materialised import Pass, randn
-from tolerance import assert_bitwise_equal, assert_within_torch_error, bits
 
 from ezo_kernels import ops
+from tests import materialised as ref
+from tests.materialised import Pass, randn
+from tests.tolerance import assert_bitwise_equal, assert_within_torch_error, bits
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

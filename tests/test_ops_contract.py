@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from materialised import Pass, randn
-from tolerance import assert_bitwise_equal
 
 from ezo_kernels import ops
 from ezo_kernels.ops import Noise, Perturbation
 from ezo_kernels.ops.noise import key_tensor
+from tests.materialised import Pass, randn
+from tests.tolerance import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

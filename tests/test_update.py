@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-import materialised as ref
 import pytest
 import torch
-from materialised import Pass, randn
-from tolerance import assert_bitwise_equal, bits
 
 from ezo_kernels.ops import Noise, UpdatePlan, update_
 from ezo_kernels.ops.noise import key_tensor
 from ezo_kernels.ops.update import round_stochastic
+from tests import materialised as ref
+from tests.materialised import Pass, randn
+from tests.tolerance import assert_bitwise_equal, bits
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
