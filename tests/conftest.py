@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import sys
 
+import offline
 import pytest
 import torch
 
@@ -29,6 +30,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f"{count:5d}  {reason}")
     if not reasons:
         terminalreporter.line("    0  nothing was skipped")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """No test reaches beyond this machine."""
+    offline.guard(monkeypatch)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

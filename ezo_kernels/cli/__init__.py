@@ -11,7 +11,7 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if None) and return its exit code."""
-    # Imported here: `ezo --help` and a mistyped option need no torch.
+    # Imported here: importing the package does not import argparse's tree, tqdm and the like.
     from .parser import UsageError, build
 
     show = False

@@ -85,6 +85,13 @@ def build() -> Parser:
     train.add_argument("--plot", type=Path, metavar="FILE.png", help="write the curves of loss and accuracy")
     train.add_argument("--checkpoint", type=Path, metavar="FILE", help="written after each epoch and on Ctrl-C")
     train.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint; its recipe is taken over")
+    train.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="CPU threads (default: 1: these batches are too small for more, which mostly wait for each other)",
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar and no line an epoch")
 
     evaluate = commands.add_parser("eval", help="accuracy of a checkpoint", description="Accuracy of a checkpoint.")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
+
 from ..data import Dataset, DownloadError, load
 from . import checkpoint as ckpt
 from . import outputs, system
@@ -149,6 +151,9 @@ def train(args: argparse.Namespace) -> int:
     outputs.check_plot(args.plot)
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max-steps is {args.max_steps}: at least 1 is needed")
+    if args.threads < 1:
+        raise ValueError(f"--threads is {args.threads}: at least 1 is needed")
+    torch.set_num_threads(args.threads)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     resumed = ckpt.read(args.resume) if args.resume else None
     recipe = ckpt.merge(given, resumed, args.resume)

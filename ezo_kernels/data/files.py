@@ -111,16 +111,18 @@ def read_npz(path: Path) -> Arrays:
         TypeError: images that are not uint8, labels that are not integers.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with file:
             missing = [part for part in PARTS if part not in file.files]
-            if missing:
-                raise ValueError(f"{path}: no {', '.join(missing)} in it, only {', '.join(file.files) or 'nothing'}")
-            arrays = {part: file[part] for part in PARTS}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, AttributeError, ValueError) as error:
-        # numpy says AttributeError for a plain .npy; ValueError for pickles, and for ours above.
-        if isinstance(error, FileNotFoundError | PermissionError) or str(path) in str(error):
-            raise
+            arrays = {part: file[part] for part in PARTS if part not in missing}
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path}: corrupt or truncated npz file: {error}") from None
+    if missing:
+        raise ValueError(f"{path}: no {', '.join(missing)} in it, only {', '.join(arrays) or 'others'}")
     for part in ("y_train", "y_test"):
         y = arrays[part]
         if not np.issubdtype(y.dtype, np.integer):
