@@ -58,7 +58,9 @@ def convert_(model: nn.Module, head=0, filter_fn=None, sample=None) -> nn.Module
     for name in held:
         parameters[name].requires_grad_(False)
     for name, cls in plan.fused.items():
-        own = {path: sites[f"{name}.{path}".lstrip(".")].site for path, _ in modules[name].named_parameters(recurse=False)}
+        own = {
+            path: sites[f"{name}.{path}".lstrip(".")].site for path, _ in modules[name].named_parameters(recurse=False)
+        }
         make = next(f for f in ("from_linear", "from_conv1d", "from_conv", "from_embedding") if hasattr(cls, f))
         getattr(cls, make)(modules[name], zo, own)
     for name, paths in plan.grouped.items():

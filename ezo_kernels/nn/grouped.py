@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..ops import perturb
+from ..ops._perturbation import NotStackedError
 from .context import ZOContext
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -116,9 +117,10 @@ def _run(module: Grouped, forward, args, kwargs):
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not any(zo.is_stacked(leaf) for leaf in leaves):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        raise ValueError(
+        raise NotStackedError(
             f"{type(module).base.__name__}: no argument holds the {zo.p.groups} groups of this pass along dimension 0 "
-            f"(shapes {shapes}); use mode='sequential'"
+            f"(shapes {shapes}); run them one by one (mode='sequential')",
+            module.owned[0][1] if module.owned else None,
         )
     outputs = []
     for g in range(zo.p.groups):

@@ -47,9 +47,7 @@ class ZOLinear(nn.Linear):
         if self.zo.p is None:
             return super().forward(input)
         self.zo.visit(self.site, self.bias_site)
-        return perturbed_linear(
-            input, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0
-        )
+        return perturbed_linear(input, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"

@@ -170,7 +170,11 @@ def make_plan(model: nn.Module, head, filter_fn=None, sample=None) -> Plan:
             continue
         if in_head(name, plan.head):
             owns = any(p is not None for p in module._parameters.values())
-            if owns or type(module) in BATCH_NORMS or (name in plan.head and type(module).forward is not nn.Module.forward):
+            if (
+                owns
+                or type(module) in BATCH_NORMS
+                or (name in plan.head and type(module).forward is not nn.Module.forward)
+            ):
                 plan.grouped[name] = ()
             continue
         own = dict(module.named_parameters() if isinstance(module, UNITS) else module.named_parameters(recurse=False))

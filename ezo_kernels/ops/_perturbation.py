@@ -62,6 +62,18 @@ class Perturbation:
 SCHEMA = "int query, int queries, int[] signs, str noise, int rounds, float p_zero"
 
 
+class PassError(ValueError):
+    """A layer cannot take part in a pass; ``site`` tells its caller which layer."""
+
+    def __init__(self, message: str, site: int | None = None) -> None:
+        super().__init__(message)
+        self.site = site
+
+
+class NotStackedError(PassError):
+    """The groups of the pass do not lie along the first dimension: the model may still run one group at a time."""
+
+
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.dtype:
     """The dtype of x after autocast, which is the dtype of the product; checks the pair of dtypes."""
     dtype = x.dtype
@@ -74,28 +86,33 @@ def compute_dtype(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.dty
     return dtype
 
 
-def check_pass(x: torch.Tensor, tensors, p: Perturbation, rows: int, shared: bool, name: str) -> int:
+def check_pass(x: torch.Tensor, tensors, p: Perturbation, rows: int, shared: bool, name: str, site: int) -> int:
     """Rows per group of a pass over ``x`` with ``rows`` in its first dimension; checks devices, groups and autograd."""
     for t in (*tensors, p.key, p.eps):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: x is on {x.device} but a weight, the key or eps is on {t.device}")
     if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
+        raise PassError(
             f"{name}: x requires grad, so a layer trained by backpropagation ran before this zeroth-order one. "
-            "Give every layer from that one on to the head."
+            "Give every layer from that one on to the head.",
+            site,
         )
     if shared or p.groups == 1:
         return rows
     if rows % p.groups:
-        raise ValueError(
-            f"{name}: x has {rows} rows in its first dimension, no multiple of the {p.groups} groups of this pass "
-            f"({p.queries} queries, signs {p.signs}); stack the groups along dimension 0, or run the pass sequentially"
+        raise NotStackedError(
+            f"{name}: x {tuple(x.shape)} has {rows} rows in its first dimension, no multiple of the {p.groups} groups of "
+            f"this pass ({p.queries} queries, signs {p.signs}); stack the groups along dimension 0, or run them one by one "
+            "(mode='sequential')",
+            site,
         )
     return rows // p.groups
 
 
 def aligned(part: torch.Tensor) -> torch.Tensor:
     """``part`` at a 64-byte boundary of its storage, densely strided: MKL's bits depend on both, and groups must not."""
+    if torch.compiler.is_compiling():  # a trace cannot ask where memory lies
+        return part.clone()
     dense = part.is_contiguous() or (part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last))
     return part if dense and (part.storage_offset() * part.element_size()) % 64 == 0 else part.clone()
 

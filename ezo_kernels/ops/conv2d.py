@@ -116,7 +116,7 @@ def perturbed_conv2d(
     if min(size) < 1:
         raise ValueError(f"perturbed_conv2d: the kernel {tuple(kernel)} is larger than the padded x {tuple(x.shape)}")
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
-    rows = check_pass(x, (weight, bias), p, x.shape[0], shared, "perturbed_conv2d")
+    rows = check_pass(x, (weight, bias), p, x.shape[0], shared, "perturbed_conv2d", site)
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     x = x.to(compute_dtype(x, weight, "perturbed_conv2d"))
     out = torch.empty(

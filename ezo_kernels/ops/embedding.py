@@ -87,7 +87,7 @@ def perturbed_embedding(
         if p.groups > 1:
             raise ValueError("perturbed_embedding: a pass of several groups needs ids of at least one dimension")
         return perturbed_embedding(ids[None], weight, p, site=site)[0]
-    rows = check_pass(ids, (weight,), p, ids.shape[0], shared, "perturbed_embedding")
+    rows = check_pass(ids, (weight,), p, ids.shape[0], shared, "perturbed_embedding", site)
     out = weight.new_empty((p.groups * rows, *ids.shape[1:], weight.shape[1]))
     if out.numel():
         _embedding(ids, weight, p.key, p.eps, site, shared, *p.schema_args(), out)

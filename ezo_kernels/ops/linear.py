@@ -104,7 +104,7 @@ def perturbed_linear(
         return perturbed_linear(
             x[None], weight, bias, p, site=site, bias_site=bias_site, transposed=transposed, precision=precision
         )[0]
-    rows = check_pass(x, (weight, bias), p, x.shape[0], shared, "perturbed_linear")
+    rows = check_pass(x, (weight, bias), p, x.shape[0], shared, "perturbed_linear", site)
     x = x.to(compute_dtype(x, weight, "perturbed_linear"))
     out = x.new_empty((p.groups * rows, *x.shape[1:-1], n))
     if out.numel():

@@ -114,7 +114,9 @@ def checked_forward(model: nn.Module, zo, names: dict[int, str], listed: dict[in
         )
     written = sorted(n for n, (b, version) in buffers.items() if b._version != version)
     if written:
-        problems.append(f"buffers written by the forward: {', '.join(map(repr, written))}; only BatchNorm's are understood")
+        problems.append(
+            f"buffers written by the forward: {', '.join(map(repr, written))}; only BatchNorm's are understood"
+        )
     if problems:
         raise ValueError("this model cannot take a zeroth-order step: " + "; ".join(problems))
 
@@ -124,7 +126,9 @@ def rows_apart(stacked: list, alone: list) -> bool:
 
     Compared by the outputs: they may differ by a fiftieth of what the perturbation itself changes, and by rounding.
     """
-    flat = [[t for t in pytree.tree_leaves(o) if torch.is_tensor(t) and t.is_floating_point()] for o in (*stacked, *alone)]
+    flat = [
+        [t for t in pytree.tree_leaves(o) if torch.is_tensor(t) and t.is_floating_point()] for o in (*stacked, *alone)
+    ]
     half = len(stacked)
     for a, b in zip(flat[:half], flat[half:], strict=True):
         if len(a) != len(b):

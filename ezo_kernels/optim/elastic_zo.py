@@ -21,6 +21,7 @@ from ..nn.context import group_pass
 from ..nn.convert import context_of, head_parameters, plan_of, trunk_parameters
 from ..nn.grouped import update_batch_norms
 from ..ops import Noise, Perturbation, UpdatePlan, update_
+from ..ops._perturbation import NotStackedError, PassError
 from ..ops.noise import check_index, fold_key, rng_version
 from .batches import call, part, rows_of, stack
 from .check import checked_forward, rows_apart
@@ -97,7 +98,9 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
         if clip is not None:
             clip = _number(clip, "clip", least=0.0, strict=True)
         if mode not in MODES or head_grad not in HEAD_GRADS:
-            raise ValueError(f"mode must be one of {MODES} and head_grad one of {HEAD_GRADS}, got {mode!r}, {head_grad!r}")
+            raise ValueError(
+                f"mode must be one of {MODES} and head_grad one of {HEAD_GRADS}, got {mode!r}, {head_grad!r}"
+            )
         self.queries = check_index(queries, "queries", 1 << 12)
         if queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
@@ -123,7 +126,7 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self._phase = ranges(nvtx)
         self._plan: UpdatePlan | None = None
-        self._checked = False
+        self._checked = self._rows_checked = False
         self._losses: torch.Tensor | None = None
         self._micro = 0
 
@@ -175,7 +178,9 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
             return "stacked" if mode == "auto" else mode
         plan, modules = plan_of(self.model), dict(self.model.named_modules())
         # A module that reads its own parameters between calls of its children would run them once a group anyway.
-        composite = [n for n, own in plan.grouped.items() if own and any(f.startswith(n + ".") or not n for f in plan.fused)]
+        composite = [
+            n for n, own in plan.grouped.items() if own and any(f.startswith(n + ".") or not n for f in plan.fused)
+        ]
         return "sequential" if any(list(modules[n].children()) for n in composite) else "stacked"
 
     def _fill_scalars(self) -> None:
@@ -199,11 +204,25 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------- passes
 
+    @property
+    def _must_check(self) -> bool:
+        """Whether this is the first step, of a model whose values can be looked at."""
+        return not self._checked and bool(self.trunk) and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
+
+    @property
+    def _must_check_rows(self) -> bool:
+        """Whether this is the first stacked pass, of a model whose values can be looked at."""
+        return not self._rows_checked and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
+
+    def _named(self, error: PassError) -> str:
+        """The error with the name of the layer that it is about."""
+        names = [s.names[0].rpartition(".")[0] for s in self.zo.manifest if s.site == error.site]
+        return f"{names[0]}: {error}" if names and names[0] else str(error)
+
     @contextlib.contextmanager
     def _checking(self):
         """The first step's check around a real forward."""
-        first = not self._checked and bool(self.trunk) and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
-        if not first:
+        if not self._must_check:
             yield
             return
         listed = {s.site: s.names[0] for s in self.zo.manifest}
@@ -264,17 +283,15 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
                 for own in parts:
                     losses.append(loss_for(loss_fn, own, y))
                     self._check_loss(losses[-1])
-        if not self._checked and not isinstance(self.trunk[0], torch._subclasses.FakeTensor):
+        if self._must_check_rows:
             stats = dict(self.zo.batch_stats)
             if not rows_apart(parts, self._alone(p, x, kwargs)):
-                why = "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?)"
-                if self.requested_mode == "stacked":
-                    raise ValueError(f"{why}: a stacked pass would mix the groups; use mode='sequential'")
-                warnings.warn(f"{why}: running the groups one by one (mode='sequential')", stacklevel=3)
-                self.mode = "sequential"
-                self.zo.batch_stats.clear()
-                return self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, kwargs), y))
+                raise NotStackedError(
+                    "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
+                    "a stacked pass would mix the groups; run them one by one (mode='sequential')"
+                )
             self.zo.batch_stats = stats
+            self._rows_checked = True
         with self._phase("head"):
             self._backward(losses)
         return torch.stack([loss.detach().float().reshape(()) for loss in losses])
@@ -318,7 +335,13 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
                     self._backward([loss])
                 return loss.detach().float().reshape(1)
             if self.mode == "stacked":
-                return self._stacked(p, x, y, loss_fn, model_kwargs)
+                try:
+                    return self._stacked(p, x, y, loss_fn, model_kwargs)
+                except NotStackedError as error:
+                    if self.requested_mode == "stacked" or self._rows_checked:
+                        raise
+                    warnings.warn(f"{self._named(error)}; doing so from now on", stacklevel=4)
+                    self.mode, self.zo.batch_stats = "sequential", {}
             return self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
 
         rows_of(x)
@@ -352,6 +375,9 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
             self._drop()
         try:
             losses = run(self._begin())
+        except PassError as error:
+            self._drop()
+            raise ValueError(self._named(error)) from error
         except BaseException:
             self._drop()
             raise

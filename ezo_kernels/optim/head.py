@@ -23,7 +23,9 @@ class GuardedOptimizer:
         self.optimizer = optimizer
         groups = optimizer.param_groups
         if any(
-            p.is_cuda and "betas" in g and not (g.get("capturable") or g.get("fused")) for g in groups for p in g["params"]
+            p.is_cuda and "betas" in g and not (g.get("capturable") or g.get("fused"))
+            for g in groups
+            for p in g["params"]
         ):
             raise NotImplementedError(
                 f"{type(optimizer).__name__} keeps its step count on the host: make it with fused=True or capturable=True"

@@ -25,7 +25,9 @@ def chunked_cross_entropy(
         ValueError: shapes that do not fit.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
-        raise ValueError(f"logits must be [rows, classes] and target [rows], got {tuple(logits.shape)}, {tuple(target.shape)}")
+        raise ValueError(
+            f"logits must be [rows, classes] and target [rows], got {tuple(logits.shape)}, {tuple(target.shape)}"
+        )
     step = max(1, chunk_elements // max(1, logits.shape[1]))
     total = logits.new_zeros((), dtype=torch.float32)
     for part, want in zip(logits.split(step), target.split(step), strict=True):

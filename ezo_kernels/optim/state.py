@@ -15,7 +15,9 @@ class OptimizerState:
 
     def add_param_group(self, param_group: dict) -> None:
         if getattr(self, "param_groups", None):
-            raise NotImplementedError("ElasticZO trains what convert_ decided: convert the model again to change the cut")
+            raise NotImplementedError(
+                "ElasticZO trains what convert_ decided: convert the model again to change the cut"
+            )
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict:

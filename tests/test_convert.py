@@ -1,0 +1,211 @@
+"""Conversion: what becomes what, what is refused, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import ezo_kernels as ezo
+from tests import zoo
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+MODELS = {
+    "lenet": (ezo.models.LeNet5, lambda: torch.randn(2, 1, 28, 28), ["fc3"]),
+    "resnet": (lambda: zoo.ResNet18().eval(), lambda: torch.randn(2, 3, 16, 16), ["fc"]),
+    "vit": (lambda: zoo.ViT().eval(), lambda: torch.randn(2, 3, 16, 16), ["heads"]),
+    "gpt": (lambda: zoo.GPT().eval(), lambda: torch.randint(0, 37, (2, 5)), 0),
+    "mlp": (lambda: zoo.DropoutMLP().eval(), lambda: torch.randn(2, 12), ["net.7"]),
+}
+
+
+@torch.no_grad()  # with autograd torch's attention takes another path where parameters require grad
+@pytest.mark.parametrize("name", MODELS)
+def test_outside_a_step_nothing_changes_and_back_again(name):
+    make, data, head = MODELS[name]
+    model = seeded(make)
+    plain, x = copy.deepcopy(model), data()
+    parameters = {id(p) for p in model.parameters()}
+    assert ezo.convert_(model, head=head) is model
+    assert {id(p) for p in model.parameters()} == parameters
+    assert torch.equal(model(x), plain(x))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.load_state_dict(plain.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), plain(x))
+        assert len({id(m.__dict__["zo"]) for m in other.modules() if "zo" in m.__dict__} | {id(other._ezo)}) == 1
+        assert other._ezo is not model._ezo
+    ezo.unconvert_(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [m.__dict__.keys() for m in model.modules()] == [m.__dict__.keys() for m in plain.modules()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(x), plain(x))
+    ezo.convert_(model, head=head)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_of_a_converted_model_trains_like_the_original(name):
+    make, data, head = MODELS[name]
+    model = ezo.convert_(seeded(make), head=head)
+    x = data()
+    target = torch.zeros(x.shape[0], dtype=torch.long)
+
+    def train(m):
+        ezo.ElasticZO(m, lr=1e-2, mode="sequential").train_step(
+            x, target, loss_fn=lambda o, y: o.float().square().mean()
+        )
+        return [p.clone() for p in m.parameters()]
+
+    other = pickle.loads(pickle.dumps(model))
+    for a, b in zip(train(model), train(other), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_roles_and_summary():
+    model = seeded(zoo.ViT)
+    model.conv_proj.requires_grad_(False)
+    ezo.convert_(model, head=["heads"], filter_fn=lambda m, n: not n.startswith("layers.1"))
+    rows = {r.name: r for r in ezo.summary(model).rows}
+    assert rows["conv_proj"].trained == "frozen" and "requires_grad" in rows["conv_proj"].reason
+    assert rows["layers.1.mlp.0"].trained == "frozen" and "filter_fn" in rows["layers.1.mlp.0"].reason
+    assert rows["layers.0.mlp.0"].trained == "ZO" and rows["layers.0.mlp.0"].type == "Linear"
+    assert "workspace" in rows["layers.0.self_attention"].backend
+    assert rows["heads.0"].trained == "BP" and rows["(model)"].trained == "ZO"
+    total = ezo.summary(model)
+    assert sum(total.total(t) for t in ("ZO", "BP", "frozen")) == sum(p.numel() for p in model.parameters())
+    assert "layers.0.self_attention" in str(total)
+    trunk, head = ezo.trunk_parameters(model), ezo.head_parameters(model)
+    assert not any(p.requires_grad for p in trunk) and all(p.requires_grad for p in head)
+    assert {id(p) for p in head} == {id(p) for p in model.heads.parameters()}
+
+
+def test_sites_do_not_depend_on_the_cut():
+    def sites(head):
+        model = ezo.convert_(seeded(ezo.models.LeNet5), head=head)
+        return {s.names[0]: s.site for s in model._ezo.manifest}
+
+    assert sites(["fc3"]).items() <= sites(0).items()
+    assert len(set(sites(0).values())) == 10
+
+
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [
+        (1, ["fc3"]),
+        (2, ["fc2", "fc3"]),
+        (5, ["conv1", "conv2", "fc1", "fc2", "fc3"]),
+        ("fc3", ["fc3"]),
+        (["fc2", "fc3"], ["fc2", "fc3"]),
+        (0, []),
+    ],
+)
+def test_head_by_number_or_name(head, names):
+    model = ezo.convert_(seeded(ezo.models.LeNet5), head=head)
+    assert {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad} == set(names)
+
+
+def test_integer_head_follows_the_forward_not_the_registration():
+    """The last weight layers of a ResNet by execution: fc, layer4.1.conv2 with its norm, layer4.1.conv1 ..."""
+    model = ezo.convert_(seeded(zoo.ResNet18), head=2)
+    owners = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert owners == {"fc", "layer4.1.conv2", "layer4.1.bn2"}
+    with pytest.raises(ValueError, match="sample"):
+        ezo.convert_(seeded(lambda: zoo.GPT(tied=False)), head=1)
+    model = ezo.convert_(seeded(lambda: zoo.GPT(tied=False)), head=1, sample=torch.zeros(1, 4, dtype=torch.long))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"lm_head.weight"}
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "error", "match"),
+    [
+        (ezo.models.LeNet5, {"head": "fc9"}, ValueError, "fc9"),
+        (ezo.models.LeNet5, {"head": ["fc3", 3]}, TypeError, "string"),
+        (ezo.models.LeNet5, {"head": 6}, ValueError, r"0\.\.5"),
+        (ezo.models.LeNet5, {"head": -1}, ValueError, "-1"),
+        (ezo.models.LeNet5, {"head": None}, TypeError, "NoneType"),
+        (ezo.models.LeNet5, {"head": True}, TypeError, "bool"),
+        (zoo.GPT, {"head": "lm_head"}, ValueError, "wte.weight.*lm_head.weight|lm_head.weight.*wte.weight"),
+        (lambda: nn.DataParallel(nn.Linear(2, 2)), {}, NotImplementedError, "DataParallel"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), {}, NotImplementedError, "SyncBatchNorm"),
+        (lambda: nn.Sequential(nn.LSTM(2, 2)), {}, NotImplementedError, "LSTM"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), {}, ValueError, "lazy"),
+        (lambda: nn.Linear(2, 2).double(), {}, TypeError, "float64"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), {}, NotImplementedError, "parametrization"),
+    ],
+)  # fmt: skip
+def test_refusals_change_nothing(make, kwargs, error, match):
+    model = seeded(make)
+    types, grads = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=match):
+        ezo.convert_(model, **kwargs)
+    assert [type(m) for m in model.modules()] == types
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert "_ezo" not in model.__dict__
+
+
+def test_transposed_tie_is_refused():
+    model = nn.ModuleDict({"a": nn.Linear(3, 5, bias=False), "b": nn.Linear(5, 3, bias=False)})
+    model["b"].weight = nn.Parameter(model["a"].weight.detach().t())
+    with pytest.raises(ValueError, match="same memory"):
+        ezo.convert_(model)
+
+
+def test_converted_twice_and_not_converted():
+    model = ezo.convert_(seeded(ezo.models.LeNet5))
+    with pytest.raises(ValueError, match="already"):
+        ezo.convert_(model)
+    with pytest.raises(ValueError, match="already"):
+        ezo.convert_(nn.Sequential(model))
+    plain = seeded(ezo.models.LeNet5)
+    for call in (ezo.unconvert_, ezo.summary, ezo.trunk_parameters, ezo.ElasticZO):
+        with pytest.raises(ValueError, match="convert_"):
+            call(plain)
+
+
+def test_root_module_and_shared_module_convert():
+    linear = ezo.convert_(seeded(lambda: nn.Linear(3, 2)))
+    assert type(linear) is ezo.nn.ZOLinear
+    shared = nn.Linear(3, 3)
+    model = ezo.convert_(nn.Sequential(shared, nn.ReLU(), shared))
+    assert len(model._ezo.manifest) == 2
+    opt = ezo.ElasticZO(model, lr=0.1)
+    opt.train_step(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_hooks_and_padding_modes_survive():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 4, padding="same"),
+        nn.Flatten(), nn.Linear(4 * 36, 3),
+    )  # fmt: skip
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    plain, x = copy.deepcopy(model), torch.randn(2, 2, 6, 6)
+    ezo.convert_(model, head=["3"])
+    opt = ezo.ElasticZO(model, mode="sequential")
+    opt._eps.zero_()
+    opt.train_step(x, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(opt.losses[0], nn.functional.cross_entropy(plain(x), torch.zeros(2, dtype=torch.long)))
+    assert calls
+
+
+def test_layers_under_torch_compile():
+    model = ezo.convert_(seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))), head=["2"])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(compiled(x), model(x))
+    zo, eps = model._ezo, torch.tensor([0.1])
+    p = ezo.ops.Perturbation(ezo.ops.noise.key_tensor(1, 2), eps)
+    stacked = torch.cat([x, x])
+    with torch.no_grad(), zo.running(p, 8):
+        want = model(stacked)
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(stacked), want)
