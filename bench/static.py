@@ -95,6 +95,15 @@ def variants() -> dict[str, Variant]:
     return found
 
 
+def launched() -> list[tuple[str, str]]:
+    """(kernel, file) of every ``name[grid](...)`` in the library's Triton modules."""
+    found = []
+    for folder in ops.__path__:
+        for path in sorted(pathlib.Path(folder).glob("_*_triton.py")):
+            found += [(name, path.name) for name in re.findall(r"^ +(\w+)\[[^\n]*\]\(\s*$", path.read_text(), re.M)]
+    return found
+
+
 def cubin(variant: Variant, arch: int) -> tuple[bytes, int]:
     """The machine code of ``variant`` for ``arch``, and its shared memory in bytes."""
     import triton
@@ -147,7 +156,7 @@ def parse(sass: str) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
             labels[label[1]] = len(instructions)
         elif found := INSTRUCTION.search(line):
             instructions.append((found[1], found[2]))
-    while instructions and instructions[-1][0] in ("NOP", "BRA"):  # padding after EXIT
+    while instructions and instructions[-1][0] == "NOP":  # padding
         instructions.pop()
     loops = []
     for last, (opcode, operands) in enumerate(instructions):
@@ -158,8 +167,13 @@ def parse(sass: str) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
 
 
 def main_loop(instructions, loops, least: int = 16) -> list[tuple[str, str]]:
-    """Body of the innermost loop with the most Philox multiplies; loops shorter than ``least`` spin on a barrier."""
-    loops = [loop for loop in loops if loop[1] - loop[0] >= least]
+    """Body of the innermost loop with the most Philox multiplies.
+
+    Loops shorter than ``least`` spin on a barrier; what has an EXIT inside is no loop but a jump back from code that
+    was moved behind the end.
+    """
+    exits = [i for i, (opcode, _) in enumerate(instructions) if opcode == "EXIT"]
+    loops = [loop for loop in loops if loop[1] - loop[0] >= least and not any(loop[0] < i < loop[1] for i in exits)]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     bodies = [instructions[first : last + 1] for first, last in inner]
     return max(bodies, key=lambda body: (philox_multiplies(body), len(body)), default=[])
@@ -167,6 +181,15 @@ def main_loop(instructions, loops, least: int = 16) -> list[tuple[str, str]]:
 
 def philox_multiplies(body) -> int:
     return sum(1 for opcode, operands in body if WIDE.match(opcode) and PHILOX.search(operands))
+
+
+def is_call(instruction: tuple[str, str]) -> bool:
+    """Whether it calls a function, such as the slow path of a square root.
+
+    ptxas also leaves loops by a CALL to a label, and guards tensor memory on sm_100 by calls to traps.
+    """
+    opcode, operands = instruction
+    return opcode.startswith("CALL") and "$" in operands and "guardrail" not in operands
 
 
 def _bytes(opcode: str) -> int:
@@ -195,7 +218,7 @@ def measure(variant: Variant, arch: int) -> Row:
         matrix_instructions=dict(sorted(matrix.items())),
         multiplies=sum(1 for o in opcodes if WIDE.match(o)),
         philox_multiplies=philox_multiplies(instructions),
-        calls=sum(1 for o in opcodes if o.startswith("CALL")),
+        calls=sum(map(is_call, instructions)),
         instructions=len(opcodes),
         loop_instructions=len(body),
         instructions_per_z=round(counted * 32 * variant.num_warps / z, 2) if z else None,

@@ -1,0 +1,78 @@
+"""Every kernel compiled for GPUs that are not here: sm_90, and each kernel once on the other architectures it declares.
+
+Variants that say ``representative`` are built; every dtype, noise and architecture is the static report's
+(``python -m bench static``). Bounds are bench/budgets.json, written by ``python -m bench static --write-budgets``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import static  # noqa: E402
+
+pytestmark = pytest.mark.compile
+JOBS = static.tested()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return dict(zip(JOBS, static.measure_all(JOBS, workers=2), strict=True))
+
+
+@pytest.mark.parametrize(("name", "arch"), JOBS, ids=[f"{name}-sm_{arch}" for name, arch in JOBS])
+def test_machine_code(rows, name, arch):
+    row = rows[name, arch]
+    assert not row.faults(static.variants()[name])
+    budget = static.read_budgets().get(name, {}).get(str(arch))
+    assert budget, "no bounds recorded: run python -m bench static --write-budgets"
+    assert row.registers <= budget["registers"], f"{row.registers} registers, bound {budget['registers']}"
+    assert row.shared_bytes <= budget["shared_bytes"], f"{row.shared_bytes} bytes, bound {budget['shared_bytes']}"
+
+
+def test_every_kernel_declares_variants_for_sm_90():
+    """A jit function that is launched and compiled nowhere would be found by its first user."""
+    kernels = {variant.kernel.__name__ for variant in static.variants().values() if 90 in variant.archs}
+    assert {name for name, _ in static.launched()} <= kernels
+
+
+def test_planted_faults_are_found():
+    variants = static.variants()
+    silent = variants["embedding/bf16/gaussian/0/shared"]
+    row = static.measure(replace(silent, expects=("multiply", "mma")), 90)
+    faults = row.faults(replace(silent, expects=("multiply", "integer mma", "mma")))
+    assert [fault.split()[1] for fault in faults] == ["matrix", "integer", "multiply"]
+    assert "spills" in " ".join(replace(row, spill_bytes=4).faults(silent))
+    assert "calls" in " ".join(replace(row, calls=1).faults(silent))
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P0 IMAD.WIDE.U32 R2, R3, -0x2daee0ad, RZ ;
+        /*0020*/                   STL.64 [R1], R2 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24 ;
+        /*0050*/              @UP0 BRA `(.L_x_0) ;
+        /*0060*/                   CALL.REL.NOINC `(.L_x_1) ;
+        /*0070*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   IADD3 R2, R3, 0x1, RZ ;
+        /*00a0*/                   BRA `(.L_x_0);
+        /*00b0*/                   BRA `(.L_x_2);
+        /*00c0*/                   NOP;
+"""
+
+
+def test_listing_is_read():
+    instructions, loops = static.parse(LISTING)
+    assert [opcode for opcode, _ in instructions][-3:] == ["IADD3", "BRA", "BRA"]
+    assert loops == [(1, 3), (0, 5), (0, 10)]
+    assert [static.is_call(i) for i in instructions].index(True) == 7 and sum(map(static.is_call, instructions)) == 1
+    assert static.philox_multiplies(instructions) == 1
+    assert static.main_loop(instructions, loops, least=2) == instructions[1:4]
+    assert static.main_loop(instructions, loops, least=3) == instructions[0:6]
