@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -29,10 +30,16 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
+        # torch writes the checksums of its zip but does not read them: a flipped bit would be a weight.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         # weights_only: tensors and plain values, no code.
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its zip reader, its unpickler or a bad offset happen to raise
-        raise ValueError(f"{path}: corrupt or no checkpoint: {str(error).splitlines()[0]}") from None
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: corrupt or no checkpoint: {what}") from None
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of the format {FORMAT}")
     missing = [key for key in KEYS if key not in contents]

@@ -50,13 +50,13 @@ def info(args: argparse.Namespace) -> int:
     from ..ops.noise import rng_version
 
     device = system.pick_device(args.device)
+    recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head)
+    model = build_model(recipe, device)
+    convert_(model, head=recipe.head_argument)
     for name, version in system.versions().items():
         print(f"{name:12} {version}")
     print(f"{'noise':12} {rng_version(7)}")
     print(f"{'device':12} {device.type}: {system.device_name(device)}")
-    recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head)
-    model = build_model(recipe, device)
-    convert_(model, head=recipe.head_argument)
     print(f"\n{args.model}, head {args.head}:")
     print(summary(model))
     return 0

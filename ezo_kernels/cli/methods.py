@@ -25,7 +25,7 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
     from ..optim import baselines
 
     if recipe.method == "mezo":
-        return baselines.MeZO(model, **zo, **noise)
+        return baselines.MeZO(model, **zo, **noise, head=recipe.head_argument, head_lr=recipe.head_lr)
     if recipe.method == "frozen":
         return baselines.FrozenTrunk(model, head=recipe.head_argument, lr=recipe.head_lr)
     return baselines.BackpropSGD(model, lr=recipe.head_lr)

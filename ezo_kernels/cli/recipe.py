@@ -61,9 +61,8 @@ class Recipe:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")
         # A frozen dataclass; the default of one field depends on another.
         object.__setattr__(self, "head", self.head or DEFAULT_HEAD[self.method])
-        only = {"mezo": "0", "bp": "all"}.get(self.method)
-        if only is not None and self.head != only:
-            raise ValueError(f"method {self.method} has no head to choose: --head {only}, not {self.head}")
+        if self.method == "bp" and self.head != "all":
+            raise ValueError(f"method bp trains every layer by backpropagation: --head all, not {self.head}")
         if self.method == "frozen" and self.head == "0":
             raise ValueError("method frozen with --head 0 would train nothing")
 

@@ -160,6 +160,7 @@ def train(args: argparse.Namespace) -> int:
     if resumed:
         ckpt.check_rng(noise_version(recipe), resumed, args.resume)
     device = system.pick_device(args.device)
+    asked = recipe.data
     data, recipe = get_data(recipe, args.data_dir, args.offline)
     run = Run(recipe, data, device)
     if resumed:
@@ -200,7 +201,7 @@ def train(args: argparse.Namespace) -> int:
         history.append(run.row())
     # The one time that the test images are read: nothing is chosen after it.
     test = run.test()
-    result = record(run, given.get("data", recipe.data), history[-1]["validation_accuracy"], test, history, 0.0)
+    result = record(run, asked, history[-1]["validation_accuracy"], test, history, 0.0)
     result["seconds"] = time.perf_counter() - began
     if args.json:
         outputs.write_json(args.json, result)
