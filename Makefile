@@ -25,7 +25,7 @@ bench: .venv/.dev-ready
 	$(BIN)/python -m bench $(ARGS)
 
 mutants: .venv/.dev-ready
-	$(BIN)/python -m tests.mutants $(ARGS)
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 lint: .venv/.dev-ready
 	$(BIN)/python -m ruff check .
