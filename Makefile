@@ -9,6 +9,8 @@
 PYTHON ?= python3
 ARGS ?=
 PIP_ARGS ?=
+# Processes of the tests. Each has one thread: threads that share a core with another process mostly wait for each other.
+JOBS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
@@ -19,7 +21,7 @@ train: .venv/.train-ready
 	$(BIN)/ezo train $(ARGS)
 
 test: .venv/.dev-ready
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(ARGS)
 
 bench: .venv/.dev-ready
 	$(BIN)/python -m bench $(ARGS)
