@@ -1,0 +1,183 @@
+"""The bugs that tests must notice: a name, the file, a text that occurs in it once, what it becomes, and the tests to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # files, then perhaps -k and an expression, as for pytest
+
+
+_OPS, _CPU = "ezo_kernels/ops/", "ezo_kernels/ops/_noise_cpu.py"
+_STEP, _NN = "ezo_kernels/optim/elastic_zo.py", "ezo_kernels/nn/"
+_NOISE = "tests/test_noise.py"
+_UPDATE = "tests/test_update.py"
+_GRADIENT = "tests/test_gradient.py"
+_LINEAR = "tests/test_ops.py -k linear"
+_MASK = "tests/test_noise.py -k 'mask or sparse'"
+
+MUTANTS = (
+    # noise
+    Mutant("rounds off by one", _CPU, "for _ in range(7):", "for _ in range(6):", "tests/test_noise.py -k philox"),
+    Mutant(
+        "rows and columns swapped",
+        _CPU,
+        "philox(c0, u32(b), c2, c3, k0, k1, rounds)\n            z0, z1",
+        "philox(c0, c3, c2, u32(b), k0, k1, rounds)\n            z0, z1",
+        _NOISE,
+    ),
+    Mutant(
+        "mask compared with a normal",
+        _CPU,
+        "line[8 * b + j] * scale if lane >= t else",
+        "line[8 * b + j] * scale if line[8 * b + j] >= f32(t) * f32(2.0**-16) else",
+        _MASK,
+    ),
+    Mutant(
+        "product rounded before the sum",
+        _CPU,
+        "return builder.fma(*args)",
+        "return builder.fadd(builder.fmul(args[0], args[1]), args[2])",
+        _NOISE,
+    ),
+    Mutant(
+        "one site for all layers",
+        _OPS + "noise.py",
+        "(k0, k1, u32(site), u32(query",
+        "(k0, k1, u32(0), u32(query",
+        _NOISE,
+    ),
+    Mutant(
+        "streams overlap queries",
+        _OPS + "noise.py",
+        "u32(query << 8 | noise.stream)",
+        "u32(query + noise.stream)",
+        _NOISE,
+    ),
+    Mutant("sparse not rescaled", _OPS + "noise.py", "np.float32(noise.scale))", "np.float32(1.0))", _MASK),
+    Mutant(
+        "step cut to 32 bits",
+        _OPS + "noise.py",
+        "step >> 32 & 0xFFFFFFFF",
+        "0",
+        "tests/test_noise.py -k key_is_folded",
+    ),
+    # forward
+    Mutant("eps doubled", _OPS + "perturb.py", "scale = eps.item()", "scale = 2 * eps.item()", _LINEAR),
+    Mutant(
+        "minus is plus",
+        _OPS + "perturb.py",
+        "(w + step if sign > 0 else w - step)",
+        "(w + step)",
+        _GRADIENT,
+    ),
+    Mutant("perturbing writes the weight", _OPS + "perturb.py", "(w + step if", "(w.add_(step) if", _LINEAR),
+    Mutant(
+        "bias not perturbed",
+        _OPS + "linear.py",
+        'biases = [None] * groups if b is None else perturbed_cpu(b, *head, bias_site, "matrix", *tail)',
+        "biases = [None if b is None else b.to(x.dtype)] * groups",
+        _LINEAR,
+    ),
+    Mutant(
+        "every group reads the rows of the first",
+        _OPS + "_perturbation.py",
+        "[aligned(part) for part in parts]",
+        "[aligned(parts[0]) for part in parts]",
+        _LINEAR,
+    ),
+    Mutant(
+        "groups of other strides",
+        _OPS + "_perturbation.py",
+        "return part if dense and (",
+        "return part if (",
+        "tests/test_ops_contract.py",
+    ),
+    Mutant(
+        "conv noise across taps",
+        _OPS + "conv2d.py",
+        'perturbed_cpu(w, key, eps, site, "conv", *tail)',
+        'perturbed_cpu(w, key, eps, site, "matrix", *tail)',
+        "tests/test_ops.py -k conv",
+    ),
+    Mutant(
+        "shared ids read from an offset",
+        _OPS + "embedding.py",
+        "parts = [ids] * groups if shared",
+        "parts = [ids.roll(g, 0) for g in range(groups)] if shared",
+        "tests/test_ops.py -k embedding",
+    ),
+    # update
+    Mutant(
+        "sign of the update",
+        _OPS + "update.py",
+        "acc.sub_(z_cpu(",
+        "acc.add_(z_cpu(",
+        _UPDATE,
+    ),
+    Mutant("z of the wrong query", _OPS + "update.py", "site, query + q, spec", "site, query, spec", _UPDATE),
+    Mutant(
+        "stochastic rounding truncates",
+        _OPS + "update.py",
+        "round_stochastic(acc, lanes, w.dtype)",
+        "round_stochastic(acc, lanes * 0, w.dtype)",
+        _UPDATE,
+    ),
+    Mutant(
+        "rounding words are the noise's",
+        _OPS + "update.py",
+        "np.uint32(C.STREAM_ROUNDING)",
+        "np.uint32(C.STREAM_GAUSSIAN)",
+        "tests/test_noise.py -k lanes",
+    ),
+    Mutant(
+        "a layout refused after the first write",
+        _OPS + "update.py",
+        "grid(w.shape, layout, noise.segment)  # refuses",
+        "pass  # refuses",
+        _UPDATE,
+    ),
+    # layers and the step
+    Mutant(
+        "z of the step before",
+        _STEP,
+        "                self._update(coef)",
+        "                fold_key(self._seed, self._step - 1, self._key), self._update(coef)",
+        "tests/test_step.py -k 'forward_z or eager_mezo'",
+    ),
+    Mutant(
+        "stale seed",
+        _STEP,
+        "fold_key(self._seed, self._step, self._key)",
+        "fold_key(self._seed, self._step * 0, self._key)",
+        "tests/test_step.py -k 'eager_mezo or schedulers'",
+    ),
+    Mutant("clip ignored", _STEP, 'if group["clip"] is not None:', "if False:", "tests/test_step.py -k clip"),
+    Mutant(
+        "a step that is not finite is applied",
+        _STEP,
+        "torch.where(ok, self._lr * g / self.queries, torch.zeros_like(g))",
+        "self._lr * g / self.queries",
+        "tests/test_step.py -k non_finite",
+    ),
+    Mutant(
+        "lr read once",
+        _STEP,
+        "if value != self._filled[name]:",
+        "if self._filled[name] is None:",
+        "tests/test_step.py -k schedulers",
+    ),
+    Mutant(
+        "groups mixed in a norm",
+        _NN + "grouped.py",
+        "        if self.zo.p is None:\n            return super().forward",
+        "        if self.zo.p is None or isinstance(self, GroupedBatchNorm):\n            return super().forward",
+        "tests/test_others.py -k 'losses_equal or batch_norm'",
+    ),
+)
