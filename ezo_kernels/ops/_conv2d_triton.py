@@ -207,17 +207,18 @@ def launch_conv2d(
     tiles_m, tiles_n = -(-positions // tiles.bm), -(-outputs // tiles.bn)
     pair = len(signs) == 2
     stack = 0 if shared else batch * x.stride(0)
-    conv2d_kernel[(tiles_m * tiles_n * conv_groups, queries)](
-        x, w, b, out, key, eps, signed32(site), signed32(bias_site), query, noise.threshold, noise.scale,
-        positions, channels, outputs, -(-channels // noise.segment) * noise.segment,
-        -(-channels // tiles.tap), tiles_m, tiles_n,
-        x.shape[2], x.shape[3], out_height, out_width, *stride, *padding, *dilation,
-        stack, *x.stride(), *w.stride(), 1 if b is None else b.stride(0), batch * out.stride(0), *out.stride(),
-        KH=kh, KW=kw, PAIR=pair, SIGN=1 if pair else signs[0], SHARED=shared or groups == 1,
-        NOISE=NOISE_ID[noise.name], ROUNDS=noise.rounds, UNIT=tiles.unit, ASM=ASM, TAP=tiles.tap,
-        PRECISION="tf32" if precision == "tf32" else "ieee", BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        conv2d_kernel[(tiles_m * tiles_n * conv_groups, queries)](
+            x, w, b, out, key, eps, signed32(site), signed32(bias_site), query, noise.threshold, noise.scale,
+            positions, channels, outputs, -(-channels // noise.segment) * noise.segment,
+            -(-channels // tiles.tap), tiles_m, tiles_n,
+            x.shape[2], x.shape[3], out_height, out_width, *stride, *padding, *dilation,
+            stack, *x.stride(), *w.stride(), 1 if b is None else b.stride(0), batch * out.stride(0), *out.stride(),
+            KH=kh, KW=kw, PAIR=pair, SIGN=1 if pair else signs[0], SHARED=shared or groups == 1,
+            NOISE=NOISE_ID[noise.name], ROUNDS=noise.rounds, UNIT=tiles.unit, ASM=ASM, TAP=tiles.tap,
+            PRECISION="tf32" if precision == "tf32" else "ieee", BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- variants

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from ._noise_triton import ASM, NOISE_ID, UNIT, load_key, signed32, z_units
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -117,13 +119,14 @@ def launch_embedding(ids, w, key, eps, site, shared, query, queries, signs, nois
         raise NotImplementedError(f"perturbed_embedding: {count} ids in a group, at most 2^31 - 1")
     bi, bd = _tile(width, noise.name)
     tiles_d = -(-width // bd)
-    embedding_kernel[(-(-count // bi) * tiles_d, queries)](
-        ids, w, rows, key, eps, signed32(site), query, noise.threshold, noise.scale,
-        count, w.shape[0], width, tiles_d, *w.stride(), *rows.stride(),
-        PAIR=pair, SIGN=1 if pair else signs[0], SHARED=shared or groups == 1,
-        NOISE=NOISE_ID[noise.name], ROUNDS=noise.rounds, UNIT=UNIT[noise.name], ASM=ASM, BI=bi, BD=bd,
-        num_warps=4, num_stages=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(w):
+        embedding_kernel[(-(-count // bi) * tiles_d, queries)](
+            ids, w, rows, key, eps, signed32(site), query, noise.threshold, noise.scale,
+            count, w.shape[0], width, tiles_d, *w.stride(), *rows.stride(),
+            PAIR=pair, SIGN=1 if pair else signs[0], SHARED=shared or groups == 1,
+            NOISE=NOISE_ID[noise.name], ROUNDS=noise.rounds, UNIT=UNIT[noise.name], ASM=ASM, BI=bi, BD=bd,
+            num_warps=4, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- variants

@@ -1,0 +1,145 @@
+"""Launches on a GPU that is not there: what the launchers pass binds, specialises, compiles for sm_90 and fits.
+
+A driver that says it has an H100 takes every launch up to the point where the machine code would be loaded. The
+interpreter does not see what this sees: arguments that are one become constants, options that do not exist, types.
+"""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from bench import static  # noqa: E402
+from ezo_kernels import ops  # noqa: E402
+from ezo_kernels.ops import _library  # noqa: E402
+from ezo_kernels.ops._update_triton import update_table  # noqa: E402
+from ezo_kernels.ops.noise import fold_key, key_tensor  # noqa: E402
+
+pytestmark = pytest.mark.compile
+H100 = {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+
+class AbsentDriver:
+    """As much of a CUDA driver as a launch asks for."""
+
+    #: One list for all: a kernel that was compiled once keeps the launcher that it was given then.
+    launches: list[types.SimpleNamespace] = []
+
+    def __init__(self):
+        self.launcher_cls = self._launcher
+        self.utils = types.SimpleNamespace(
+            get_device_properties=lambda device: H100,
+            load_binary=self._load,
+        )
+
+    @classmethod
+    def _launcher(cls, source, metadata):
+        def launch(x, y, z, *rest):
+            cls.launches.append(types.SimpleNamespace(name=source.fn.__name__, grid=(x, y, z)))
+
+        return launch
+
+    @staticmethod
+    def _load(name, code, shared, device):
+        usage, sass = static.disassemble(code)
+        opcodes = [opcode for opcode, _ in static.parse(sass)[0]]
+        assert " STACK:0 " in usage and not any(o.startswith("STL") for o in opcodes), f"{name} spills: {usage}"
+        return "module", "function", 0, 0, 1024
+
+    def get_current_device(self):
+        return 1 << 20  # no number that a GPU of this machine has
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launches made by the public functions on CPU tensors, through the CUDA launchers."""
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(AbsentDriver())
+    for name, key in list(_library.implementations):
+        if key == "CPU":
+            monkeypatch.setitem(_library.implementations, (name, "CPU"), _library.implementations[name, "CUDA"])
+    AbsentDriver.launches.clear()
+    yield AbsentDriver.launches
+    config._active = before
+
+
+def pass_of(noise="gaussian", **kwargs):
+    return ops.Perturbation(key_tensor(1, 2), torch.ones(1), ops.Noise(noise), **kwargs)
+
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "hadamard"])
+def test_lenet(launches, noise):
+    """The shapes that training begins with."""
+    p = pass_of(noise)
+    site = dict(site=1, bias_site=2)
+    ops.perturbed_conv2d(torch.ones(64, 1, 28, 28), torch.ones(6, 1, 5, 5), torch.ones(6), p, padding=2, **site)
+    ops.perturbed_conv2d(torch.ones(64, 6, 14, 14), torch.ones(16, 6, 5, 5), torch.ones(16), p, **site)
+    ops.perturbed_linear(torch.ones(64, 400), torch.ones(120, 400), torch.ones(120), p, **site)
+    ops.perturbed_linear(torch.ones(64, 84), torch.ones(10, 84), torch.ones(10), p, **site)
+    assert len(launches) == 4
+
+
+@pytest.mark.parametrize(("x", "w"), [(BF16, BF16), (F16, F32), (F32, F32)])
+def test_dtypes(launches, x, w):
+    site = dict(site=0xFFFFFFFF, bias_site=16)
+    p = pass_of("hadamard", queries=2, query=16)
+    ops.perturbed_linear(torch.ones(8, 64, dtype=x), torch.ones(48, 64, dtype=w), torch.ones(48, dtype=w), p, **site)
+    images = torch.ones(8, 32, 9, 9, dtype=x).to(memory_format=torch.channels_last)
+    weight = torch.ones(64, 32, 3, 3, dtype=w).to(memory_format=torch.channels_last)
+    ops.perturbed_conv2d(images, weight, None, p, precision="tf32", **site)
+    ops.perturbed_embedding(torch.zeros(8, 3, dtype=torch.int64), torch.ones(9, 64, dtype=w), p, site=3)
+    assert len(launches) == 3
+
+
+@pytest.mark.parametrize(("signs", "shared"), [((1, -1), False), ((1, -1), True), ((0,), False)])
+def test_everything_is_one(launches, signs, shared):
+    """Arguments that are one are constants of the kernel."""
+    p = pass_of(signs=signs)
+    n = 1 if shared else p.groups
+    one = torch.ones(1)
+    ops.perturbed_linear(torch.ones(n, 1), torch.ones(1, 1), one, p, site=1, bias_site=1, shared=shared)
+    ops.perturbed_linear(
+        torch.ones(n, 1), torch.ones(1, 1), None, p, site=1, bias_site=1, shared=shared, transposed=True
+    )
+    ops.perturbed_conv2d(torch.ones(n, 1, 1, 1), torch.ones(1, 1, 1, 1), one, p, site=1, bias_site=1, shared=shared)
+    ops.perturbed_conv1d(torch.ones(n, 1, 3), torch.ones(1, 1, 2), one, p, site=1, bias_site=1, shared=shared)
+    ops.perturbed_embedding(torch.zeros(n, dtype=torch.int32), torch.ones(1, 1), p, site=1, shared=shared)
+    ops.perturb(one, p, site=1)
+    assert len(launches) == 6
+
+
+def test_depthwise_strided(launches):
+    x, w = torch.ones(4, 24, 30, 30, dtype=BF16)[:, :, ::2, ::2], torch.ones(24, 1, 3, 3, dtype=BF16)
+    ops.perturbed_conv2d(x, w, None, pass_of("clt4"), site=1, groups=24, stride=2, padding=1)
+    assert [launch.name for launch in launches] == ["conv2d_kernel"]
+    assert launches[0].grid[0] >= 24
+
+
+def test_update_and_noise(launches):
+    params = [torch.ones(5, 7), torch.ones(8, 8, 3, 3, dtype=BF16), torch.ones(1, dtype=F16)]
+    key = key_tensor(1, 2)
+    layouts = ["matrix", "conv", "matrix"]
+    table = update_table(params, [1, 2, 3], layouts, ops.Noise())
+    plan = ops.UpdatePlan((1, 2, 3), tuple(layouts), tuple(map(ops.UpdatePlan._address, params)), table)
+    for coef in (torch.ones(1), torch.ones(2)):
+        ops.update_(params, key, coef, sites=[1, 2, 3], plan=plan)
+    fold_key(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), key)
+    ops.materialize((3, 5), seed=1, step=2, site=3, noise="sparse", p_zero=0.5)
+    ops.materialize((1,), seed=1, step=2, site=3, noise="sparse_int8")
+    assert [launch.name for launch in launches] == ["_update", "_update", "_fold_key", "_noise", "_noise"]
