@@ -121,6 +121,18 @@ def test_quiet_prints_the_result_alone(train):
     assert code == 0 and err == "" and out.count("\n") == 1 and "after 2 steps" in out
 
 
+def test_a_terminal_sees_a_bar(train, monkeypatch):
+    """With steps a second, loss, accuracy and memory; an epoch's line goes above it, not through it."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(train_module.Progress, "PERIOD_S", 0.0)
+    code, out, err = train()
+    assert code == 0 and "epoch 1/2" in out
+    last = err.split("\r")[-1]
+    for word in ("14/14", "step/s", "loss 2.", "validation ", "MiB"):
+        assert word in err, last
+    assert train("--quiet")[2] == ""
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(train, method, tmp_path):
     code, _, err = train("--method", method, "--max-steps", 3, "--json", tmp_path / "a.json")

@@ -68,7 +68,10 @@ def interruptible() -> Iterator[list[int]]:
 
 
 class Progress:
-    """The bar on a terminal, a line an epoch elsewhere, nothing with --quiet."""
+    """The bar on a terminal, a line an epoch there and elsewhere, nothing with --quiet."""
+
+    #: seconds between two readings of the loss
+    PERIOD_S = 1.0
 
     def __init__(self, run: Run, quiet: bool, last: int) -> None:
         from tqdm import tqdm
@@ -87,12 +90,12 @@ class Progress:
     def after_step(self, run: Run) -> None:
         self.bar.update()
         now = time.monotonic()
-        # Reading the loss waits for the device: once a second, and only where somebody watches.
+        # Reading the loss waits for the device: once in a while, and only where somebody watches.
         if self.bar.disable or now < self.next_text:
             return
-        self.next_text = now + 1.0
-        window = run.losses[max(0, run.step % len(run.batches) - 50) : run.step % len(run.batches)]
-        loss = window.mean().item() if len(window) else float("nan")
+        self.next_text = now + self.PERIOD_S
+        done = (run.step - 1) % len(run.batches) + 1
+        loss = run.losses[max(0, done - 50) : done].nanmean().item()
         valid = f"{100 * run.history[-1]['validation_accuracy']:.2f}%" if run.history else "-"
         memory = system.peak_memory(run.device)[0] / 2**20
         self.bar.set_postfix_str(f"loss {loss:.4f}, validation {valid}, {memory:.0f} MiB", refresh=False)
