@@ -1,0 +1,124 @@
+"""The perturbed pair of a linear layer against what it replaces: ``pytest bench/bench_linear.py``.
+
+| case | is |
+|---|---|
+| two plain | two forwards of B rows with the weight as it is: what no pair can beat by more than a factor of two |
+| one plain | one forward of 2 B rows |
+| fused | :func:`perturbed_linear`, both signs in one launch, z never in memory |
+| materialised | z in memory, W + eps z and W - eps z beside it, two forwards |
+| compiled | the same under torch.compile (GPU) |
+
+Efficiency is the time of two plain over that of fused. On a GPU weights rotate over 200 MB.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.timing import copies, devices, rotate, time_case
+from ezo_kernels.ops import Noise, Perturbation, materialize, perturb, perturbed_linear
+from ezo_kernels.ops.noise import key_tensor
+from tests.tolerance import assert_within_torch_error
+
+#: device -> (rows a sign, outputs, inputs, dtype)
+SHAPES = {
+    "cpu": [(32, 120, 784, torch.float32), (32, 1024, 1024, torch.float32)],
+    "cuda": [
+        *((rows, 4096, 4096, torch.bfloat16) for rows in (1, 16, 64, 256, 1024, 2048, 8192)),
+        (64, 4096, 4096, torch.float32),
+        (32, 120, 784, torch.float32),
+    ],
+}
+NOISES = {
+    "cpu": ["gaussian", "clt4", "hadamard", "rademacher"],
+    "cuda": ["gaussian", "gaussian_fast", "clt4", "hadamard", "rademacher"],
+}
+SEED, STEP, SITE = 1, 2, 3
+CASES = [
+    pytest.param(device, *shape, id=f"{device}-{shape[0]}x{shape[1]}x{shape[2]}-{str(shape[3])[6:]}")
+    for device in devices()
+    for shape in SHAPES[device]
+]
+NOISY = [
+    pytest.param(*case.values, noise, id=f"{case.id}-{noise}") for case in CASES for noise in NOISES[case.values[0]]
+]
+
+
+def operands(device, rows, n, k, dtype, noise="gaussian"):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * rows, k, generator=generator).to(device, dtype)
+    w = (torch.randn(n, k, generator=generator) * k**-0.5).to(device, dtype)
+    p = Perturbation(key_tensor(SEED, STEP, device), torch.tensor([1e-3], device=device), Noise(noise))
+    return x, [w.clone() for _ in range(copies(w))], p
+
+
+def materialised(x, w, p, z):
+    step = z.to(torch.float32) * p.eps
+    plus, minus = x.chunk(2)
+    w = w.to(torch.float32)
+    return torch.cat([F.linear(plus, (w + step).to(x.dtype)), F.linear(minus, (w - step).to(x.dtype))])
+
+
+def check(x, w, p, run, few: int = 16):
+    """The first rows of both groups against fp64 with z from the reference; a case that is wrong is not timed."""
+    z = materialize(
+        w.shape, seed=SEED, step=STEP, site=SITE, noise=p.noise.name, device=None if p.noise.portable else w.device
+    )
+    rows = x.shape[0] // 2
+    some = [slice(0, min(few, rows)), slice(rows, rows + min(few, rows))]
+    wide = w.double().cpu(), p.eps.double().cpu() * z.double().cpu()
+    truth = torch.cat([F.linear(x[s].double().cpu(), wide[0] + wide[1] * (1 - 2 * i)) for i, s in enumerate(some)])
+    same = materialised(torch.cat([x[s] for s in some]), w, p, z.to(w.device))
+    assert_within_torch_error(torch.cat([run()[s] for s in some]), same, truth, "bench")
+
+
+@pytest.mark.parametrize(("device", "rows", "n", "k", "dtype"), CASES)
+@pytest.mark.parametrize("stacked", [False, True], ids=["two plain", "one plain"])
+def test_plain(benchmark, device, rows, n, k, dtype, stacked):
+    x, weights, _ = operands(device, rows, n, k, dtype)
+    parts = [x] if stacked else list(x.chunk(2))
+    run = rotate(lambda w: [F.linear(part, w) for part in parts], weights)
+    case = "one plain" if stacked else "two plain"
+    time_case(benchmark, run, device, case=case, rows=rows, n=n, k=k, dtype=str(dtype))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("device", "rows", "n", "k", "dtype", "noise"), NOISY)
+def test_fused(benchmark, device, rows, n, k, dtype, noise):
+    x, weights, p = operands(device, rows, n, k, dtype, noise)
+    check(x, weights[0], p, lambda: perturbed_linear(x, weights[0], None, p, site=SITE))
+    run = rotate(lambda w: perturbed_linear(x, w, None, p, site=SITE), weights)
+    time_case(benchmark, run, device, case="fused", rows=rows, n=n, k=k, dtype=str(dtype), noise=noise)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("device", "rows", "n", "k", "dtype", "noise"), NOISY)
+def test_materialised(benchmark, device, rows, n, k, dtype, noise):
+    x, weights, p = operands(device, rows, n, k, dtype, noise)
+
+    def once(w):
+        plus, minus = perturb(w, p, site=SITE)
+        return torch.cat([F.linear(part, v) for part, v in zip(x.chunk(2), (plus, minus), strict=True)])
+
+    check(x, weights[0], p, lambda: once(weights[0]))
+    run = rotate(once, weights)
+    time_case(benchmark, run, device, case="materialised", rows=rows, n=n, k=k, dtype=str(dtype), noise=noise)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("device", "rows", "n", "k", "dtype"), [case for case in CASES if case.values[0] == "cuda"]
+)  # fmt: skip
+def test_compiled(benchmark, device, rows, n, k, dtype):
+    """What a user gets from torch.compile: torch's own normals, fused into the perturbation by Inductor."""
+    x, weights, p = operands(device, rows, n, k, dtype)
+
+    @torch.compile
+    def once(w):
+        step = torch.randn(w.shape, device=w.device, dtype=torch.float32) * p.eps
+        plus, minus = x.chunk(2)
+        return F.linear(plus, (w.float() + step).to(w.dtype)), F.linear(minus, (w.float() - step).to(w.dtype))
+
+    time_case(benchmark, rotate(once, weights), device, case="compiled", rows=rows, n=n, k=k, dtype=str(dtype))
