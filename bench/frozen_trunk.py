@@ -1,0 +1,148 @@
+"""Has the trunk learnt anything? ElasticZO against a frozen trunk with the same head, tuned over five learning rates.
+
+    python -m bench.frozen_trunk --data mnist --data-dir DIR --out bench/results/frozen_trunk_mnist.json
+
+Both arms have the same initialisation, preprocessing, batches, schedule and number of steps. Learning rates are chosen on the
+validation split, the frozen trunk's for each seed on its own; the test set is read once, at the end of each run. A run that
+is in the file already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import ezo_kernels as ezo
+from ezo_kernels.data import Batches, load, standardize
+
+FROZEN_LRS = (0.02, 0.05, 0.1, 0.2, 0.4)
+HEADS = (["fc3"], ["fc2", "fc3"])
+#: Chosen on the validation split (docs/recipes.md).
+RECIPES = {
+    "mnist": {"lr": 1e-4, "eps": 1e-3, "clip": 5.0, "queries": 1, "noise": "gaussian", "head_lr": 0.05},
+    "fashion_mnist": {"lr": 4e-4, "eps": 1e-3, "clip": 5.0, "queries": 4, "noise": "gaussian", "head_lr": 0.05},
+}
+
+
+def _errors(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Share of wrong labels."""
+    with torch.no_grad():
+        wrong = sum((model(a).argmax(1) != b).sum() for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    return wrong.item() / len(x)
+
+
+def _lenet(seed: int) -> nn.Module:
+    return ezo.models.LeNet5(generator=torch.Generator().manual_seed(seed))
+
+
+def _below(model: nn.Module, head: list[str], x: torch.Tensor) -> torch.Tensor:
+    """What the frozen trunk hands to the head: made once, since it never changes."""
+    captured = {}
+    hook = getattr(model, head[0]).register_forward_pre_hook(lambda _, args: captured.update(x=args[0]))
+    parts = []
+    with torch.no_grad():
+        for chunk in x.split(1000):
+            model(chunk)
+            parts.append(captured["x"])
+    hook.remove()
+    return torch.cat(parts)
+
+
+def frozen(splits: dict, head: list[str], seed: int, epochs: int, batch: int) -> dict:
+    """The frozen trunk at the best of :data:`FROZEN_LRS`."""
+    best = None
+    for lr in FROZEN_LRS:
+        model = _lenet(seed)
+        features = {k: _below(model, head, x) for k, (x, _) in splits.items()}
+        layers = [getattr(model, name) for name in head]
+        net = nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
+        optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+        batches = Batches(features["train"], splits["train"][1], batch, seed)
+        schedule = CosineAnnealingLR(optimizer, epochs * len(batches))
+        for _ in range(epochs):
+            for x, y in batches:
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), y).backward()
+                optimizer.step()
+                schedule.step()
+        valid = _errors(net, features["valid"], splits["valid"][1])
+        if best is None or valid < best["validation_error"]:
+            best = {"lr": lr, "validation_error": valid, "net": net, "features": features}
+    best["test_error"] = _errors(best.pop("net"), best.pop("features")["test"], splits["test"][1])
+    return best
+
+
+def elastic(splits: dict, head: list[str], seed: int, epochs: int, batch: int, recipe: dict) -> dict:
+    """ElasticZO with ``recipe``."""
+    model = ezo.convert_(_lenet(seed), head=head)
+    opt = ezo.ElasticZO(model, seed=seed, **recipe)
+    batches = Batches(*splits["train"], batch, seed)
+    schedule = CosineAnnealingLR(opt, epochs * len(batches))
+    start, curve = time.perf_counter(), []
+    for _ in range(epochs):
+        for x, y in batches:
+            opt.train_step(x, y)
+            schedule.step()
+        curve.append(_errors(model, *splits["valid"]))
+    return {
+        "recipe": recipe,
+        "steps": opt.step_count.item(),
+        "skipped": opt.skipped.item(),
+        "seconds": time.perf_counter() - start,
+        "validation_curve": curve,
+        "validation_error": curve[-1],
+        "test_error": _errors(model, *splits["test"]),
+        "rng_version": opt.rng_version,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=sorted(RECIPES), required=True)
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = load(args.data, args.data_dir)
+    if not data.genuine:
+        raise SystemExit(f"{args.data} from {data.source} is not the genuine set: no evidence is made of it")
+    splits = {
+        k: (standardize(getattr(data, f"x_{k}"), args.data), torch.from_numpy(getattr(data, f"y_{k}")))
+        for k in ("train", "valid", "test")
+    }
+    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    done = {(tuple(r["head"]), r["seed"]) for r in runs}
+    for seed in args.seeds:
+        for head in HEADS:
+            if (tuple(head), seed) in done:
+                continue
+            run = {"data": args.data, "head": head, "seed": seed, "epochs": args.epochs, "batch": args.batch}
+            run["elastic"] = elastic(splits, head, seed, args.epochs, args.batch, RECIPES[args.data])
+            run["frozen"] = frozen(splits, head, seed, args.epochs, args.batch)
+            run["ratio"] = run["elastic"]["test_error"] / run["frozen"]["test_error"]
+            runs.append(run)
+            environment = {"torch": torch.__version__, "device": "cpu", "ezo_kernels": ezo.__version__}
+            temporary = args.out.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1) + "\n")
+            os.replace(temporary, args.out)
+            print(
+                f"{args.data} head={'+'.join(head)} seed={seed}: test error {run['elastic']['test_error']:.4f} against "
+                f"{run['frozen']['test_error']:.4f} frozen (lr {run['frozen']['lr']}): ratio {run['ratio']:.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

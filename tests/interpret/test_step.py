@@ -1,0 +1,90 @@
+"""Whole steps on the kernels: the contract's bitwise points, and the reference's run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ezo_kernels as ezo
+from ezo_kernels.ops._update_triton import update_table
+
+
+@pytest.fixture(autouse=True)
+def plans(monkeypatch, cuda_kernels):
+    """Plans with a table of addresses, as CUDA parameters have."""
+
+    def build(cls, params, sites, layouts, noise):
+        table = update_table(params, sites, layouts, noise)
+        return cls(tuple(sites), tuple(layouts), tuple(map(cls._address, params)), table)
+
+    monkeypatch.setattr(ezo.ops.UpdatePlan, "build", classmethod(build))
+
+
+class Net(nn.Module):
+    """Every fused layer and a norm, in one small net."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.25)
+        self.fc = nn.Linear(4 * 3 * 3, 9)
+        self.out = nn.Linear(9, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        return self.out(torch.relu(self.fc(self.drop(x.flatten(1)))))
+
+
+def start(**kwargs):
+    torch.manual_seed(0)
+    model = ezo.convert_(Net(), head=["out"])
+    return model, ezo.ElasticZO(model, lr=1e-2, eps=1e-2, seed=5, **kwargs)
+
+
+def data(i: int = 0):
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(3, 2, 3, 3, generator=g), torch.randint(0, 3, (3,), generator=g)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("stacked", "gaussian"), ("sequential", "clt4"), ("stacked", "hadamard")])
+def test_eps_zero_gives_equal_losses(mode, name):
+    _, opt = start(mode=mode, noise=name, queries=2)
+    opt._eps.zero_()
+    opt.train_step(*data())
+    # one dropout mask a query: the two signs of a query are equal, the queries are not
+    assert opt.losses[0] == opt.losses[1] and opt.losses[2] == opt.losses[3]
+
+
+@pytest.mark.parametrize("name", ["clt4", "hadamard", "rademacher"])
+def test_update_uses_the_forward_z_bitwise(name):
+    model, opt = start(noise=name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    opt.train_step(*data())
+    for s in model._ezo.manifest:
+        z = ezo.ops.materialize(s.shape, seed=5, step=0, site=s.site, layout=s.layout, noise=name)
+        assert torch.equal(model.state_dict()[s.names[0]], before[s.names[0]] - (opt._lr * opt.g) * z), s.names
+
+
+@pytest.mark.parametrize(("mode", "name"), [("stacked", "gaussian"), ("sequential", "clt4")])
+def test_two_steps_follow_the_reference(mode, name, on_cpu):
+    def run():
+        model, opt = start(mode=mode, noise=name, queries=2, clip=5.0)
+        for i in range(2):
+            opt.train_step(*data(i))
+        return [v.clone() for v in model.state_dict().values()], opt.losses.clone()
+
+    (ours, losses), (want, expected) = run(), on_cpu(run)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model, opt = start()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x, y = data()
+    opt.train_step(x * float("inf"), y)
+    assert opt.skipped.item() == 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
