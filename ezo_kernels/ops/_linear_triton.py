@@ -17,10 +17,12 @@ from __future__ import annotations
 import torch
 
 from ._address import address, strided
+from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._noise_triton import UNIT as UNITS
-from ._noise_triton import load_key, noise_args, noise_constexprs, signed32, z_units
-from ._tiles import linear_tile
+from ._tiles import LARGE, linear_tile
 from ._triton import jit, require, tl
+from ._variants import ARCHS, Variant
+from .noise import Noise
 
 
 @jit
@@ -71,7 +73,7 @@ def _store(out_ptr, acc, bias, row0, rm, rn, rows, N, SWAP: tl.constexpr, BIAS: 
 
 
 @jit(do_not_specialize=["site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold"])
-def _linear(
+def linear_kernel(
     x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
     n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr,
@@ -183,6 +185,18 @@ def input_precision(dtype: torch.dtype, precision: str) -> str:
     return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
+def constexprs(
+    tile, noise, signs: int, shared: bool, transposed: bool, bias: bool, x_dims: int, even_k: bool, precision: str
+) -> dict:
+    """Everything that :func:`linear_kernel` is compiled for."""
+    return {
+        **{"SIGNS": signs, "SHARED": bool(shared), "TRANSPOSED": bool(transposed), "BIAS": bias, "X_DIMS": x_dims},
+        **{"EVEN_K": even_k, "PRECISION": precision, "SWAP": tile.swap, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
+        **noise_constexprs(noise, tile.bn if transposed else tile.bk),
+        "BIAS_UNIT": min(UNITS[noise.name], tile.bn),
+    }
+
+
 def launch_linear(
     x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, out,
 ) -> None:  # fmt: skip
@@ -208,16 +222,79 @@ def launch_linear(
     if max(n + tile.bn, k + tile.bk, rows + tile.bm, tiles_m * tiles_n * queries) >= 1 << 31:
         raise NotImplementedError(f"perturbed_linear: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
     threshold, scale = noise_args(noise)
-    columns = tile.bn if transposed else tile.bk
-    constexprs = noise_constexprs(noise, columns)
+    sign = 2 if len(signs) == 2 else signs[0]
     stride_n, stride_k = w.stride()[::-1] if transposed else w.stride()
     with torch.cuda.device_of(x):
-        _linear[(tiles_m * tiles_n * queries,)](
+        linear_kernel[(tiles_m * tiles_n * queries,)](
             x, w, b if b is not None else w, out, key, eps, signed32(site), signed32(bias_site), query, rows, n, k,
             tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=stride_n, w_stride_k=stride_k,
             b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
-            SIGNS=2 if len(signs) == 2 else signs[0], SHARED=bool(shared), TRANSPOSED=bool(transposed),
-            BIAS=b is not None, X_DIMS=place.dims, EVEN_K=k % tile.bk == 0, PRECISION=precision, SWAP=tile.swap,
-            BM=tile.bm, BN=tile.bn, BK=tile.bk, BIAS_UNIT=min(UNITS[noise.name], tile.bn), **constexprs,
+            **constexprs(tile, noise, sign, shared, transposed, b is not None, place.dims, k % tile.bk == 0, precision),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- variants
+
+_FLOATS = {
+    "bf16": ("bf16", "bf16", torch.bfloat16, "ieee"),
+    "fp16": ("fp16", "fp16", torch.float16, "ieee"),
+    "mixed": ("bf16", "fp32", torch.bfloat16, "ieee"),
+    "fp32": ("fp32", "fp32", torch.float32, "ieee"),
+    "tf32": ("fp32", "fp32", torch.float32, "tf32"),
+}
+#: What the tests compile: dtype, noise, rows, how.
+_TESTED = {
+    ("bf16", "gaussian", 16, "pair"), ("bf16", "gaussian", 2048, "pair"), ("mixed", "gaussian", 2048, "pair"),
+    ("bf16", "hadamard", 16, "pair"), ("bf16", "hadamard", 2048, "pair"), ("bf16", "sparse", 2048, "pair"),
+    ("fp16", "clt4", 32, "pair"), ("bf16", "rademacher", 32, "pair"), ("tf32", "gaussian", 32, "pair"),
+    ("fp32", "gaussian", 32, "pair"), ("bf16", "gaussian", 16, "transposed"), ("bf16", "hadamard", 2048, "transposed"),
+    ("bf16", "gaussian", 16, "shared"), ("fp32", "gaussian", 32, "tail"), ("bf16", "gaussian", 2048, "plus"),
+    ("bf16", "gaussian", 2048, "plain"),
+}  # fmt: skip
+
+
+def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...], n: int = 4096) -> Variant:
+    x, w, kind, precision = _FLOATS[dtype]
+    noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
+    transposed = how == "transposed"
+    tile = linear_tile(rows, n, 4096, kind, name, precision, transposed, archs[0])
+    pointers = {"x_ptr": x, "w_ptr": w, "b_ptr": w, "out_ptr": x, "key_ptr": "i32", "eps_ptr": "fp32"}
+    integers = ("site", "bias_site", "query", "rows", "N", "K", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold")
+    along, across = ("w_stride_n", "w_stride_k") if transposed else ("w_stride_k", "w_stride_n")
+    strides = ("s0", "s1", "s2", "s3", across)
+    signs = {"plus": 1, "plain": 0}.get(how, 2)
+    return Variant(
+        kernel=linear_kernel,
+        name=f"linear/{dtype}/{name}/{rows}/{how}" + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
+        signature={
+            **{pointer: "*" + of for pointer, of in pointers.items()},
+            **dict.fromkeys((*integers, *strides), "i32"),
+            "scale": "fp32",
+        },
+        constexprs={
+            **{"x_stride": 1, "b_stride": 1, along: 1},
+            **constexprs(tile, noise, signs, how == "shared", transposed, True, 1, how != "tail", precision),
+            "ASM": True,
+        },
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        archs=archs,
+        expects=(() if dtype == "fp32" else ("mma",)) + (("multiply",) if signs else ()),
+        z_per_loop=tile.bn * tile.bk if signs else 0,
+        divisible=("N", *strides) if how == "tail" else ("N", "K", *strides),
+        representative=(dtype, name, rows, how) in _TESTED,
+    )
+
+
+def variants():
+    """A layer of 4096 by 4096 at few and at many rows, for the static report and the compile tests."""
+    require()
+    cases = [(d, n, r, "pair") for d in _FLOATS for n in NOISE_ID for r in (16, 32, 64, 2048) if n != "sparse_int8"]
+    cases += [("bf16", n, r, "transposed") for n in ("gaussian", "hadamard", "clt4") for r in (16, 2048)]
+    cases += [case for case in sorted(_TESTED) if case not in cases]
+    for case in cases:
+        large = tuple(arch for arch in ARCHS if arch in LARGE)
+        small = tuple(arch for arch in ARCHS if arch not in LARGE)
+        for archs in (large, small) if case[2] > 64 and case[0] != "fp32" else (ARCHS,):
+            yield _variant(*case, archs)

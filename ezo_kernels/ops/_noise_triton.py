@@ -18,6 +18,7 @@ import torch
 
 from . import _constants as C
 from ._triton import constexpr, jit, require, tl, triton
+from ._variants import Variant
 
 #: noise name -> id that kernels branch on
 NOISE_ID = {
@@ -63,9 +64,6 @@ _CLT_A, _CLT_B = constexpr(C.CLT4_A), constexpr(C.CLT4_B)
 _UNIFORM, _HADAMARD = constexpr(C.UNIFORM_SCALE), constexpr(C.HADAMARD_SCALE)
 
 
-# ------------------------------------------------------------------------------------------------------------- Philox
-
-
 @jit
 def _multiply(word, SECOND: tl.constexpr, ASM: tl.constexpr):
     """High and low word of word * M0 (M1 if SECOND). LLVM splits a 64-bit product in two; the asm is one multiply."""
@@ -105,9 +103,6 @@ def philox(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr, ASM: tl.constexpr):
 def load_key(key_ptr):
     """The two words of a folded key."""
     return tl.load(key_ptr).to(tl.uint32, bitcast=True), tl.load(key_ptr + 1).to(tl.uint32, bitcast=True)
-
-
-# --------------------------------------------------------------------------------------------------------- transforms
 
 
 @jit
@@ -154,9 +149,7 @@ def _gaussian_pair(w0, w1):
 
 @jit
 def _approximate(x, OP: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        OP + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )  # fmt: skip
+    return tl.inline_asm_elementwise(OP + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @jit
@@ -367,7 +360,7 @@ def noise_constexprs(noise, columns: int) -> dict:
 
 
 @jit
-def _fold_key(seed_ptr, step_ptr, key_ptr, ASM: tl.constexpr):
+def fold_key_kernel(seed_ptr, step_ptr, key_ptr, ASM: tl.constexpr):
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     step = tl.load(step_ptr).to(tl.uint64, bitcast=True)
     zero = step.to(tl.uint32) * 0
@@ -388,4 +381,16 @@ def launch_fold_key(seed: torch.Tensor, step: torch.Tensor, key: torch.Tensor) -
     """
     require()
     with torch.cuda.device_of(key):
-        _fold_key[(1,)](seed, step, key, ASM=ASM, num_warps=1, enable_fp_fusion=False)
+        fold_key_kernel[(1,)](seed, step, key, ASM=ASM, num_warps=1, enable_fp_fusion=False)
+
+
+def variants():
+    """For the static report and the compile tests."""
+    yield Variant(
+        kernel=fold_key_kernel,
+        name="fold_key",
+        signature={"seed_ptr": "*i64", "step_ptr": "*i64", "key_ptr": "*i32"},
+        constexprs={"ASM": True},
+        num_warps=1,
+        num_stages=3,
+    )

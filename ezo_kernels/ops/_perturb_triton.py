@@ -17,9 +17,11 @@ import torch
 
 from ._address import address, offsets
 from ._layout import Grid, grid
-from ._noise_triton import load_key, noise_args, noise_constexprs, signed32, z_units
+from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._tiles import element_tile
 from ._triton import jit, require, tl
+from ._variants import Variant
+from .noise import Noise
 
 _SCALARS = ["site", "query", "rows", "columns", "padded", "tiles", "threshold", "n1", "n2", "n3"]
 
@@ -40,7 +42,7 @@ def _place(pid, tiles, channels, padded, R: tl.constexpr, C: tl.constexpr, CONV:
 
 
 @jit(do_not_specialize=_SCALARS)
-def _noise(
+def noise_kernel(
     out_ptr, key_ptr, site, query, rows, columns, channels, padded, tiles,
     n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, threshold, scale,
     R: tl.constexpr, C: tl.constexpr, DIMS: tl.constexpr, CONV: tl.constexpr,
@@ -55,7 +57,7 @@ def _noise(
 
 
 @jit(do_not_specialize=[*_SCALARS, "w_n1", "w_n2", "w_n3"])
-def _perturb(
+def perturb_kernel(
     w_ptr, out_ptr, key_ptr, eps_ptr, site, query, rows, columns, channels, padded, tiles, group_stride,
     w_n1, w_n2, w_n3, w_s0, w_s1, w_s2, w_s3, w_row_stride, w_channel_stride,
     n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, threshold, scale,
@@ -126,7 +128,7 @@ def launch_noise(out: torch.Tensor, key: torch.Tensor, site: int, query: int, la
     tile, total, scalars = _cover(where, noise)
     threshold, scale = noise_args(noise)
     with torch.cuda.device_of(out):
-        _noise[(total,)](
+        noise_kernel[(total,)](
             out, key, signed32(site), query, **scalars, **place.args(), threshold=threshold, scale=scale,
             R=tile.rows, C=tile.columns, DIMS=place.dims, CONV=layout == "conv",
             **noise_constexprs(noise, tile.columns), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
@@ -157,10 +159,68 @@ def launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, out)
     tile, total, scalars = _cover(where, noise)
     threshold, scale = noise_args(noise)
     with torch.cuda.device_of(w):
-        _perturb[(total, queries)](
+        perturb_kernel[(total, queries)](
             w, out, key, eps, signed32(site), query, **scalars, group_stride=out.stride(0),
             **source.args("w_"), **place.args(), threshold=threshold, scale=scale,
             SIGNS=2 if len(signs) == 2 else signs[0], R=tile.rows, C=tile.columns,
             W_DIMS=source.dims, DIMS=place.dims, CONV=layout == "conv",
             **noise_constexprs(noise, tile.columns), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- variants
+
+
+def _variant(kernel, name, pointers, integers, constexprs, tile, noise, ones, representative):
+    """A launch whose strides ``ones`` are one, and so constants, and whose other strides are multiples of 16."""
+    return Variant(
+        kernel=kernel,
+        name=name,
+        signature={
+            **{pointer: "*" + kind for pointer, kind in pointers.items()},
+            **{integer: "i32" for integer in integers if integer not in ones},
+            "scale": "fp32",
+        },
+        constexprs={
+            "R": tile.rows,
+            "C": tile.columns,
+            **dict.fromkeys(ones, 1),
+            **noise_constexprs(noise, tile.columns),
+            "ASM": True,
+            **constexprs,
+        },
+        num_warps=tile.warps,
+        num_stages=1,
+        expects=("multiply", "integer mma") if noise.name == "hadamard" else ("multiply",),
+        z_per_program=tile.rows * tile.columns,
+        divisible=tuple(n for n in integers if n not in ones and n not in _SCALARS and not n.startswith("w_n")),
+        representative=representative,
+    )
+
+
+def variants():
+    """Contiguous tensors: a matrix, a bias and a 3 x 3 convolution, for the static report and the compile tests."""
+    require()
+    strides = ("s0", "s1", "s2", "s3", "row_stride", "channel_stride")
+    out = [*_SCALARS, "channels", *strides]
+    both = [*out, "group_stride", "w_n1", "w_n2", "w_n3", *("w_" + s for s in strides)]
+    for name in NOISE_ID:
+        noise = Noise(name, p_zero=0.5 if name.startswith("sparse") else 0.0)
+        for shape, rows, conv in (("matrix", 4096, False), ("bias", 1, False), ("conv3x3", 128, True)):
+            tile = element_tile(rows, name)
+            one = "s3" if conv else "channel_stride"
+            tested = (shape, name) in {("matrix", "gaussian"), ("matrix", "hadamard"), ("conv3x3", "rademacher")}
+            pointers = {"out_ptr": "i8" if name == "sparse_int8" else "fp32", "key_ptr": "i32"}
+            constexprs = {"DIMS": 1, "CONV": conv}
+            yield _variant(
+                noise_kernel, f"noise/{name}/{shape}", pointers, out, constexprs, tile, noise, (one,), tested
+            )
+            if name == "sparse_int8" or conv:
+                continue
+            for dtype in ("bf16", "fp16", "fp32"):
+                pointers = {"w_ptr": dtype, "out_ptr": dtype, "key_ptr": "i32", "eps_ptr": "fp32"}
+                constexprs = {"DIMS": 1, "W_DIMS": 1, "CONV": conv, "SIGNS": 2}
+                yield _variant(
+                    perturb_kernel, f"perturb/{dtype}/{name}/{shape}/pair", pointers, both, constexprs, tile, noise,
+                    (one, "w_" + one), shape == "bias" and (dtype, name) in {("bf16", "gaussian"), ("fp32", "hadamard")},
+                )  # fmt: skip

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+#: Architectures with 227 KB of shared memory a block, and a matrix instruction of 64 rows and more.
+LARGE = frozenset((90, 100))
+
 
 @dataclass(frozen=True)
 class ElementTile:
@@ -30,7 +35,10 @@ def element_tile(rows: int, noise: str) -> ElementTile:
 
 def update_tile(noise: str) -> ElementTile:
     """Tile of the update: one for all parameters of a launch."""
-    return ElementTile(64, 64) if noise == "hadamard" else ElementTile(16, 256)
+    if noise == "hadamard":
+        return ElementTile(64, 64)
+    # the exact Gaussian holds twice the registers of the others
+    return ElementTile(8 if noise in ("gaussian", "sparse") else 16, 256)
 
 
 @dataclass(frozen=True)
@@ -45,5 +53,28 @@ class LinearTile:
     swap: bool
 
 
-def linear_tile(rows, n, k, dtype, noise, precision, transposed, arch) -> LinearTile:
-    return LinearTile(16, 64, 32, 4, 3, True)
+def linear_tile(
+    rows: int, n: int, k: int, dtype: torch.dtype, noise: str, precision: str, transposed: bool, arch: int
+) -> LinearTile:
+    """Tile of a perturbed linear layer of ``rows`` rows a group, ``n`` outputs and ``k`` inputs.
+
+    Args:
+        dtype: of x. precision: ``ieee`` or ``tf32``, of fp32.
+        arch: compute capability, 90 for an H100.
+    """
+    dear = noise in ("gaussian", "sparse")  # many live registers a z
+    few = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if dtype == torch.float32 and precision == "ieee":
+        # no tensor core: the operands of every fma are registers, and W's rows are what a thread can hold
+        return LinearTile(few, 32, 32, 4 if few == 16 else 8, 2, True)
+    if rows <= 64:
+        # W's bytes or its noise decide: many programs rather than wide ones, until the GPU is full of them
+        # (hadamard always wide: its mix fills the tensor core from 64 rows)
+        bn = 64 if n >= 8192 or noise == "hadamard" else 32
+        bk = 32 if transposed or dtype == torch.float32 or (dear and few > 16) else 64
+        return LinearTile(few, bn, bk, 4, 3, True)
+    if arch in LARGE:
+        wide = dtype != torch.float32 and not transposed
+        bk = 64 if wide and noise not in ("sparse", "hadamard") else 32
+        return LinearTile(128, 128 if wide else 64, bk, 8, 2, False)
+    return LinearTile(64, 64, 32, 4, 2, False)

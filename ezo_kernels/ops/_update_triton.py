@@ -18,9 +18,11 @@ import torch
 from . import _constants as C
 from ._address import MOST_DIMS, address, strided
 from ._layout import grid
-from ._noise_triton import lane_units, load_key, noise_args, noise_constexprs, signed32, z_units
+from ._noise_triton import NOISE_ID, lane_units, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._tiles import update_tile
 from ._triton import constexpr, jit, require, tl
+from ._variants import Variant
+from .noise import Noise
 
 _S_ROUNDING = constexpr(C.STREAM_ROUNDING)
 _SMALLEST_NORMAL, _ULP, _ULPS, _TWO_M16 = map(constexpr, (2.0**-14, 2.0**-24, 2.0**24, 2.0**-16))
@@ -130,7 +132,7 @@ def _tile(
 
 
 @jit(do_not_specialize=["count", "queries", "query", "threshold"])
-def _update(
+def update_kernel(
     table_ptr, key_ptr, coef_ptr, count, queries, query, threshold, scale,
     FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, STOCHASTIC: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
@@ -221,9 +223,48 @@ def launch_update(params, key, coef, table, query, stochastic, noise) -> None:
     threshold, scale = noise_args(noise)
     present = {w.dtype for w in params}
     with torch.cuda.device_of(table):
-        _update[(programs,)](
+        update_kernel[(programs,)](
             table, key, coef, len(params), coef.numel(), query, threshold, scale,
             FP32=torch.float32 in present, BF16=torch.bfloat16 in present, FP16=torch.float16 in present,
             STOCHASTIC=bool(stochastic), R=tile.rows, C=tile.columns, **noise_constexprs(noise, tile.columns),
             num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- variants
+
+
+def variants():
+    """For the static report and the compile tests; the fast and the strided path are both in each."""
+    require()
+    dtypes = {"bf16": ("BF16",), "fp16": ("FP16",), "fp32": ("FP32",), "fp32+bf16": ("FP32", "BF16")}
+    for dtype, flags in dtypes.items():
+        for name in NOISE_ID:
+            if name == "sparse_int8":
+                continue
+            noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
+            tile = update_tile(name)
+            present = {flag: flag in flags for flag in ("FP32", "BF16", "FP16")}
+            for stochastic in (True, False) if "16" in dtype and name == "gaussian" else (True,):
+                yield Variant(
+                    kernel=update_kernel,
+                    name=f"update/{dtype}/{name}/{'stochastic' if stochastic else 'nearest'}",
+                    signature={
+                        **{"table_ptr": "*i64", "key_ptr": "*i32", "coef_ptr": "*fp32"},
+                        **dict.fromkeys(("count", "queries", "query", "threshold"), "i32"),
+                        "scale": "fp32",
+                    },
+                    constexprs={
+                        **present,
+                        **{"STOCHASTIC": stochastic, "R": tile.rows, "C": tile.columns},
+                        **noise_constexprs(noise, tile.columns),
+                        "ASM": True,
+                    },
+                    num_warps=tile.warps,
+                    num_stages=1,
+                    expects=("multiply", "integer mma") if name == "hadamard" else ("multiply",),
+                    z_per_program=tile.rows * tile.columns * sum(present.values()),
+                    representative=stochastic
+                    and (dtype, name)
+                    in {("bf16", "gaussian"), ("bf16", "hadamard"), ("fp32", "clt4"), ("fp16", "sparse")},
+                )

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import NOISES
 
 from ezo_kernels import ops
 from ezo_kernels.ops import _linear_triton
@@ -35,18 +34,16 @@ def check(on_cpu, x, w, b, p, **options):
     torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit * k**0.5)
 
 
-@pytest.mark.parametrize("signs", SIGNS, ids=str)
 @pytest.mark.parametrize("shared", [False, True])
-def test_noises(on_cpu, key, noise, signs, shared):
-    p = ops.Perturbation(key, torch.tensor([0.4]), noise[0], query=3, signs=signs)
-    x, w, b = make(5, 70, 100, groups=1 if shared else p.groups)
+def test_noises(on_cpu, key, noise, shared):
+    p = ops.Perturbation(key, torch.tensor([0.4]), noise[0], query=3)
+    x, w, b = make(5, 40, 70, groups=1 if shared else p.groups)
     check(on_cpu, x, w, b, p, shared=shared)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 33])
-@pytest.mark.parametrize(("n", "k"), [(3, 25), (10, 84), (33, 128)])
-@pytest.mark.parametrize("noise_name", ["clt4", "hadamard"])
+@pytest.mark.parametrize(("n", "k", "noise_name"), [(3, 25, "clt4"), (10, 84, "hadamard"), (33, 128, "clt4")])
 def test_shapes(on_cpu, key, rows, n, k, transposed, noise_name):
     p = ops.Perturbation(key, torch.tensor([0.4]), Noise(noise_name))
     check(on_cpu, *make(rows, n, k, groups=2, transposed=transposed), p, transposed=transposed)
@@ -100,7 +97,7 @@ def test_strides_of_the_weight(on_cpu, key, transposed):
         check(on_cpu, x, w, b, p, transposed=transposed)
 
 
-TILES = [(16, 32, 32), (16, 64, 64), (64, 64, 32), (32, 128, 64)]
+TILES = [(16, 32, 32), (64, 64, 32), (32, 128, 64)]
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -108,7 +105,7 @@ TILES = [(16, 32, 32), (16, 64, 64), (64, 64, 32), (32, 128, 64)]
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["gaussian", "rademacher", "hadamard"])
 def test_tiles(monkeypatch, on_cpu, key, name, tile, swap, transposed):
-    noise = NOISES[name][0]
+    noise = Noise(name)
     chosen = dataclasses.replace(
         linear_tile(40, 33, 100, torch.float32, "gaussian", "ieee", transposed, 90),
         bm=tile[0], bn=tile[1], bk=tile[2], swap=swap,

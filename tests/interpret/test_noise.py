@@ -49,8 +49,9 @@ def test_fold_key(seed, step):
     assert torch.equal(key, key_tensor(seed & (1 << 64) - 1, step))
 
 
-@pytest.mark.parametrize("rounds", [7, 10])
-@pytest.mark.parametrize("shape", [(37, 100), (3, 5), (1, 33), (70, 257), (7,), ()])
+@pytest.mark.parametrize(
+    ("shape", "rounds"), [((37, 100), 7), ((3, 5), 7), ((1, 33), 10), ((20, 257), 10), ((7,), 7), ((), 7)]
+)
 def test_z(on_cpu, noise, shape, rounds):
     spec, limit = noise
     args = {"seed": 3, "step": 9, "site": SITE, "query": 70000, "noise": spec.name, "rounds": rounds}
@@ -72,7 +73,7 @@ def test_gaussian_fast_is_the_gaussian_to_a_thousandth(on_cpu):
     torch.testing.assert_close(fast, on_cpu(materialize, (40, 100), noise="gaussian", **args), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 1, 5, 5), (3, 20, 2, 2, 2), (6, 40, 1, 1)])
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (3, 20, 2, 2, 2), (6, 40, 1, 1)])
 def test_z_of_a_convolution(on_cpu, noise, shape):
     spec, limit = noise
     args = {"seed": 3, "step": 9, "site": 5, "noise": spec.name, "p_zero": spec.p_zero, "layout": "conv"}
@@ -104,11 +105,17 @@ def _weights():
 
 
 @pytest.mark.parametrize(("name", "w", "layout"), list(_weights()), ids=lambda v: v if isinstance(v, str) else "")
-@pytest.mark.parametrize("signs", [(1, -1), (1,), (-1,), (0,)], ids=str)
-def test_perturb(on_cpu, key, name, w, layout, signs):
-    p = ops.Perturbation(key, torch.tensor([0.3]), Noise("clt4"), query=2, queries=2, signs=signs)
+def test_perturb(on_cpu, key, name, w, layout):
+    p = ops.Perturbation(key, torch.tensor([0.3]), Noise("clt4"), query=2, queries=2)
     ours = ops.perturb(w, p, site=SITE, layout=layout)
     assert torch.equal(ours, on_cpu(ops.perturb, w, p, site=SITE, layout=layout))
+
+
+@pytest.mark.parametrize("signs", [(1,), (-1,), (0,)], ids=str)
+def test_perturb_by_one_sign(on_cpu, key, signs):
+    p = ops.Perturbation(key, torch.tensor([0.3]), Noise("clt4"), query=2, queries=2, signs=signs)
+    w = torch.randn(6, 5, 3, 3)
+    assert torch.equal(ops.perturb(w, p, site=SITE), on_cpu(ops.perturb, w, p, site=SITE))
 
 
 def test_perturb_in_half(on_cpu, noise, key):
