@@ -142,4 +142,4 @@ def test_update_and_noise(launches):
     fold_key(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), key)
     ops.materialize((3, 5), seed=1, step=2, site=3, noise="sparse", p_zero=0.5)
     ops.materialize((1,), seed=1, step=2, site=3, noise="sparse_int8")
-    assert [launch.name for launch in launches] == ["_update", "_update", "_fold_key", "_noise", "_noise"]
+    assert [launch.name for launch in launches] == ["update_kernel"] * 2 + ["fold_key_kernel"] + ["noise_kernel"] * 2
