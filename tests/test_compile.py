@@ -1,7 +1,8 @@
 """Every kernel compiled for GPUs that are not here: sm_90, and each kernel once on the other architectures it declares.
 
 Variants that say ``representative`` are built; every dtype, noise and architecture is the static report's
-(``python -m bench static``). Bounds are bench/budgets.json, written by ``python -m bench static --write-budgets``.
+(``python -m bench static``). Each test compiles its own, so that test processes share them. Bounds are in
+bench/budgets.json, written by ``python -m bench static --write-budgets``.
 """
 
 from __future__ import annotations
@@ -18,14 +19,9 @@ pytestmark = pytest.mark.compile
 JOBS = static.tested()
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return dict(zip(JOBS, static.measure_all(JOBS, workers=2), strict=True))
-
-
 @pytest.mark.parametrize(("name", "arch"), JOBS, ids=[f"{name}-sm_{arch}" for name, arch in JOBS])
-def test_machine_code(rows, name, arch):
-    row = rows[name, arch]
+def test_machine_code(name, arch):
+    row = static.measure(static.variants()[name], arch)
     assert not row.faults(static.variants()[name])
     budget = static.read_budgets().get(name, {}).get(str(arch))
     assert budget, "no bounds recorded: run python -m bench static --write-budgets"
