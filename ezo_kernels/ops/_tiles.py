@@ -71,7 +71,8 @@ def linear_tile(
         # W's bytes or its noise decide: many programs rather than wide ones, until the GPU is full of them
         # (hadamard always wide: its mix fills the tensor core from 64 rows)
         bn = 64 if n >= 8192 or noise == "hadamard" else 32
-        bk = 32 if transposed or dtype == torch.float32 or (dear and few > 16) else 64
+        tight = (dear and few > 16) or (noise == "hadamard" and few > 32)
+        bk = 32 if transposed or dtype == torch.float32 or tight else 64
         return LinearTile(few, bn, bk, 4, 3, True)
     if arch in LARGE:
         wide = dtype != torch.float32 and not transposed
