@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import static
+from . import cpu, gpu, static
 
-COMMANDS = {"static": static}
+COMMANDS = {"cpu": cpu, "gpu": gpu, "static": static}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,8 @@ def test_philox_known_answers(rounds, counter, key, words):
     assert oracle.philox(counter, key, rounds) == words
     assert N.philox4x32(counter, key, rounds) == words
     u32 = np.uint32
-    assert tuple(map(int, cpu.philox(*map(u32, counter), *map(u32, key), rounds))) == words
+    compiled = cpu.philox if rounds == 7 else cpu.philox_10
+    assert tuple(map(int, compiled(*map(u32, counter), *map(u32, key)))) == words
 
 
 @pytest.mark.parametrize("rounds", [7, 10])

@@ -28,8 +28,8 @@ MUTANTS = (
     Mutant(
         "rows and columns swapped",
         _CPU,
-        "philox(c0, u32(b), c2, c3, k0, k1, rounds)\n            z0, z1",
-        "philox(c0, c3, c2, u32(b), k0, k1, rounds)\n            z0, z1",
+        "philox(c0, u32(first + b), c2, c3, k0, k1)",
+        "philox(c0, c3, c2, u32(first + b), k0, k1)",
         _NOISE,
     ),
     Mutant(
@@ -73,11 +73,11 @@ MUTANTS = (
     Mutant(
         "minus is plus",
         _OPS + "perturb.py",
-        "(w + step if sign > 0 else w - step)",
-        "(w + step)",
+        "[sign * scale for sign in signs]",
+        "[scale for sign in signs]",
         _GRADIENT,
     ),
-    Mutant("perturbing writes the weight", _OPS + "perturb.py", "(w + step if", "(w.add_(step) if", _LINEAR),
+    Mutant("perturbing writes the weight", _OPS + "perturb.py", "for part in moved:", "for part in (w.copy_(moved[0]),) + tuple(moved[1:]):", _LINEAR),
     Mutant(
         "bias not perturbed",
         _OPS + "linear.py",
@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "sign of the update",
         _OPS + "update.py",
-        "acc.sub_(z_cpu(",
-        "acc.add_(z_cpu(",
+        "[-scale], key",
+        "[scale], key",
         _UPDATE,
     ),
     Mutant("z of the wrong query", _OPS + "update.py", "site, query + q, spec", "site, query, spec", _UPDATE),

@@ -145,7 +145,7 @@ class ConvTiles:
     tap: int
     unit: int
     num_warps: int
-    num_stages: int = 2
+    num_stages: int = 1  # gathered pairs of bytes cannot be prefetched; with a second stage fp32 spills on sm_80
 
 
 def _pow2(n: int) -> int:
@@ -172,8 +172,9 @@ def conv_tiles(positions: int, outputs: int, channels: int, conv_groups: int, no
     if precision == "ieee" and noise == "hadamard":
         bn = min(bn, 32)
     bm = 128 if precision == "16" else 64
-    while bm > 16 and -(-positions // bm) * -(-outputs // bn) * conv_groups < 132:  # an H100 has 132 multiprocessors
+    while bm > 32 and -(-positions // bm) * -(-outputs // bn) * conv_groups < 132:  # an H100 has 132 multiprocessors
         bm //= 2
+    bm = 16 if positions <= 16 else bm  # fewer positions make the noise of a tile no cheaper
     warps = 8 if bm == 128 or bm * bn >= (2048 if precision == "ieee" else 4096) else 4
     return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps)
 

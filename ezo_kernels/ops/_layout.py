@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -31,6 +32,12 @@ class Grid:
     def columns(self) -> int:
         return self.taps * self.padded
 
+    def cube(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous parameter seen as [rows, taps, channels]."""
+        if self.taps == 1:
+            return tensor.view(self.rows, 1, self.channels)
+        return tensor.view(self.rows, self.channels, self.taps).transpose(1, 2)
+
     def view(self, buffer: torch.Tensor, shape) -> torch.Tensor:
         """``buffer`` [rows, columns] seen in the parameter's own shape."""
         z = buffer.view(self.rows, self.taps, self.padded)[:, :, : self.channels]
@@ -39,6 +46,7 @@ class Grid:
         return z.transpose(1, 2).reshape(shape)
 
 
+@functools.lru_cache(maxsize=4096)
 def grid(shape, layout: str, segment: int) -> Grid:
     """Rows and columns of a parameter of ``shape``; ``segment`` pads the channels of a conv tap, or the row's end."""
     if layout not in LAYOUTS:

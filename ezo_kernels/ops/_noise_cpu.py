@@ -78,18 +78,50 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @_inline()
-def philox(c0, c1, c2, c3, k0, k1, rounds):
-    """Philox4x32: four words of the block at counter (c0, c1, c2, c3) under key (k0, k1)."""
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32 of 7 rounds: four words of the block at counter (c0, c1, c2, c3) under key (k0, k1)."""
     for _ in range(7):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = u32(k0 + _W0)
         k1 = u32(k1 + _W1)
-    if rounds == 10:
-        for _ in range(3):
-            c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-            k0 = u32(k0 + _W0)
-            k1 = u32(k1 + _W1)
     return c0, c1, c2, c3
+
+
+@_inline()
+def philox_10(c0, c1, c2, c3, k0, k1):
+    """Philox4x32 of 10 rounds."""
+    c0, c1, c2, c3 = philox(c0, c1, c2, c3, k0, k1)
+    k0 = u32(k0 + u32(7) * _W0)
+    k1 = u32(k1 + u32(7) * _W1)
+    for _ in range(3):
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+        k0 = u32(k0 + _W0)
+        k1 = u32(k1 + _W1)
+    return c0, c1, c2, c3
+
+
+@_jit()
+def fold_key(seed, step, key):
+    """The key of (seed, step), each two words, low first; ``key`` is overwritten."""
+    key[0], key[1], _, _ = philox_10(step[0], step[1], u32(0), u32(C.KEY_TAG), seed[0], seed[1])
+
+
+#: Blocks whose words are made at a time: they stay in the first-level cache until they are transformed.
+_CHUNK = 512
+
+
+@_inline()
+def _fill(w, first, blocks, c0, c2, c3, k0, k1, rounds):
+    """Words of ``blocks`` blocks from block ``first`` of a row, as planes w[4, :].
+
+    The branch on the rounds stands outside of the loops: inside, it would keep LLVM from vectorising them.
+    """
+    if rounds == 7:
+        for b in range(blocks):
+            w[0, b], w[1, b], w[2, b], w[3, b] = philox(c0, u32(first + b), c2, c3, k0, k1)
+    else:
+        for b in range(blocks):
+            w[0, b], w[1, b], w[2, b], w[3, b] = philox_10(c0, u32(first + b), c2, c3, k0, k1)
 
 
 _P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7 = map(f32, C.LOG_P)
@@ -152,74 +184,84 @@ def _clt4(w):
 def words(out, k0, k1, c0, c2, row_ids, rounds):
     """The raw words: out is uint32 [rows, 4 * blocks]."""
     rows, columns = out.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for b in range(columns // 4):
-            w0, w1, w2, w3 = philox(c0, u32(b), c2, c3, k0, k1, rounds)
-            line[4 * b] = w0
-            line[4 * b + 1] = w1
-            line[4 * b + 2] = w2
-            line[4 * b + 3] = w3
+        for first in range(0, columns // 4, _CHUNK):
+            blocks = min(_CHUNK, columns // 4 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 4 * first :]
+            for b in range(blocks):
+                line[4 * b] = w[0, b]
+                line[4 * b + 1] = w[1, b]
+                line[4 * b + 2] = w[2, b]
+                line[4 * b + 3] = w[3, b]
 
 
 @_jit()
 def gaussian(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for b in range(columns // 4):
-            w0, w1, w2, w3 = philox(c0, u32(b), c2, c3, k0, k1, rounds)
-            z0, z1 = box_muller(w0, w1)
-            z2, z3 = box_muller(w2, w3)
-            line[4 * b] = z0
-            line[4 * b + 1] = z1
-            line[4 * b + 2] = z2
-            line[4 * b + 3] = z3
+        for first in range(0, columns // 4, _CHUNK):
+            blocks = min(_CHUNK, columns // 4 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 4 * first :]
+            for b in range(blocks):
+                z0, z1 = box_muller(w[0, b], w[1, b])
+                z2, z3 = box_muller(w[2, b], w[3, b])
+                line[4 * b] = z0
+                line[4 * b + 1] = z1
+                line[4 * b + 2] = z2
+                line[4 * b + 3] = z3
 
 
 @_jit()
 def clt4(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for b in range(columns // 4):
-            w0, w1, w2, w3 = philox(c0, u32(b), c2, c3, k0, k1, rounds)
-            line[4 * b] = _clt4(w0)
-            line[4 * b + 1] = _clt4(w1)
-            line[4 * b + 2] = _clt4(w2)
-            line[4 * b + 3] = _clt4(w3)
+        for first in range(0, columns // 4, _CHUNK):
+            blocks = min(_CHUNK, columns // 4 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 4 * first :]
+            for b in range(blocks):
+                line[4 * b] = _clt4(w[0, b])
+                line[4 * b + 1] = _clt4(w[1, b])
+                line[4 * b + 2] = _clt4(w[2, b])
+                line[4 * b + 3] = _clt4(w[3, b])
 
 
 @_jit()
 def uniform(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for b in range(columns // 4):
-            w0, w1, w2, w3 = philox(c0, u32(b), c2, c3, k0, k1, rounds)
-            line[4 * b] = _signed_float(w0) * _UNIFORM
-            line[4 * b + 1] = _signed_float(w1) * _UNIFORM
-            line[4 * b + 2] = _signed_float(w2) * _UNIFORM
-            line[4 * b + 3] = _signed_float(w3) * _UNIFORM
+        for first in range(0, columns // 4, _CHUNK):
+            blocks = min(_CHUNK, columns // 4 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 4 * first :]
+            for b in range(blocks):
+                line[4 * b] = _signed_float(w[0, b]) * _UNIFORM
+                line[4 * b + 1] = _signed_float(w[1, b]) * _UNIFORM
+                line[4 * b + 2] = _signed_float(w[2, b]) * _UNIFORM
+                line[4 * b + 3] = _signed_float(w[3, b]) * _UNIFORM
 
 
 @_jit()
 def rademacher(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for b in range(columns // 128):
-            w = philox(c0, u32(b), c2, c3, k0, k1, rounds)
-            for j in range(4):
-                word = w[j]
-                for c in range(32):
-                    bit = (word >> u32((c & 1) * 16 + (c >> 1))) & u32(1)
-                    line[128 * b + 32 * j + c] = _bits_float(i32(u32(0x3F800000) | (bit << u32(31))))
+        for first in range(0, columns // 128, _CHUNK):
+            blocks = min(_CHUNK, columns // 128 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 128 * first :]
+            for b in range(blocks):
+                for j in range(4):
+                    word = w[j, b]
+                    for c in range(32):
+                        bit = (word >> u32((c & 1) * 16 + (c >> 1))) & u32(1)
+                        line[128 * b + 32 * j + c] = _bits_float(i32(u32(0x3F800000) | (bit << u32(31))))
 
 
 _HADAMARD = f32(C.HADAMARD_SCALE)
@@ -228,75 +270,102 @@ _HADAMARD = f32(C.HADAMARD_SCALE)
 @_jit()
 def hadamard(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     a = np.empty(32, np.int32)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for s in range(columns // 32):
-            for half in range(2):
-                w = philox(c0, u32(2 * s + half), c2, c3, k0, k1, rounds)
-                for i in range(4):
-                    for k in range(4):
-                        byte = (w[i] >> u32(8 * k)) & _BYTE
-                        a[16 * half + 4 * i + k] = i32(u32(byte << u32(24))) >> i32(24)
-            step = 1
-            while step < 32:  # butterflies: integers, so the order of the sum does not matter
-                for m in range(0, 32, 2 * step):
-                    for n in range(m, m + step):
-                        p, q = a[n], a[n + step]
-                        a[n] = p + q
-                        a[n + step] = p - q
-                step *= 2
-            a[0] += 16
-            for c in range(32):
-                line[32 * s + c] = f32(a[c]) * _HADAMARD
+        for first in range(0, columns // 16, _CHUNK):
+            blocks = min(_CHUNK, columns // 16 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 16 * first :]
+            for s in range(blocks // 2):
+                for half in range(2):
+                    for i in range(4):
+                        for k in range(4):
+                            byte = (w[i, 2 * s + half] >> u32(8 * k)) & _BYTE
+                            a[16 * half + 4 * i + k] = i32(u32(byte << u32(24))) >> i32(24)
+                step = 1
+                while step < 32:  # butterflies: integers, so the order of the sum does not matter
+                    for m in range(0, 32, 2 * step):
+                        for n in range(m, m + step):
+                            p, q = a[n], a[n + step]
+                            a[n] = p + q
+                            a[n + step] = p - q
+                    step *= 2
+                a[0] += 16
+                for c in range(32):
+                    line[32 * s + c] = f32(a[c]) * _HADAMARD
 
 
 @_jit()
 def lanes(out, k0, k1, c0, c2, row_ids, rounds):
     """16-bit lanes (masks, rounding): out is uint16 [rows, 8 * blocks]."""
     rows, columns = out.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for b in range(columns // 8):
-            w = philox(c0, u32(b), c2, c3, k0, k1, rounds)
-            for j in range(4):
-                line[8 * b + 2 * j] = np.uint16(w[j] & u32(0xFFFF))
-                line[8 * b + 2 * j + 1] = np.uint16(w[j] >> u32(16))
+        for first in range(0, columns // 8, _CHUNK):
+            blocks = min(_CHUNK, columns // 8 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 8 * first :]
+            for b in range(blocks):
+                for j in range(4):
+                    line[8 * b + 2 * j] = np.uint16(w[j, b] & u32(0xFFFF))
+                    line[8 * b + 2 * j + 1] = np.uint16(w[j, b] >> u32(16))
 
 
 @_jit()
 def sparse_int8(out, k0, k1, c0, c2, row_ids, rounds, threshold, r_max):
     rows, columns = out.shape
-    span = u32(2 * r_max + 1)
+    w = np.empty((4, _CHUNK), np.uint32)
+    span, least = u32(2 * r_max + 1), u32(threshold)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = out[r]
-        for b in range(columns // 4):
-            w = philox(c0, u32(b), c2, c3, k0, k1, rounds)
-            for j in range(4):
-                value = i32(u32((w[j] & u32(0xFFFF)) * span) >> u32(16)) - i32(r_max)
-                line[4 * b + j] = np.int8(value) if (w[j] >> u32(16)) >= u32(threshold) else np.int8(0)
+        for first in range(0, columns // 4, _CHUNK):
+            blocks = min(_CHUNK, columns // 4 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = out[r, 4 * first :]
+            for b in range(blocks):
+                for j in range(4):
+                    word = w[j, b]
+                    value = i32(u32((word & u32(0xFFFF)) * span) >> u32(16)) - i32(r_max)
+                    line[4 * b + j] = np.int8(value) if (word >> u32(16)) >= least else np.int8(0)
 
 
 @_jit()
-def axpy(out, w, z, scale):
-    """out = w + scale * z over flat fp32 arrays: product rounded, then sum (numba never contracts)."""
-    for i in range(out.size):
-        out[i] = w[i] + scale * z[i]
-
-
-@_jit()
-def mask_(z, k0, k1, c0, c2, row_ids, rounds, threshold, column0, scale):
-    """z = scale * z where the lane is kept, else 0; columns of z start at ``column0`` (a multiple of 8), any number."""
+def mask_(z, k0, k1, c0, c2, row_ids, rounds, threshold, scale):
+    """z = scale * z where the lane is kept, else 0, in place; z fp32 [rows, 8 * blocks]."""
     rows, columns = z.shape
+    w = np.empty((4, _CHUNK), np.uint32)
     t = u32(threshold)
     for r in range(rows):
-        c3 = u32(row_ids[r])
-        line = z[r]
-        for b in range((columns + 7) // 8):
-            w = philox(c0, u32(column0 // 8 + b), c2, c3, k0, k1, rounds)
-            for j in range(min(8, columns - 8 * b)):
-                lane = (w[j >> 1] >> u32(16 * (j & 1))) & u32(0xFFFF)
-                line[8 * b + j] = line[8 * b + j] * scale if lane >= t else f32(0.0)
+        for first in range(0, columns // 8, _CHUNK):
+            blocks = min(_CHUNK, columns // 8 - first)
+            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+            line = z[r, 8 * first :]
+            for b in range(blocks):
+                for j in range(8):
+                    lane = (w[j >> 1, b] >> u32(16 * (j & 1))) & u32(0xFFFF)
+                    line[8 * b + j] = line[8 * b + j] * scale if lane >= t else f32(0.0)
+
+
+@_jit()
+def add_scaled(out, w, z, scale):
+    """out = w + scale * z, product rounded, then sum (numba never contracts); ``out`` may be ``w``.
+
+    out and w are [rows, taps, channels]; z is [rows, columns] in padded logical order.
+    """
+    rows, taps, channels = w.shape
+    padded = z.shape[1] // taps
+    for r in range(rows):
+        for t in range(taps):
+            line, to, step = w[r, t], out[r, t], z[r, t * padded :]
+            for c in range(channels):
+                to[c] = line[c] + scale * step[c]
+
+
+#: Noise name -> its generator; ``sparse`` and ``sparse_int8`` take more than these do.
+GENERATORS = {
+    "gaussian": gaussian,
+    "clt4": clt4,
+    "uniform": uniform,
+    "hadamard": hadamard,
+    "rademacher": rademacher,
+}

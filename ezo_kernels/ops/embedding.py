@@ -32,8 +32,8 @@ def _embedding_cpu(ids, w, key, eps, site, shared, query, queries, signs, noise,
         rows, inverse = torch.unique(torch.stack([parts[g] for g in own]), return_inverse=True)
         base = w.detach()[rows].float()
         if tuple(signs) != (0,):
-            z = fill_cpu(key, site, query + q, columns, spec, rows.numpy().astype(np.uint32))[:, :width]
-            z = z * eps.item()
+            z = fill_cpu(key, site, query + q, columns, spec, rows.numpy().astype(np.uint32))
+            z = torch.from_numpy(z)[:, :width] * eps.item()
         for j, g in enumerate(own):
             table = base if signs[j] == 0 else (base + z if signs[j] > 0 else base - z)
             outs[g].copy_(table.to(out.dtype)[inverse[j]])

@@ -6,6 +6,7 @@ parameters that every other op takes.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from dataclasses import dataclass
@@ -134,8 +135,27 @@ def key_words(key: torch.Tensor):
     return key.numpy().view("uint32")
 
 
-def fill_cpu(key: torch.Tensor, site: int, query: int, columns: int, noise: Noise, row_ids) -> torch.Tensor:
-    """z as [rows, columns] in padded logical order (int8 for ``sparse_int8``, else fp32); ``row_ids`` numpy uint32."""
+@functools.lru_cache(maxsize=256)
+def row_ids(rows: int):
+    """0, 1, ... as numpy uint32: made once for the small parameters, where making it costs more than the noise."""
+    import numpy as np
+
+    return np.arange(rows, dtype=np.uint32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _head(site: int, query: int, stream: int):
+    """The counter words that a generator is called with, as numpy uint32."""
+    import numpy as np
+
+    return np.uint32(site), np.uint32(query << 8 | stream)
+
+
+def fill_cpu(key: torch.Tensor, site: int, query: int, columns: int, noise: Noise, rows):
+    """z as a numpy array [rows, columns] in padded logical order (int8 for ``sparse_int8``, else fp32).
+
+    ``rows`` are numpy uint32.
+    """
     import numpy as np
 
     from . import _noise_cpu as N
@@ -143,28 +163,37 @@ def fill_cpu(key: torch.Tensor, site: int, query: int, columns: int, noise: Nois
     if not noise.portable:
         raise NotImplementedError(f"noise {noise.name!r} exists on CUDA only: use 'gaussian' or 'clt4' on the CPU")
     k0, k1 = key_words(key)
-    u32 = np.uint32
-    head = (k0, k1, u32(site), u32(query << 8 | noise.stream), row_ids, noise.rounds)
-    out = torch.empty(len(row_ids), columns, dtype=torch.int8 if noise.name == "sparse_int8" else torch.float32)
-    view = out.numpy()
+    c0, c2 = _head(site, query, noise.stream)
     if noise.name == "sparse_int8":
-        N.sparse_int8(view, *head, noise.threshold, noise.r_max)
-    elif noise.name == "sparse":
-        N.gaussian(view, *head)
-        N.mask_(view, k0, k1, u32(site), u32(query << 8 | C.STREAM_MASK), row_ids, noise.rounds, noise.threshold, u32(0),
-                np.float32(noise.scale))  # fmt: skip
+        out = np.empty((len(rows), columns), np.int8)
+        N.sparse_int8(out, k0, k1, c0, c2, rows, noise.rounds, noise.threshold, noise.r_max)
+        return out
+    out = np.empty((len(rows), columns), np.float32)
+    if noise.name == "sparse":
+        N.gaussian(out, k0, k1, c0, c2, rows, noise.rounds)
+        c2 = _head(site, query, C.STREAM_MASK)[1]
+        N.mask_(out, k0, k1, c0, c2, rows, noise.rounds, noise.threshold, np.float32(noise.scale))
     else:
-        getattr(N, noise.name)(view, *head)
+        N.GENERATORS[noise.name](out, k0, k1, c0, c2, rows, noise.rounds)
     return out
 
 
 def z_cpu(shape, key, site: int, query: int, noise: Noise, layout: str) -> torch.Tensor:
     """z of one parameter in its own shape (a view where the layout allows it)."""
-    import numpy as np
-
     where = grid(shape, layout, noise.segment)
-    rows = np.arange(where.rows, dtype=np.uint32)
-    return where.view(fill_cpu(key, site, query, where.columns, noise, rows), shape)
+    z = fill_cpu(key, site, query, where.columns, noise, row_ids(where.rows))
+    return where.view(torch.from_numpy(z), shape)
+
+
+def shift_cpu(outs, w: torch.Tensor, scales, key, site: int, query: int, noise: Noise, layout: str) -> None:
+    """outs[i] = w + scales[i] * z, z made once; all fp32 and contiguous, an ``out`` may be ``w``."""
+    from . import _noise_cpu as N
+
+    where = grid(w.shape, layout, noise.segment)
+    z = fill_cpu(key, site, query, where.columns, noise, row_ids(where.rows))
+    cube = where.cube(w.detach()).numpy()
+    for out, scale in zip(outs, scales, strict=True):
+        N.add_scaled(where.cube(out.detach()).numpy(), cube, z, N.f32(scale))
 
 
 def _noise_cpu(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> None:
@@ -172,7 +201,9 @@ def _noise_cpu(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> N
 
 
 def _fold_key_cpu(seed, step, key) -> None:
-    key.copy_(key_tensor(int(seed) & (1 << 64) - 1, int(step) & (1 << 64) - 1))
+    from . import _noise_cpu as N
+
+    N.fold_key(seed.numpy().view("uint32"), step.numpy().view("uint32"), key.numpy().view("uint32"))
 
 
 def _noise_cuda(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> None:

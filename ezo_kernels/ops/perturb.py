@@ -16,20 +16,22 @@ import torch
 from ._layout import LAYOUTS, default_layout
 from ._library import register
 from ._perturbation import FLOATS, SCHEMA, Perturbation
-from .noise import Noise, check_index, z_cpu
+from .noise import Noise, check_index, shift_cpu
 
 
 def perturbed_cpu(weight, key, eps, site, layout, query, queries, signs, noise: Noise, dtype):
     """Yield the perturbed weight of each group, in order, in ``dtype``."""
     scale = eps.item()
-    w = weight.detach().float()
+    w = weight.detach().float().contiguous()
     for q in range(query, query + queries):
         if tuple(signs) == (0,):
-            yield weight.detach().to(dtype)
+            yield w.to(dtype)
             continue
-        step = z_cpu(weight.shape, key, site, q, noise, layout) * scale
-        for sign in signs:
-            yield (w + step if sign > 0 else w - step).to(dtype)
+        moved = [torch.empty_like(w) for _ in signs]
+        if w.numel():
+            shift_cpu(moved, w, [sign * scale for sign in signs], key, site, q, noise, layout)
+        for part in moved:
+            yield part.to(dtype)
 
 
 def _perturb_cpu(w, key, eps, site, layout, query, queries, signs, noise, rounds, p_zero, out) -> None:

@@ -19,7 +19,7 @@ from . import _constants as C
 from ._layout import LAYOUTS, default_layout, grid
 from ._library import register
 from ._perturbation import FLOATS
-from .noise import Noise, check_index, key_words, z_cpu
+from .noise import Noise, check_index, key_words, row_ids, shift_cpu
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,18 @@ class UpdatePlan:
 
     @classmethod
     def build(cls, params, sites, layouts, noise: Noise) -> UpdatePlan:
+        """The plan of these parameters; raises as :func:`update_` does, and spares its later calls the checks."""
+        if noise.name == "sparse_int8":
+            raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
+        if not len(params) == len(sites) == len(layouts):
+            raise ValueError(f"update_: {len(params)} params, {len(sites)} sites and {len(layouts)} layouts")
+        for w, layout in zip(params, layouts, strict=True):
+            if w.dtype not in FLOATS:
+                raise TypeError(f"update_ takes float32, float16 or bfloat16, got {w.dtype}")
+            if w.device != params[0].device:
+                raise ValueError(f"update_: parameters on {w.device} and on {params[0].device}")
+            grid(w.shape, layout, noise.segment)  # refuses a layout before anything is written
+        sites = [check_index(s, "site", 1 << 32) for s in sites]
         table = torch.empty(0, dtype=torch.int64)
         if params and params[0].is_cuda:
             from ._update_triton import update_table
@@ -80,8 +92,7 @@ def rounding_lanes(shape, key, site: int, where, rounds: int) -> torch.Tensor:
 
     k0, k1 = key_words(key)
     lanes = np.empty((where.rows, -(-where.columns // 8) * 8), np.uint16)
-    rows = np.arange(where.rows, dtype=np.uint32)
-    N.lanes(lanes, k0, k1, np.uint32(site), np.uint32(C.STREAM_ROUNDING), rows, rounds)
+    N.lanes(lanes, k0, k1, np.uint32(site), np.uint32(C.STREAM_ROUNDING), row_ids(where.rows), rounds)
     return where.view(torch.from_numpy(lanes[:, : where.columns].astype(np.int32)), shape)
 
 
@@ -92,14 +103,15 @@ def _update_cpu(params, key, coef, table, sites, layouts, query, stochastic, noi
         layout = LAYOUTS[conv]
         if not w.numel() or not any(scales):
             continue
-        acc = w if w.dtype == torch.float32 else w.float()
+        acc = w.detach().float().contiguous()
         for q, scale in enumerate(scales):
             if scale == 0.0:  # a skipped step leaves every bit alone, that of -0 too
                 continue
-            acc.sub_(z_cpu(w.shape, key, site, query + q, spec, layout) * scale)
-        if acc is w:
+            shift_cpu([acc], acc, [-scale], key, site, query + q, spec, layout)
+        if acc.data_ptr() == w.data_ptr():
+            torch.autograd.graph.increment_version(w)  # numba wrote it behind autograd's back
             continue
-        if stochastic:
+        if stochastic and w.dtype != torch.float32:
             lanes = rounding_lanes(w.shape, key, site, grid(w.shape, layout, spec.segment), rounds)
             acc = round_stochastic(acc, lanes, w.dtype)
         w.copy_(acc)
@@ -151,31 +163,22 @@ def update_(
         NotImplementedError: ``sparse_int8``, or ``gaussian_fast`` on a CPU.
         ValueError: lengths, devices, an unknown layout, a plan of other tensors.
     """
-    if noise.name == "sparse_int8":
-        raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
     if layouts is None:
         layouts = [default_layout(w.shape) for w in params]
-    if not len(params) == len(sites) == len(layouts):
-        raise ValueError(f"update_: {len(params)} params, {len(sites)} sites and {len(layouts)} layouts")
     if coef.dtype != torch.float32 or key.dtype != torch.int32:
         raise TypeError(f"update_: coef must be float32 and key int32, got {coef.dtype} and {key.dtype}")
     if coef.dim() != 1 or not coef.numel() or key.shape != (2,):
         raise ValueError(f"update_: coef must be [queries] and key [2], got {tuple(coef.shape)}, {tuple(key.shape)}")
-    for w, layout in zip(params, layouts, strict=True):
-        if w.dtype not in FLOATS:
-            raise TypeError(f"update_ takes float32, float16 or bfloat16, got {w.dtype}")
-        if w.device != coef.device or w.device != key.device:
-            raise ValueError(f"update_: a parameter is on {w.device}, coef on {coef.device}, key on {key.device}")
-        grid(w.shape, layout, noise.segment)  # refuses a layout before anything is written
-    sites = [check_index(s, "site", 1 << 32) for s in sites]
     check_index(query, "query", (1 << 24) - coef.numel() + 1)
-    if not params:
-        return
+    if params and not params[0].device == coef.device == key.device:
+        raise ValueError(f"update_: a parameter is on {params[0].device}, coef on {coef.device}, key on {key.device}")
     if plan is None:
         plan = UpdatePlan.build(params, sites, layouts, noise)
-    elif not plan.fits(params):
+    elif not (plan.fits(params) and plan.sites == tuple(sites) and plan.layouts == tuple(layouts)):
         raise ValueError("update_: the plan was built for other tensors; build it again after moving a parameter")
+    if not params:
+        return
     _update(
-        params, key, coef, plan.table, sites, [LAYOUTS.index(name) for name in layouts], query, stochastic_rounding,
+        params, key, coef, plan.table, list(plan.sites), [LAYOUTS.index(name) for name in layouts], query, stochastic_rounding,
         noise.name, noise.rounds, noise.p_zero,
     )  # fmt: skip

@@ -126,6 +126,8 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self._phase = ranges(nvtx)
         self._plan: UpdatePlan | None = None
+        self._sites = tuple(s.site for s in self.zo.manifest)
+        self._layouts = tuple(s.layout for s in self.zo.manifest)
         self._checked = self._rows_checked = False
         self._losses: torch.Tensor | None = None
         self._micro = 0
@@ -425,16 +427,14 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
         self._drop()
 
     def _update(self, coef: torch.Tensor) -> None:
-        sites = [s.site for s in self.zo.manifest]
-        layouts = [s.layout for s in self.zo.manifest]
         if self._plan is None or not self._plan.fits(self.trunk):
-            self._plan = UpdatePlan.build(self.trunk, sites, layouts, self.noise)
+            self._plan = UpdatePlan.build(self.trunk, self._sites, self._layouts, self.noise)
         update_(
             self.trunk,
             self._key,
             coef,
-            sites=sites,
-            layouts=layouts,
+            sites=self._sites,
+            layouts=self._layouts,
             noise=self.noise,
             stochastic_rounding=self.stochastic_rounding,
             plan=self._plan,

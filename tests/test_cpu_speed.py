@@ -1,0 +1,25 @@
+"""The CPU backend is fast enough to train with: ratios of process time, both sides in turn in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.cpu import noise_against_randn, step_against_mezo
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_normals_reach_two_fifths_of_torch_randn():
+    assert noise_against_randn()["ratio"] < 1 / 0.4
+
+
+@pytest.mark.parametrize("head", [0, ["fc2", "fc3"]], ids=["pure", "fc2+fc3"])
+def test_step_is_no_slower_than_eager_mezo(head):
+    assert step_against_mezo(head)["ratio"] <= 1.0
