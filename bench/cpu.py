@@ -1,6 +1,6 @@
 """The CPU backend as ratios: two things timed in turn in one process, so that what else runs falls on both.
 
-    python -m bench cpu --json bench/results/cpu.json
+python -m bench cpu --json bench/results/cpu.json
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     record = {
         "environment": {"torch": torch.__version__, "threads": 1, "cpu": _model_name()},
-        "noise against torch.randn": {n: noise_against_randn(n) for n in ("gaussian", "clt4", "hadamard", "rademacher")},
+        "noise against torch.randn": {
+            n: noise_against_randn(n) for n in ("gaussian", "clt4", "hadamard", "rademacher")
+        },
         "LeNet-5 step against eager MeZO": {
             "pure ZO": step_against_mezo(0),
             "head fc2+fc3": step_against_mezo(["fc2", "fc3"]),

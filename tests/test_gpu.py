@@ -31,7 +31,9 @@ def extra(noise: str) -> dict:
 @pytest.mark.parametrize("noise", PORTABLE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_noise_is_the_references_bit_for_bit(noise, shape, rounds):
-    call = dict(seed=(1 << 63) + 5, step=(1 << 32) + 3, site=(1 << 32) - 2, query=9, noise=noise, rounds=rounds, **extra(noise))
+    call = dict(
+        seed=(1 << 63) + 5, step=(1 << 32) + 3, site=(1 << 32) - 2, query=9, noise=noise, rounds=rounds, **extra(noise)
+    )
     assert torch.equal(ops.materialize(shape, **call, device="cuda").cpu(), ops.materialize(shape, **call))
 
 
@@ -59,12 +61,8 @@ def error_rule(ours, same, exact):
 
 def groups_of(w, p, site, layout=None, dtype=torch.float64):
     """Perturbed fp32 weights of each group, made from materialised noise on the CPU's contract."""
-    z = [
-        ops.materialize(
-            w.shape, seed=1, step=2, site=site, query=q, noise=p.noise.name, device=w.device, layout=layout, **extra(p.noise.name)
-        )
-        for q in range(p.queries)
-    ]
+    call = dict(seed=1, step=2, site=site, noise=p.noise.name, device=w.device, layout=layout, **extra(p.noise.name))
+    z = [ops.materialize(w.shape, query=q, **call) for q in range(p.queries)]
     return [(w.float() + s * p.eps * z[q]).to(dtype) for q in range(p.queries) for s in p.signs]
 
 
@@ -187,7 +185,9 @@ def test_update_uses_the_forward_z(noise):
     opt = ezo.ElasticZO(model, lr=1e-2, seed=5, noise=noise, **extra(noise))
     opt.train_step(*batch())
     for s in model._ezo.manifest:
-        z = ops.materialize(s.shape, seed=5, step=0, site=s.site, layout=s.layout, noise=noise, device="cuda", **extra(noise))
+        z = ops.materialize(
+            s.shape, seed=5, step=0, site=s.site, layout=s.layout, noise=noise, device="cuda", **extra(noise)
+        )
         assert torch.equal(model.state_dict()[s.names[0]], before[s.names[0]] - (opt._lr * opt.g) * z), s.names
 
 

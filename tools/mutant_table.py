@@ -77,7 +77,13 @@ MUTANTS = (
         "[scale for sign in signs]",
         _GRADIENT,
     ),
-    Mutant("perturbing writes the weight", _OPS + "perturb.py", "for part in moved:", "for part in (w.copy_(moved[0]),) + tuple(moved[1:]):", _LINEAR),
+    Mutant(
+        "perturbing writes the weight",
+        _OPS + "perturb.py",
+        "for part in moved:",
+        "for part in (w.copy_(moved[0]), *moved[1:]):",
+        _LINEAR,
+    ),
     Mutant(
         "bias not perturbed",
         _OPS + "linear.py",

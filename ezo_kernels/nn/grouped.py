@@ -115,7 +115,9 @@ def _run(module: Grouped, forward, args, kwargs):
         with swapped(module, {path: t[0] for path, t in spread.items()}):
             return forward(*args, **kwargs)
     if not module.owned and not module._modules and len(args) == 1 and not kwargs and zo.is_stacked(args[0]):
-        return torch.cat([forward(zo.part(args[0], g)) for g in range(zo.p.groups)])  # most heads: nothing to swap or narrow
+        return torch.cat(
+            [forward(zo.part(args[0], g)) for g in range(zo.p.groups)]
+        )  # most heads: nothing to swap or narrow
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not any(zo.is_stacked(leaf) for leaf in leaves):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -21,6 +21,8 @@ from ._library import register
 from ._perturbation import FLOATS
 from .noise import Noise, check_index, key_words, row_ids, shift_cpu
 
+_GAUSSIAN = Noise()
+
 
 @dataclass(frozen=True)
 class UpdatePlan:
@@ -140,7 +142,7 @@ def update_(
     *,
     sites: list[int],
     layouts: list[str] | None = None,
-    noise: Noise = Noise(),
+    noise: Noise = _GAUSSIAN,
     query: int = 0,
     stochastic_rounding: bool = True,
     plan: UpdatePlan | None = None,

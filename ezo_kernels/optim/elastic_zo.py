@@ -8,7 +8,6 @@ For each query q, with z_q from the noise contract and losses l of the two group
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 
@@ -17,20 +16,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._nvtx import ranges
-from ..nn.context import group_pass
 from ..nn.convert import context_of, head_parameters, plan_of, trunk_parameters
 from ..nn.grouped import update_batch_norms
 from ..ops import Noise, Perturbation, UpdatePlan, update_
 from ..ops._perturbation import NotStackedError, PassError
 from ..ops.noise import check_index, fold_key, rng_version
-from .batches import call, part, rows_of, stack
-from .check import checked_forward, rows_apart
+from .batches import call, rows_of
 from .head import GuardedOptimizer
 from .losses import loss_for
+from .passes import HEAD_GRADS, Passes
 from .state import OptimizerState
 
 MODES = ("auto", "stacked", "sequential")
-HEAD_GRADS = ("mean", "plus", "minus")
 
 
 def _number(value, name: str, *, least: float, strict: bool = False) -> float:
@@ -41,7 +38,7 @@ def _number(value, name: str, *, least: float, strict: bool = False) -> float:
     return float(value)
 
 
-class ElasticZO(OptimizerState, torch.optim.Optimizer):
+class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     """Trains a model that :func:`ezo_kernels.convert_` converted.
 
     ``param_groups[0]`` is the trunk (``lr``, ``eps``, ``clip``), the others are the head's; all hold Python numbers, and
@@ -203,109 +200,6 @@ class ElasticZO(OptimizerState, torch.optim.Optimizer):
         fold_key(self._seed, self._step, self._key)
         self.zo.micro = self._micro
         return Perturbation(self._key, self._eps, self.noise, 0, self.queries)
-
-    # ------------------------------------------------------------------------------------------------------- passes
-
-    @property
-    def _must_check(self) -> bool:
-        """Whether this is the first step, of a model whose values can be looked at."""
-        return not self._checked and bool(self.trunk) and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
-
-    @property
-    def _must_check_rows(self) -> bool:
-        """Whether this is the first stacked pass, of a model whose values can be looked at."""
-        return not self._rows_checked and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
-
-    def _named(self, error: PassError) -> str:
-        """The error with the name of the layer that it is about."""
-        names = [s.names[0].rpartition(".")[0] for s in self.zo.manifest if s.site == error.site]
-        return f"{names[0]}: {error}" if names and names[0] else str(error)
-
-    @contextlib.contextmanager
-    def _checking(self):
-        """The first step's check around a real forward."""
-        if not self._must_check:
-            yield
-            return
-        listed = {s.site: s.names[0] for s in self.zo.manifest}
-        names = {id(p): s.names[0] for p, s in zip(self.trunk, self.zo.manifest, strict=True)}
-        with checked_forward(self.model, self.zo, names, listed):
-            yield
-
-    def _uses(self, group: int) -> bool:
-        """Whether the head learns from this group."""
-        return self.head_grad == "mean" or group % 2 == HEAD_GRADS.index(self.head_grad) - 1 or not self.trunk
-
-    def _backward(self, losses: list[torch.Tensor]) -> None:
-        """Add the mean of these groups' gradients to the head's."""
-        used = [loss for g, loss in enumerate(losses) if self._uses(g)]
-        if not self.head:
-            return
-        if not all(loss.requires_grad for loss in used):
-            raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
-        total = used[0] if len(used) == 1 else torch.stack(used).mean()
-        torch.autograd.backward(total, inputs=self.head)
-
-    def _one_by_one(self, p: Perturbation, run) -> torch.Tensor:
-        """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once."""
-        used = sum(self._uses(g) for g in range(p.groups))
-        losses = []
-        for g in range(p.groups):
-            checking = self._checking() if g == 0 else contextlib.nullcontext()
-            with torch.set_grad_enabled(bool(self.head)), checking, self.zo.running(group_pass(p, g)):
-                with self._phase("perturbed forward"):
-                    loss = run()
-                self._check_loss(loss)
-            if self.head and self._uses(g):
-                with self._phase("head"):
-                    self._backward_one(loss / used if used > 1 else loss)
-            losses.append(loss.detach().float().reshape(()))
-        return torch.stack(losses)
-
-    def _backward_one(self, loss: torch.Tensor) -> None:
-        if not loss.requires_grad:
-            raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
-        torch.autograd.backward(loss, inputs=self.head)
-
-    @staticmethod
-    def _check_loss(loss) -> None:
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise ValueError(f"the loss must be a tensor of one element, got {shape}")
-
-    def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
-        groups = p.groups
-        rows = rows_of(x) * groups
-        with torch.set_grad_enabled(bool(self.head)), self._checking():
-            with self._phase("perturbed forward"), self.zo.running(p, rows):
-                output = call(self.model, stack(x, groups), stack(kwargs, groups) if kwargs else kwargs)
-            parts = [part(output, g, groups) for g in range(groups)]
-            losses = []
-            with self._phase("loss"):
-                for own in parts:
-                    losses.append(loss_for(loss_fn, own, y))
-                    self._check_loss(losses[-1])
-        if self._must_check_rows:
-            stats = dict(self.zo.batch_stats)
-            if not rows_apart(parts, self._alone(p, x, kwargs)):
-                raise NotStackedError(
-                    "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
-                    "a stacked pass would mix the groups; run them one by one (mode='sequential')"
-                )
-            self.zo.batch_stats = stats
-            self._rows_checked = True
-        with self._phase("head"):
-            self._backward(losses)
-        return torch.stack([loss.detach().float().reshape(()) for loss in losses])
-
-    @torch.no_grad()
-    def _alone(self, p: Perturbation, x, kwargs) -> list:
-        outputs = []
-        for g in range(p.groups):
-            self.zo.batch_stats = {}
-            with self.zo.running(group_pass(p, g)):
-                outputs.append(call(self.model, x, kwargs))
-        return outputs
 
     # --------------------------------------------------------------------------------------------------------- steps
 

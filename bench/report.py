@@ -1,0 +1,128 @@
+"""The tables of README.md and docs/performance.md, made from the files in bench/results.
+
+python -m bench report            writes them between their markers
+python -m bench report --check    exit status 1 if a table is not what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true")
+
+
+def _read(name: str) -> dict | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _spread(values: list[float]) -> str:
+    """Mean, and half the range, of percentages."""
+    mean = 100 * statistics.mean(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {50 * (max(values) - min(values)):.2f}"
+
+
+def training() -> str:
+    """ElasticZO against the frozen trunk."""
+    lines = [
+        "| LeNet-5, CPU | trained by BP | queries | steps | seeds | test error, % | frozen trunk, % | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for data in ("mnist", "fashion_mnist"):
+        record = _read(f"frozen_trunk_{data}.json")
+        cells: dict[tuple, list] = {}
+        for run in record["runs"] if record else []:
+            cells.setdefault(tuple(run["head"]), []).append(run)
+        for head, runs in cells.items():
+            ours = [r["elastic"]["test_error"] for r in runs]
+            frozen = [r["frozen"]["test_error"] for r in runs]
+            ratio = statistics.mean(a / b for a, b in zip(ours, frozen, strict=True))
+            first = runs[0]["elastic"]
+            lines.append(
+                f"| {data} | {', '.join(head)} | {first['recipe']['queries']} | {first['steps']:,} | {len(runs)} | "
+                f"{_spread(ours)} | {_spread(frozen)} | {ratio:.2f} |"
+            )
+    train = _read("train_mnist.json")
+    if train:
+        seconds = train["step_ms"] * train["steps"] / 1000
+        lines += [
+            "",
+            f"`make train`: {100 * train['test_accuracy']:.2f}% of MNIST's test set after {train['epochs']} epochs, "
+            f"{train['step_ms']:.1f} ms a step, {seconds:.0f} s in steps, on one CPU thread.",
+        ]
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """The CPU's ratios and, where there are files of one, a GPU's figures."""
+    lines = ["| CPU, one thread | microseconds | over the baseline's time |", "|---|---|---|"]
+    record = _read("cpu.json")
+    for title, cases in (record or {}).items():
+        if title != "environment":
+            for name, case in cases.items():
+                lines.append(f"| {title}: {name} | {case['first_us']:.0f} | {case['ratio']:.2f} |")
+    gpus = sorted(RESULTS.glob("gpu_*_*.json"))
+    if not gpus:
+        lines += ["", "No figure of a GPU: none has been measured."]
+    for path in gpus:
+        record = json.loads(path.read_text())
+        rows = [b for b in record.get("benchmarks", ()) if "device_us" in b["extra_info"]]
+        if rows:
+            lines += ["", f"| {record['environment']['gpu']}: {record['part']} | device, us |", "|---|---|"]
+            lines += [f"| {b['name']} | {b['extra_info']['device_us']:.1f} |" for b in rows]
+    return "\n".join(lines)
+
+
+def static() -> str:
+    """sm_90, one row a kernel and noise of the representative variants."""
+    record = _read("static.json")
+    if not record:
+        return "`python -m bench static` has not been run."
+    lines = [
+        "| variant, sm_90 | registers | spill, local bytes | shared bytes | matrix instructions | instructions a z |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        if str(row["arch"]) in ("90", "sm_90") and row.get("representative", True):
+            matrix = ", ".join(f"{n} {k}" for k, n in row["matrix_instructions"].items()) or "none"
+            per_z = row.get("instructions_per_z")
+            lines.append(
+                f"| {row['variant']} | {row['registers']} | {row['spill_bytes']}, {row['local_bytes']} | "
+                f"{row['shared_bytes']} | {matrix} | {f'{per_z:.1f}' if per_z else ''} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES = {"README.md": {"results": training}, "docs/performance.md": {"speed": speed, "static": static}}
+
+
+def between(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between its markers ``<!-- name -->`` and ``<!-- /name -->``."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"the markers {start} and {end} are not there once each")
+    head, _, rest = text.partition(start)
+    return f"{head}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+
+
+def run(args: argparse.Namespace) -> int:
+    stale = []
+    for name, tables in TABLES.items():
+        path = ROOT / name
+        old = new = path.read_text()
+        for marker, table in tables.items():
+            new = between(new, marker, table())
+        if new != old:
+            stale.append(name)
+            if not args.check:
+                path.write_text(new)
+    print(("stale: " if args.check else "written: ") + (", ".join(stale) or "nothing"))
+    return int(args.check and bool(stale))
