@@ -65,6 +65,15 @@ CASES = {
 }  # fmt: skip
 
 
+def test_workspace_is_counted():
+    """Norm affine of a ResNet: a copy a group when stacked, one when not; fused layers need none."""
+    model = ezo.convert_(seeded(zoo.ResNet18), head=["fc"])
+    affine = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    assert ezo.ElasticZO(model, queries=3, mode="stacked").workspace_bytes == 6 * 4 * affine
+    assert ezo.ElasticZO(model, queries=3, mode="sequential").workspace_bytes == 4 * affine
+    assert ezo.ElasticZO(ezo.convert_(seeded(ezo.models.LeNet5))).workspace_bytes == 0
+
+
 def per_token(out, y):
     return F.cross_entropy(out.flatten(0, -2), y.flatten())
 

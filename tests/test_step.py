@@ -325,6 +325,7 @@ def test_state_round_trip_continues_bit_for_bit(tmp_path):
         ({"noise": "sparse", "p_zero": 1.0}, ValueError, "p_zero"),
         ({"noise": "gaussian", "p_zero": 0.5}, ValueError, "p_zero"),
         ({"noise": "gaussian_fast"}, NotImplementedError, "CUDA"),
+        ({"noise": "sparse_int8"}, NotImplementedError, "integer"),
         ({"clip": 0.0}, ValueError, "clip"),
         ({"seed": -1}, ValueError, "seed"),
         ({"seed": 1 << 64}, ValueError, "seed"),

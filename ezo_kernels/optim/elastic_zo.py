@@ -103,6 +103,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             raise ValueError(f"queries must be at least 1, got {queries}")
         seed = check_index(seed, "seed", 1 << 64)
         self.noise = Noise(noise, rounds, p_zero)
+        if noise == "sparse_int8":
+            raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
         self.trunk, self.head = trunk_parameters(model), head_parameters(model)
         if not self.trunk and not self.head:
             raise ValueError("the model has no parameter to train: all are frozen")
@@ -151,6 +153,17 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     @property
     def _groups(self) -> int:
         return 2 * self.queries if self.trunk else 1
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of perturbed copies that are alive at once in a pass: those of parameters that no fused layer reads.
+
+        A copy a group in a stacked pass, one copy in a sequential one. (The CPU reference also forms the weight of the layer
+        that runs, which is memory of the backend, not of the method.)
+        """
+        groups = self._groups if self.mode == "stacked" else 1
+        sizes = zip(self.trunk, self.zo.manifest, strict=True)
+        return groups * sum(p.numel() * p.element_size() for p, s in sizes if s.kind == "workspace")
 
     @property
     def rng_version(self) -> str:
