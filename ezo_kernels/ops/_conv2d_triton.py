@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ._linear_triton import architecture, input_precision
 from ._noise_triton import ASM, NOISE_ID, UNIT, load_key, signed32, z_units
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -145,14 +146,16 @@ class ConvTiles:
     tap: int
     unit: int
     num_warps: int
-    num_stages: int = 1  # gathered pairs of bytes cannot be prefetched; with a second stage fp32 spills on sm_80
+    num_stages: int
 
 
 def _pow2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def conv_tiles(positions: int, outputs: int, channels: int, conv_groups: int, noise: str, precision: str) -> ConvTiles:
+def conv_tiles(
+    positions: int, outputs: int, channels: int, conv_groups: int, noise: str, precision: str, arch: int
+) -> ConvTiles:
     """Tiles of a convolution.
 
     Args:
@@ -162,6 +165,7 @@ def conv_tiles(positions: int, outputs: int, channels: int, conv_groups: int, no
         noise: name.
         precision: of the products: ``16`` (bits), ``tf32`` or ``ieee``. Those in ieee run on the CUDA cores, which keep
             a tile's whole K in registers.
+        arch: compute capability, 90 for an H100. Where the tensor core reads registers a second stage makes tiles spill.
     """
     unit, bk = UNIT[noise], 32
     if precision == "ieee" and noise != "hadamard":
@@ -176,7 +180,7 @@ def conv_tiles(positions: int, outputs: int, channels: int, conv_groups: int, no
         bm //= 2
     bm = 16 if positions <= 16 else bm  # fewer positions make the noise of a tile no cheaper
     warps = 8 if bm == 128 or bm * bn >= (2048 if precision == "ieee" else 4096) else 4
-    return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps)
+    return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps, 2 if arch // 10 in (9, 10) else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- launcher
@@ -200,11 +204,8 @@ def launch_conv2d(
     positions = batch * out_height * out_width
     if positions >= 1 << 31:
         raise NotImplementedError(f"perturbed_conv2d: {positions} output positions in a group, at most 2^31 - 1")
-    if x.dtype != torch.float32:
-        precision = "16"
-    elif not precision:
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tiles = conv_tiles(positions, outputs, channels, conv_groups, noise.name, precision)
+    precision = input_precision(x.dtype, precision) if x.dtype == torch.float32 else "16"
+    tiles = conv_tiles(positions, outputs, channels, conv_groups, noise.name, precision, architecture(x.device))
     tiles_m, tiles_n = -(-positions // tiles.bm), -(-outputs // tiles.bn)
     pair = len(signs) == 2
     stack = 0 if shared else batch * x.stride(0)
@@ -247,7 +248,9 @@ def variants():
                     shape == "resnet3x3" or (dtype, noise) == ("fp32", "gaussian")
                 )
                 if noise != "sparse_int8":
-                    yield _variant(shape, *shapes[shape], xt, wt, dtype, precision, noise, 1, True, few)
+                    given = (shape, *shapes[shape], xt, wt, dtype, precision, noise, 1, True, few)
+                    yield _variant(*given)
+                    yield _variant(*given, archs=tuple(arch for arch in ARCHS if arch not in (90, 100)))
     for sign in (1, 0):
         yield _variant("resnet3x3", *shapes["resnet3x3"], "bf16", "bf16", "bf16", "16", "gaussian", sign, False, True)
     ones = (*_INTEGERS[4:], *_ONES)  # a launch turns arguments that are one into constants
@@ -268,12 +271,14 @@ _INTEGERS = (
 _ONES = ("x_w", "w_s", "b_o", "y_w", "stride_h", "stride_w", "dilation_h", "dilation_w")
 
 
-def _variant(shape, positions, outputs, channels, kernel, xt, wt, dtype, precision, noise, sign, pair, tested):
-    tiles = conv_tiles(positions, outputs, channels, 1, noise, precision)
+def _variant(
+    shape, positions, outputs, channels, kernel, xt, wt, dtype, precision, noise, sign, pair, tested, archs=(90, 100)
+):  # fmt: skip
+    tiles = conv_tiles(positions, outputs, channels, 1, noise, precision, archs[0])
     pointers = {"x_ptr": xt, "w_ptr": wt, "b_ptr": wt, "y_ptr": xt, "key_ptr": "i32", "eps_ptr": "fp32"}
     return Variant(
         kernel=conv2d_kernel,
-        name=f"conv2d/{dtype}/{noise}/{shape}/{'pair' if pair else sign}",
+        name=f"conv2d/{dtype}/{noise}/{shape}/{'pair' if pair else sign}" + "/sm_80" * (80 in archs),
         signature={
             **{name: "*" + kind for name, kind in pointers.items()},
             **dict.fromkeys(_INTEGERS, "i32"),
@@ -287,7 +292,7 @@ def _variant(shape, positions, outputs, channels, kernel, xt, wt, dtype, precisi
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        archs=ARCHS,
+        archs=archs,
         expects=(("mma",) if precision != "ieee" else ()) + (("multiply",) if sign else ()),
         z_per_loop=tiles.bn * tiles.bk if sign else 0,
         representative=tested,
