@@ -24,11 +24,17 @@ import ezo_kernels as ezo
 from ezo_kernels.data import Batches, load, standardize
 
 FROZEN_LRS = (0.02, 0.05, 0.1, 0.2, 0.4)
-HEADS = (["fc3"], ["fc2", "fc3"])
-#: Chosen on the validation split (docs/recipes.md).
+_COMMON = {"eps": 1e-3, "clip": 5.0, "noise": "gaussian", "head_lr": 0.05}
+#: data -> head -> recipe, chosen on the validation split (docs/recipes.md).
 RECIPES = {
-    "mnist": {"lr": 1e-4, "eps": 1e-3, "clip": 5.0, "queries": 1, "noise": "gaussian", "head_lr": 0.05},
-    "fashion_mnist": {"lr": 8e-4, "eps": 1e-3, "clip": 5.0, "queries": 8, "noise": "gaussian", "head_lr": 0.05},
+    "mnist": {
+        ("fc3",): {"lr": 1e-4, "queries": 1, **_COMMON},
+        ("fc2", "fc3"): {"lr": 4e-4, "queries": 4, **_COMMON},
+    },
+    "fashion_mnist": {
+        ("fc3",): {"lr": 8e-4, "queries": 8, **_COMMON},
+        ("fc2", "fc3"): {"lr": 8e-4, "queries": 8, **_COMMON},
+    },
 }
 
 
@@ -112,6 +118,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--heads", nargs="+", default=["fc3", "fc2,fc3"], help="each a list of layers, by commas")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -125,11 +132,11 @@ def main() -> None:
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     done = {(tuple(r["head"]), r["seed"]) for r in runs}
     for seed in args.seeds:
-        for head in HEADS:
+        for head in (name.split(",") for name in args.heads):
             if (tuple(head), seed) in done:
                 continue
             run = {"data": args.data, "head": head, "seed": seed, "epochs": args.epochs, "batch": args.batch}
-            run["elastic"] = elastic(splits, head, seed, args.epochs, args.batch, RECIPES[args.data])
+            run["elastic"] = elastic(splits, head, seed, args.epochs, args.batch, RECIPES[args.data][tuple(head)])
             run["frozen"] = frozen(splits, head, seed, args.epochs, args.batch)
             run["ratio"] = run["elastic"]["test_error"] / run["frozen"]["test_error"]
             runs.append(run)
