@@ -382,3 +382,29 @@ def test_nvtx_ranges_are_exactly_the_phases(monkeypatch):
     opt = ezo.ElasticZO(model, nvtx=True)
     opt.train_step(*batch(8))
     assert seen == [("ezo", n) for n in ("perturbed forward", "loss", "head", "update", "head")]
+
+
+def test_pure_backpropagation_skips_running_statistics_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    ezo.convert_(model, head="all")
+    opt = ezo.ElasticZO(model)
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    opt.train_step(x, y)
+    before = bits(model)
+    opt.train_step(x * math.inf, y)
+    assert same(before, bits(model)) and opt.skipped.item() == 1
+    with pytest.raises(RuntimeError):
+        opt.train_step(x, y, loss_fn=lambda out, target: (_ for _ in ()).throw(RuntimeError("after the forward")))
+    assert same(before, bits(model))
+    opt.train_step(x, y)
+    assert not same(before, bits(model)) and model[1].num_batches_tracked.item() == 2
+
+
+def test_a_replaced_parameter_is_refused_by_name():
+    model = ezo.convert_(lenet(), head=["fc3"])
+    opt = ezo.ElasticZO(model)
+    opt.train_step(*batch(8))
+    model.load_state_dict(bits(model), assign=True)
+    with pytest.raises(ValueError, match=r"conv1\.bias.*replaced"):
+        opt.train_step(*batch(8))

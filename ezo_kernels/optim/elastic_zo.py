@@ -38,6 +38,12 @@ def _number(value, name: str, *, least: float, strict: bool = False) -> float:
     return float(value)
 
 
+def _slot(model: nn.Module, name: str) -> tuple[dict, str]:
+    """Where a module keeps the parameter of this qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner)._parameters, leaf
+
+
 class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     """Trains a model that :func:`ezo_kernels.convert_` converted.
 
@@ -125,11 +131,13 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self._phase = ranges(nvtx)
         self._plan: UpdatePlan | None = None
+        self._slots = [_slot(model, s.names[0]) for s in self.zo.manifest]
         self._sites = tuple(s.site for s in self.zo.manifest)
         self._layouts = tuple(s.layout for s in self.zo.manifest)
         self._checked = self._rows_checked = False
         self._losses: torch.Tensor | None = None
         self._micro = 0
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def scalar(value, dtype, shape=(1,)):
             return torch.full(shape, value, dtype=dtype, device=self.device)
@@ -207,6 +215,9 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         """Device scalars and the key of this step; the pass of all its groups."""
         if not self.trunk:
             return None
+        for (table, name), p, site in zip(self._slots, self.trunk, self.zo.manifest, strict=True):
+            if table[name] is not p:
+                raise ValueError(f"{site.names[0]!r} was replaced by another Parameter: make a new ElasticZO")
         if self.trunk[0].device != self.device:
             raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
         self._fill_scalars()
@@ -237,12 +248,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
 
         def losses(p):
             if p is None:
-                with torch.enable_grad():
-                    loss = loss_for(loss_fn, call(self.model, x, model_kwargs), y)
-                    self._check_loss(loss)
-                with self._phase("head"):
-                    self._backward([loss])
-                return loss.detach().float().reshape(1)
+                return self._plain(lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
             if self.mode == "stacked":
                 try:
                     return self._stacked(p, x, y, loss_fn, model_kwargs)
@@ -269,13 +275,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             raise ValueError("ElasticZO.step needs a closure that returns the loss; or call train_step(x, y)")
 
         def losses(p):
-            if p is None:
-                with torch.enable_grad():
-                    loss = closure()
-                self._check_loss(loss)
-                self._backward([loss])
-                return loss.detach().float().reshape(1)
-            return self._one_by_one(p, closure)
+            return self._plain(closure) if p is None else self._one_by_one(p, closure)
 
         return self._take(losses, True)
 
@@ -284,11 +284,13 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             self._drop()
         try:
             losses = run(self._begin())
-        except PassError as error:
+        except BaseException as error:
+            with torch.no_grad():
+                for buffer, old in self._buffers:
+                    buffer.copy_(old)
             self._drop()
-            raise ValueError(self._named(error)) from error
-        except BaseException:
-            self._drop()
+            if isinstance(error, PassError):
+                raise ValueError(self._named(error)) from error
             raise
         self._checked = self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
         self._losses = losses if self._losses is None else self._losses + losses
@@ -299,7 +301,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
 
     def _drop(self) -> None:
         """Forget gradients and losses that were not applied."""
-        self._losses, self._micro = None, 0
+        self._losses, self._micro, self._buffers = None, 0, []
         self.zo.batch_stats = {}
         for p in self.head:
             p.grad = None
@@ -329,6 +331,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             with self._phase("head"):
                 self.head_optimizer.step(ok)
         update_batch_norms(self.zo, ok)
+        for buffer, old in self._buffers:
+            buffer.copy_(torch.where(ok, buffer, old))
         self._step += ok
         self.skipped += ~ok
         self._drop()

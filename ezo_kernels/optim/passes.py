@@ -119,3 +119,14 @@ class Passes:
             with self.zo.running(group_pass(p, g)):
                 outputs.append(call(self.model, x, kwargs))
         return outputs
+
+    def _plain(self, run) -> torch.Tensor:
+        """The loss [1] of pure backpropagation; buffers that its forward writes are held, for a step that is skipped."""
+        if not self._buffers:
+            self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        with torch.enable_grad(), self._phase("perturbed forward"):
+            loss = run()
+        self._check_loss(loss)
+        with self._phase("head"):
+            self._backward([loss])
+        return loss.detach().float().reshape(1)
