@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,8 +129,9 @@ def test_a_terminal_sees_a_bar(train, monkeypatch):
     code, out, err = train()
     assert code == 0 and "epoch 1/2" in out
     last = err.split("\r")[-1]
-    for word in ("14/14", "step/s", "loss 2.", "validation ", "MiB"):
-        assert word in err, last
+    # tqdm redraws by the clock, so only the last state, which it always draws, is sure to be there
+    for word in ("14/14", "step/s", r"loss \d\.\d+", "validation ", "MiB"):
+        assert re.search(word, last), last
     assert train("--quiet")[2] == ""
 
 
