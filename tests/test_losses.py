@@ -39,7 +39,9 @@ def test_large_vocabularies_go_by_chunks(monkeypatch):
     seen = []
     monkeypatch.setattr(losses, "chunked_cross_entropy", lambda o, t: seen.append(1) or chunked_cross_entropy(o, t))
     logits, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
-    assert losses.loss_for(F.cross_entropy, logits, target).item() == pytest.approx(F.cross_entropy(logits, target).item())
+    assert losses.loss_for(F.cross_entropy, logits, target).item() == pytest.approx(
+        F.cross_entropy(logits, target).item()
+    )
     assert seen == [1]
     losses.loss_for(F.cross_entropy, logits.requires_grad_(), target)  # autograd's own, for the head
     losses.loss_for(lambda o, t: F.cross_entropy(o, t), logits.detach(), target)  # the user's own function stays

@@ -34,7 +34,9 @@ def dropout_mask_kernel(
     tl.store(out_ptr + r.to(tl.int64) * features + c, kept, mask=(r < rows) & (c < features))
 
 
-def launch_dropout_mask(out: torch.Tensor, key: torch.Tensor, site: int, query: int, rounds: int, threshold: int) -> None:
+def launch_dropout_mask(
+    out: torch.Tensor, key: torch.Tensor, site: int, query: int, rounds: int, threshold: int
+) -> None:
     """Fill ``out``, bool [rows, features], contiguous."""
     require()
     rows, features = out.shape
