@@ -144,9 +144,11 @@ def main() -> None:
             temporary = args.out.with_suffix(".tmp")
             temporary.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1) + "\n")
             os.replace(temporary, args.out)
+            # The validation split alone is shown while recipes are chosen; the test errors are in the file.
+            ours, theirs = run["elastic"]["validation_error"], run["frozen"]["validation_error"]
             print(
-                f"{args.data} head={'+'.join(head)} seed={seed}: test error {run['elastic']['test_error']:.4f} against "
-                f"{run['frozen']['test_error']:.4f} frozen (lr {run['frozen']['lr']}): ratio {run['ratio']:.3f}",
+                f"{args.data} head={'+'.join(head)} seed={seed}: validation error {ours:.4f} against {theirs:.4f} frozen "
+                f"(lr {run['frozen']['lr']}): ratio {ours / theirs:.3f}",
                 flush=True,
             )
 

@@ -10,6 +10,16 @@ import torch.nn.functional as F
 from ezo_kernels.ops import Noise, Perturbation, materialize
 from ezo_kernels.ops.noise import key_tensor
 
+#: Every noise that a float weight takes on a CPU, with its parameters.
+NOISES = [
+    ("gaussian", {}),
+    ("clt4", {}),
+    ("uniform", {}),
+    ("hadamard", {}),
+    ("rademacher", {}),
+    ("sparse", {"p_zero": 0.4}),
+]
+
 
 def randn(*shape, seed=0, dtype=torch.float32, device="cpu"):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

@@ -21,6 +21,6 @@ def test_normals_reach_two_fifths_of_torch_randn():
 
 
 @pytest.mark.parametrize("head", [0, ["fc2", "fc3"]], ids=["pure", "fc2+fc3"])
-def test_step_is_not_slower_than_eager_mezo(head):
+def test_step_is_within_a_fifth_of_eager_mezo(head):
     # measured 1.01 to 1.06, with a spread of 0.1 on a busy machine (bench/results/cpu.json)
-    assert step_against_mezo(head)["ratio"] <= 1.25
+    assert step_against_mezo(head)["ratio"] <= 1.2

@@ -7,20 +7,12 @@ import torch
 
 from ezo_kernels import ops
 from tests import materialised as ref
-from tests.materialised import Pass, randn
+from tests.materialised import NOISES, Pass, randn
 from tests.tolerance import assert_bitwise_equal, assert_within_torch_error, bits
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NOISES = [
-    ("gaussian", {}),
-    ("clt4", {}),
-    ("uniform", {}),
-    ("hadamard", {}),
-    ("rademacher", {}),
-    ("sparse", {"p_zero": 0.4}),
-]
 PASSES = [(1, (1, -1)), (2, (1, -1)), (3, (1, -1)), (1, (1,)), (2, (-1,)), (1, (0,)), (3, (0,))]
 SITE, BIAS = 0xFEDC_BA98, 17
 

@@ -240,7 +240,6 @@ def test_schedulers_drive_lr_and_eps():
 def test_head_gradient_choice(grad):
     model = ezo.convert_(lenet(), head=["fc3"])
     opt = ezo.ElasticZO(model, lr=0.0, head_lr=1.0, head_grad=grad, eps=1e-2, mode="sequential")
-    want = []
     losses = []
     real = torch.autograd.backward
 
@@ -270,7 +269,7 @@ def test_closure_is_called_once_a_group():
     opt.step(closure)
     assert len(calls) == 4
     other = ezo.convert_(lenet(), head=["fc3"])
-    a, b = ezo.ElasticZO(other, seed=1), None
+    a = ezo.ElasticZO(other, seed=1)
     a.step(lambda: F.cross_entropy(other(x), y))
     twin = ezo.convert_(lenet(), head=["fc3"])
     b = ezo.ElasticZO(twin, seed=1, mode="sequential")
@@ -359,29 +358,6 @@ def test_failed_call_changes_nothing():
         assert opt.zo.p is None and all(p.grad is None for p in opt.head)
     with pytest.raises(ValueError, match="closure"):
         opt.step()
-
-
-def test_nvtx_ranges_are_exactly_the_phases(monkeypatch):
-    import contextlib
-
-    import nvtx
-
-    seen = []
-
-    @contextlib.contextmanager
-    def annotate(name, domain):
-        seen.append((domain, name))
-        yield
-
-    monkeypatch.setattr(nvtx, "annotate", annotate)
-    model = ezo.convert_(lenet(), head=["fc3"])
-    ezo.ElasticZO(model).train_step(*batch(8))
-    assert seen == []
-    ezo.unconvert_(model)
-    ezo.convert_(model, head=["fc3"])
-    opt = ezo.ElasticZO(model, nvtx=True)
-    opt.train_step(*batch(8))
-    assert seen == [("ezo", n) for n in ("perturbed forward", "loss", "head", "update", "head")]
 
 
 def test_pure_backpropagation_skips_running_statistics_too():

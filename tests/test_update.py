@@ -11,19 +11,11 @@ from ezo_kernels.ops import Noise, UpdatePlan, update_
 from ezo_kernels.ops.noise import key_tensor
 from ezo_kernels.ops.update import round_stochastic
 from tests import materialised as ref
-from tests.materialised import Pass, randn
+from tests.materialised import NOISES, Pass, randn
 from tests.tolerance import assert_bitwise_equal, bits
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-NOISES = [
-    ("gaussian", {}),
-    ("clt4", {}),
-    ("uniform", {}),
-    ("hadamard", {}),
-    ("rademacher", {}),
-    ("sparse", {"p_zero": 0.4}),
-]
 SHAPES = [(), (7,), (5, 33), (2, 3, 4), (4, 3, 3, 2)]
 HALF = [torch.float16, torch.bfloat16]
 
