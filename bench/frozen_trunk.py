@@ -24,16 +24,16 @@ import ezo_kernels as ezo
 from ezo_kernels.data import Batches, load, standardize
 
 FROZEN_LRS = (0.02, 0.05, 0.1, 0.2, 0.4)
-_COMMON = {"eps": 1e-3, "clip": 5.0, "noise": "gaussian", "head_lr": 0.05}
+_COMMON = {"eps": 1e-3, "clip": 5.0, "noise": "gaussian"}
 #: data -> head -> recipe, chosen on the validation split (docs/recipes.md).
 RECIPES = {
     "mnist": {
-        ("fc3",): {"lr": 1e-4, "queries": 1, **_COMMON},
-        ("fc2", "fc3"): {"lr": 4e-4, "queries": 4, **_COMMON},
+        ("fc3",): {"lr": 1e-4, "queries": 1, "head_lr": 0.05, **_COMMON},
+        ("fc2", "fc3"): {"lr": 8e-4, "queries": 8, "head_lr": 0.1, **_COMMON},
     },
     "fashion_mnist": {
-        ("fc3",): {"lr": 8e-4, "queries": 8, **_COMMON},
-        ("fc2", "fc3"): {"lr": 8e-4, "queries": 8, **_COMMON},
+        ("fc3",): {"lr": 8e-4, "queries": 16, "head_lr": 0.1, **_COMMON},
+        ("fc2", "fc3"): {"lr": 8e-4, "queries": 16, "head_lr": 0.1, **_COMMON},
     },
 }
 

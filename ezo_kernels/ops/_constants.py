@@ -54,3 +54,15 @@ CLT4_B = f32(_CLT_A * _CLT_B / 21845.0**1.5)
 
 UNIFORM_SCALE = f32(math.sqrt(3.0) / 2.0**31)
 HADAMARD_SCALE = f32(1.0 / math.sqrt(32.0 * 5461.25))
+
+# Integers (docs/numerics.md, section Integers).
+INT8_VERSION = "ezo-int8-1"
+#: log2(e) = 47274 * 2^-15, as NITI has it.
+LOG2_E, LOG2_E_BITS = 47274, 15
+#: A bias that meets an accumulator, and the larger of two summands, are shifted left at most so far.
+BIAS_SHIFT, ADD_SHIFT = 22, 16
+#: ROOTS[k] = round(2^(30 - 2^-k)): factors of the integer exponential, one for each bit of a fraction.
+ROOTS = (1 << 30, 759250125, 902905651, 984625594, 1028218693, 1050733751, 1062175491, 1067942999, 1070838486)
+MOST_FRACTION_BITS = len(ROOTS) - 1
+#: Products of int8 numbers (at most 127 * 128 each) that int32 holds the sum of, with a bias.
+MOST_TERMS = (2**31 - 1 - 127 * 2**BIAS_SHIFT) // (127 * 128)

@@ -55,11 +55,31 @@ _conv2d = register(
 )
 
 
-def _pair(value, name: str, least: int) -> tuple[int, int]:
+def _pair(value, name: str, least: int, op: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or any(v < least for v in pair):
-        raise ValueError(f"perturbed_conv2d: {name} must be one or two integers >= {least}, got {value}")
+        raise ValueError(f"{op}: {name} must be one or two integers >= {least}, got {value}")
     return pair
+
+
+def output_size(op: str, x, weight, bias, stride, padding, dilation, groups: int):
+    """Stride, padding and dilation as pairs, and (H', W') of a convolution; ValueError in ``op``'s name if it has none."""
+    if weight.dim() != 4 or x.dim() != 4:
+        raise ValueError(f"{op}: x and weight must be 4-D, got {tuple(x.shape)} and {tuple(weight.shape)}")
+    stride, padding = _pair(stride, "stride", 1, op), _pair(padding, "padding", 0, op)
+    dilation = _pair(dilation, "dilation", 1, op)
+    o, c, *kernel = weight.shape
+    if groups < 1 or o % groups or x.shape[1] != c * groups:
+        raise ValueError(f"{op}: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}")
+    if bias is not None and bias.shape != (o,):
+        raise ValueError(f"{op}: bias must be [{o}], got {tuple(bias.shape)}")
+    size = tuple(
+        (n + 2 * pad - d * (k - 1) - 1) // s + 1
+        for n, pad, d, k, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
+    )
+    if min(size) < 1:
+        raise ValueError(f"{op}: the kernel {tuple(kernel)} is larger than the padded x {tuple(x.shape)}")
+    return stride, padding, dilation, size
 
 
 def perturbed_conv2d(
@@ -96,31 +116,17 @@ def perturbed_conv2d(
         TypeError: dtypes that do not go together.
         ValueError: shapes, devices, rows that are no multiple of the groups of the pass, x that requires grad.
     """
-    if weight.dim() != 4 or x.dim() != 4:
-        raise ValueError(f"perturbed_conv2d: x and weight must be 4-D, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    stride, padding = _pair(stride, "stride", 1), _pair(padding, "padding", 0)
-    dilation = _pair(dilation, "dilation", 1)
-    o, c, *kernel = weight.shape
-    if groups < 1 or o % groups or x.shape[1] != c * groups:
-        raise ValueError(
-            f"perturbed_conv2d: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}"
-        )
-    if bias is not None and bias.shape != (o,):
-        raise ValueError(f"perturbed_conv2d: bias must be [{o}], got {tuple(bias.shape)}")
+    stride, padding, dilation, size = output_size(
+        "perturbed_conv2d", x, weight, bias, stride, padding, dilation, groups
+    )
     if precision not in (None, "ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
-    size = [
-        (n + 2 * pad - d * (k - 1) - 1) // s + 1
-        for n, pad, d, k, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
-    ]
-    if min(size) < 1:
-        raise ValueError(f"perturbed_conv2d: the kernel {tuple(kernel)} is larger than the padded x {tuple(x.shape)}")
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
     rows = check_pass(x, (weight, bias), p, x.shape[0], shared, "perturbed_conv2d", site)
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     x = x.to(compute_dtype(x, weight, "perturbed_conv2d"))
     out = torch.empty(
-        (p.groups * rows, o, *size),
+        (p.groups * rows, weight.shape[0], *size),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last if last else torch.contiguous_format,

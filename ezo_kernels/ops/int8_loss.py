@@ -1,0 +1,206 @@
+"""Integer losses and the head's first error.
+
+    cross-entropy of a row, in bits:  log2 sum_j 2^(A_j) - A_label,   A = 47274 2^-15 logit      (47274 2^-15 = 1.44269 = log2 e)
+
+in fixed point with ``fraction`` bits behind the point: A rounded down, sums of 2^(A_j - max) in 2^-30, log2 rounded down. With
+no such bit it is the paper's rule, floor(log2 sum). The loss of a group is the sum over its rows, int64; g is the sign of the
+difference of two groups.
+
+| tensor | shape |
+|---|---|
+| logits | int8 [groups * B, classes], an exponent a group |
+| labels | int64 [B] |
+| losses | int64 [groups] |
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _constants as C
+from ._library import register
+from .int8_matmul import check_input
+from .int8_pass import GRADIENT_SITE
+from .int8_pointwise import rounding_lanes
+from .int8_tensor import Int8Tensor
+from .noise import check_index
+
+#: Fraction bits of the cross-entropy unless said otherwise.
+FRACTION_BITS = 8
+
+
+def _cross_entropy_cpu(logits, exponent, labels, fraction, losses) -> None:
+    import numpy as np
+
+    from . import _int8_cpu as K
+
+    roots = np.array(C.ROOTS, np.int64)
+    for g, part in enumerate(logits.chunk(losses.numel())):
+        losses[g] = int(K.cross_entropy(part.numpy(), int(exponent[g]), labels.numpy(), fraction, roots))
+
+
+def _cross_entropy_cuda(*args) -> None:
+    from ._int8_loss_triton import launch_cross_entropy
+
+    launch_cross_entropy(*args)
+
+
+_cross_entropy = register(
+    "int8_cross_entropy",
+    "(Tensor logits, Tensor exponent, Tensor labels, int fraction, Tensor(a!) losses) -> ()",
+    cpu=_cross_entropy_cpu,
+    cuda=_cross_entropy_cuda,
+)
+
+
+def _check_logits(logits: Int8Tensor, labels: torch.Tensor, name: str) -> None:
+    check_input(logits, name)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
+    rows = logits.shape[0] // logits.groups
+    if logits.dim() != 2 or labels.shape != (rows,) or not rows:
+        raise ValueError(
+            f"{name}: logits must be [groups * B, classes] and labels [B], got {tuple(logits.shape)} of {logits.groups} "
+            f"groups and {tuple(labels.shape)}"
+        )
+
+
+def int8_cross_entropy(logits: Int8Tensor, labels: torch.Tensor, *, fraction_bits: int = FRACTION_BITS) -> torch.Tensor:
+    """Cross-entropy of each group, summed over its rows, in units of 2^-fraction_bits bits.
+
+    Args:
+        logits: [groups * B, classes].
+        labels: int64 [B], each in [0, classes): not looked at on the host.
+        fraction_bits: 0 (the paper's rule) to 8.
+
+    Returns:
+        int64 [groups].
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, fraction_bits out of range.
+    """
+    _check_logits(logits, labels, "int8_cross_entropy")
+    fraction_bits = check_index(fraction_bits, "fraction_bits", C.MOST_FRACTION_BITS + 1)
+    losses = torch.zeros(logits.groups, dtype=torch.int64, device=logits.device)
+    _cross_entropy(logits.values.contiguous(), logits.exponent, labels.contiguous(), fraction_bits, losses)
+    return losses
+
+
+def nats(losses: torch.Tensor, rows: int, fraction_bits: int = FRACTION_BITS) -> torch.Tensor:
+    """Integer losses as mean cross-entropies in nats, fp64: for people; nothing in a step uses it."""
+    return losses.double() * (0.6931471805599453 / (rows << fraction_bits))
+
+
+# ------------------------------------------------------------------------------------------------------- squared error
+
+
+def _squared_error_cpu(y, exponent, target, target_exponent, fraction, losses, error) -> None:
+    import numpy as np
+
+    from . import _int8_cpu as K
+
+    groups = losses.numel()
+    errors = error.view(groups, -1) if error.numel() else None
+    d = np.empty(target.numel(), np.int64)
+    for g, part in enumerate(y.view(groups, -1)):
+        K.difference(part.numpy(), int(exponent[g]), target.view(-1).numpy(), int(target_exponent[0]), fraction, d)
+        losses[g] = int((d * d).sum())
+        if errors is not None:
+            half = 1 << (fraction - 1)
+            errors[g] = torch.from_numpy(
+                (np.sign(d) * ((np.abs(d) + half) >> fraction)).clip(-127, 127).astype(np.int8)
+            )
+
+
+def _squared_error_cuda(*args) -> None:
+    from ._int8_loss_triton import launch_squared_error
+
+    launch_squared_error(*args)
+
+
+_squared_error = register(
+    "int8_squared_error",
+    "(Tensor y, Tensor exponent, Tensor target, Tensor target_exponent, int fraction, Tensor(a!) losses, "
+    "Tensor(b!) error) -> ()",
+    cpu=_squared_error_cpu,
+    cuda=_squared_error_cuda,
+)
+#: Bits behind the point of a target's unit, in which differences are taken.
+_ERROR_BITS = 8
+
+
+def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = False):
+    """Sum of squared differences of each group, in units of (2^(target's exponent - 8))^2; differences beyond 2^20 are clamped.
+
+    Args:
+        y: [groups * B, ...].
+        target: [B, ...], of one group.
+        gradient: also the error y - target in the target's unit, rounded and clamped.
+
+    Returns:
+        int64 [groups]; with ``gradient`` also int8 of y's shape.
+
+    Raises:
+        TypeError: not Int8Tensors. ValueError: shapes, more than 2^22 values in a group.
+    """
+    check_input(y, "int8_squared_error")
+    check_input(target, "int8_squared_error: target")
+    if target.groups != 1 or (y.shape[0] // y.groups, *y.shape[1:]) != tuple(target.shape):
+        raise ValueError(
+            f"int8_squared_error: y {tuple(y.shape)} of {y.groups} groups, target {tuple(target.shape)} of {target.groups}"
+        )
+    if target.values.numel() > 1 << 22:
+        raise ValueError(f"int8_squared_error: {target.values.numel()} values in a group, {1 << 22} is the most")
+    losses = torch.zeros(y.groups, dtype=torch.int64, device=y.device)
+    error = torch.empty(y.shape if gradient else (0,), dtype=torch.int8, device=y.device)
+    args = (y.values.contiguous(), y.exponent, target.values.contiguous(), target.exponent)
+    _squared_error(*args, _ERROR_BITS, losses, error)
+    return (losses, error) if gradient else losses
+
+
+# --------------------------------------------------------------------------------------------------------- the gradient
+
+
+def _gradient_cpu(logits, exponent, labels, key, rounds, out) -> None:
+    import numpy as np
+
+    from . import _int8_cpu as K
+
+    groups = exponent.numel()
+    scratch = np.empty(logits.shape[1], np.int64)
+    for g, (part, to) in enumerate(zip(logits.chunk(groups), out.chunk(groups), strict=True)):
+        lanes = rounding_lanes(key, GRADIENT_SITE, *part.shape, g, rounds)
+        K.cross_entropy_gradient(part.numpy(), int(exponent[g]), labels.numpy(), lanes, to.numpy(), scratch)
+
+
+def _gradient_cuda(*args) -> None:
+    from ._int8_loss_triton import launch_gradient
+
+    launch_gradient(*args)
+
+
+_gradient = register(
+    "int8_cross_entropy_gradient",
+    "(Tensor logits, Tensor exponent, Tensor labels, Tensor key, int rounds, Tensor(a!) out) -> ()",
+    cpu=_gradient_cpu,
+    cuda=_gradient_cuda,
+)
+
+
+def int8_cross_entropy_gradient(
+    logits: Int8Tensor, labels: torch.Tensor, key: torch.Tensor, *, rounds: int = 7
+) -> torch.Tensor:
+    """NITI's integer softmax minus one-hot, times 2^7, stochastically rounded (arXiv 2009.13108; docs/numerics.md).
+
+    Args:
+        logits: [groups * B, classes].
+        labels: int64 [B].
+        key: int32[2], of the step; the words are stream 4 of the last site, one query a group.
+
+    Returns:
+        int8 [groups * B, classes]; a row sums to about zero.
+    """
+    _check_logits(logits, labels, "int8_cross_entropy_gradient")
+    out = torch.empty(logits.shape, dtype=torch.int8, device=logits.device)
+    _gradient(logits.values.contiguous(), logits.exponent, labels.contiguous(), key, rounds, out)
+    return out

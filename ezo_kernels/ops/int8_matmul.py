@@ -1,0 +1,291 @@
+"""Integer products: a linear layer of every group of a pass, and the batched product of the head's backward.
+
+| tensor | shape |
+|---|---|
+| x | int8 [groups * B, ..., K], or [B, ..., K] of one group shared by all |
+| W, b | int8 [N, K], [N]; one exponent each |
+| acc | int32 [groups * B, ..., N] = x clamp(W + sign z)^T + clamp(b + sign z') 2^(s_b - s_x - s_W) |
+| y | int8 of the same shape: acc / 2^shift of the group, rounded; exponent s_x + s_W + shift |
+
+shift = max(0, bits of the largest |acc| of the group - 7), so a group's values are known only when all its accumulators are.
+Strategy ``buffer`` keeps them in an int32 buffer; ``twice`` multiplies twice, first for the maximum alone. Same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._layout import grid
+from ._library import register
+from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check_rounding, check_terms, pass_groups
+from .int8_tensor import Int8Tensor, new, scratch
+from .noise import Noise, check_index, fill_cpu, row_ids
+
+#: What a product leaves behind.
+STORE, PEAK, REQUANTIZE = 0, 1, 2
+
+
+def perturbed_weights(w, key, site: int, layout: str, groups: int, query, signs, noise: Noise):
+    """Yield the int8 weight of each group, contiguous, in order (CPU)."""
+    from . import _int8_cpu as K
+
+    w = w.detach().contiguous()
+    if tuple(signs) == (0,):
+        yield from [w] * groups
+        return
+    where = grid(w.shape, layout, noise.segment)
+    cube = where.cube(w).numpy()
+    for q in range(groups // len(signs)):
+        z = fill_cpu(key, site, query + q, where.columns, noise, row_ids(where.rows))
+        for sign in signs:
+            moved = torch.empty_like(w)
+            K.perturb(cube, z, sign, where.cube(moved).numpy())
+            yield moved
+
+
+def aligned_bias(b, b_exponent, x_exponent, w_exponent, outputs: int):
+    """A bias in the unit of the accumulators, numpy int32 [outputs]; zeros without one."""
+    import numpy as np
+
+    from . import _int8_cpu as K
+
+    if b is None:
+        return np.zeros(outputs, np.int32)
+    out = np.empty(outputs, np.int32)
+    K.align_bias(b.numpy(), int(b_exponent), int(x_exponent), int(w_exponent), out)
+    return out
+
+
+def shift_of(peak: int) -> int:
+    """How far accumulators of this largest magnitude are shifted to the right."""
+    return max(0, int(peak).bit_length() - 7)
+
+
+def _linear_cpu(
+    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding,
+    query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
+) -> None:  # fmt: skip
+    from . import _int8_cpu as K
+
+    noise = Noise("sparse_int8", rounds, p_zero, r_max)
+    groups, (n, k) = peak.numel(), w.shape
+    parts = x.reshape(x_exponent.numel(), -1, k)
+    tail = (groups, query, signs, noise)
+    weights = perturbed_weights(w, key, site, "matrix", *tail)
+    biases = [None] * groups if b is None else perturbed_weights(b, key, bias_site, "matrix", *tail)
+    # an output that is not written still needs a shape to be compiled for
+    accs = acc.view(groups, -1, n) if what == STORE else acc.new_empty(groups, 0, 0)
+    outs = out.view(groups, -1, n) if what == REQUANTIZE else out.new_empty(groups, 0, 0)
+    mode = ROUNDINGS.index(rounding)
+    for g, (w_g, b_g) in enumerate(zip(weights, biases, strict=True)):
+        own = min(g, len(parts) - 1)
+        bias = aligned_bias(b_g, b_exponent, x_exponent[own], w_exponent, n)
+        shift = shift_of(peak[g]) if what == REQUANTIZE else 0
+        largest = K.linear(parts[own].numpy(), w_g.numpy(), bias, what, accs[g].numpy(), shift, mode, outs[g].numpy())
+        if what == REQUANTIZE:
+            exponent[g] = x_exponent[own] + w_exponent[0] + shift
+        else:
+            peak[g] = int(largest)
+
+
+def _linear_cuda(*args) -> None:
+    from ._int8_matmul_triton import launch_linear
+
+    launch_linear(*args)
+
+
+_linear = register(
+    "int8_linear",
+    "(Tensor x, Tensor w, Tensor? b, Tensor x_exponent, Tensor w_exponent, Tensor? b_exponent, Tensor key, int site, "
+    f"int bias_site, int what, str rounding, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, "
+    "Tensor(d!) exponent) -> ()",
+    cpu=_linear_cpu,
+    cuda=_linear_cuda,
+)
+
+
+def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, out, exponent) -> None:
+    from . import _int8_cpu as K
+
+    groups = peak.numel()
+    for g, (a, o) in enumerate(zip(acc.view(groups, -1), out.view(groups, -1), strict=True)):
+        shift = shift_of(peak[g])
+        K.requantize(a.numpy(), shift, ROUNDINGS.index(rounding), o.numpy())
+        exponent[g] = x_exponent[min(g, x_exponent.numel() - 1)] + w_exponent[0] + shift
+
+
+def _requantize_cuda(*args) -> None:
+    from ._int8_pointwise_triton import launch_requantize
+
+    launch_requantize(*args)
+
+
+_requantize = register(
+    "int8_requantize",
+    "(Tensor acc, Tensor peak, Tensor x_exponent, Tensor w_exponent, str rounding, Tensor(a!) out, "
+    "Tensor(b!) exponent) -> ()",
+    cpu=_requantize_cpu,
+    cuda=_requantize_cuda,
+)
+
+
+def multiply(x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, w_exponent, run) -> Int8Tensor:
+    """The two halves of a product: ``run(what, acc, peak, out, exponent)``, once or twice, and the requantisation.
+
+    Args:
+        x: whose memory the result lives in.
+        shape: of the result.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    peak = torch.zeros(groups, dtype=torch.int32, device=x.device)
+    if strategy == "twice":
+        none32, none8 = peak.new_empty(0), torch.empty(0, dtype=torch.int8, device=x.device)
+        y = new(x, shape, groups)
+        if y.values.numel() and not x.values.is_meta:
+            run(PEAK, none32, peak, none8, y.exponent)
+            run(REQUANTIZE, none32, peak, y.values, y.exponent)
+        return y
+    acc, block = scratch(x, shape, torch.int32)
+    y = new(x, shape, groups)
+    if y.values.numel() and not x.values.is_meta:
+        run(STORE, acc, peak, y.values, y.exponent)
+        _requantize(acc, peak, x.exponent, w_exponent, rounding, y.values, y.exponent)
+    del acc, block
+    return y
+
+
+def check_weight(w, w_exponent, b, b_exponent, name: str) -> None:
+    """Dtypes and shapes of a layer's integer parameters."""
+    for what, values, exponent in (("weight", w, w_exponent), ("bias", b, b_exponent)):
+        if values is None:
+            continue
+        if values.dtype != torch.int8:
+            raise TypeError(
+                f"{name}: {what} must be int8, got {values.dtype}; convert_(model, precision='int8') makes it"
+            )
+        if exponent is None or exponent.dtype != torch.int32 or exponent.numel() != 1:
+            raise TypeError(f"{name}: the {what}'s exponent must be int32 [1]")
+
+
+def check_input(x, name: str) -> None:
+    if not isinstance(x, Int8Tensor):
+        raise TypeError(
+            f"{name} takes an Int8Tensor, got {getattr(x, 'dtype', type(x).__name__)}: quantise the input with "
+            "ezo_kernels.quantize(x)"
+        )
+
+
+def int8_linear(
+    x: Int8Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: IntegerPerturbation | None,
+    *,
+    weight_exponent: torch.Tensor,
+    bias_exponent: torch.Tensor | None = None,
+    site: int = 0,
+    bias_site: int = 0,
+    rounding: str = "nearest",
+    strategy: str = "buffer",
+) -> Int8Tensor:
+    """Integer linear layer of every group.
+
+    Args:
+        x: [groups * B, ..., K], or of one group that all groups of the pass share.
+        weight: int8 [N, K]. Never written.
+        bias: int8 [N] or None.
+        p: the pass; None, or signs (0,), leaves the weights as they are and takes x of any groups.
+        weight_exponent, bias_exponent: int32 [1].
+        site, bias_site: ids of weight and bias.
+        rounding: ``nearest`` or ``pseudo``.
+        strategy: ``buffer`` or ``twice``.
+
+    Returns:
+        [groups * B, ..., N].
+
+    Raises:
+        TypeError: an argument that is not of integers.
+        ValueError: shapes, an unknown name, K past the limit of int32.
+    """
+    check_input(x, "int8_linear")
+    check_weight(weight, weight_exponent, bias, bias_exponent, "int8_linear")
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"int8_linear: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"int8_linear: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    check_terms(weight.shape[1], "int8_linear")
+    rounding = _of_activations(rounding)
+    site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
+    signs = (0,) if p is None else tuple(p.signs)
+    groups = x.groups if signs == (0,) else pass_groups(x, p, "int8_linear", site)
+    rows = x.shape[0] // x.groups
+    values = x.values.contiguous()
+    tail = (0, 1, [0], 7, 0.0, 1) if signs == (0,) else p.schema_args()
+    key = p.key if p is not None else torch.zeros(2, dtype=torch.int32, device=x.device)
+
+    def run(what, acc, peak, out, exponent):
+        _linear(
+            values, weight, bias, x.exponent, weight_exponent, bias_exponent, key, site, bias_site, what, rounding,
+            *tail, acc, peak, out, exponent,
+        )  # fmt: skip
+
+    shape = (groups * rows, *x.shape[1:-1], weight.shape[0])
+    return multiply(x, shape, groups, strategy, rounding, weight_exponent, run)
+
+
+def _of_activations(rounding: str) -> str:
+    if check_rounding(rounding) == "stochastic":
+        raise ValueError("activations are rounded to nearest or pseudo-stochastically, not stochastically")
+    return rounding
+
+
+# ----------------------------------------------------------------------------------------------- the head's backward
+
+
+def _gemm_cpu(x, w, acc, peak) -> None:
+    import numpy as np
+
+    from . import _int8_cpu as K
+
+    bias, none = np.zeros(w.shape[1], np.int32), np.empty((0, 0), np.int8)
+    for g in range(len(x)):
+        own = w[min(g, len(w) - 1)].contiguous().numpy()
+        largest = K.linear(x[g].contiguous().numpy(), own, bias, STORE, acc[g].numpy(), 0, 0, none)
+        peak[g] = int(largest)
+
+
+def _gemm_cuda(x, w, acc, peak) -> None:
+    from ._int8_matmul_triton import launch_gemm
+
+    launch_gemm(x, w, acc, peak)
+
+
+_gemm = register(
+    "int8_gemm", "(Tensor x, Tensor w, Tensor(a!) acc, Tensor(b!) peak) -> ()", cpu=_gemm_cpu, cuda=_gemm_cuda
+)
+
+
+def int8_gemm(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """acc[g] = x[g] w[g]^T in int32, and its largest magnitude.
+
+    Args:
+        x: int8 [G, M, K], any strides.
+        w: int8 [G, N, K], or [1, N, K] for all, any strides.
+
+    Returns:
+        int32 [G, M, N] and int32 [G].
+
+    Raises:
+        TypeError: other dtypes. ValueError: shapes, K past the limit of int32.
+    """
+    if x.dtype != torch.int8 or w.dtype != torch.int8:
+        raise TypeError(f"int8_gemm takes int8, got {x.dtype} and {w.dtype}")
+    if x.dim() != 3 or w.dim() != 3 or x.shape[2] != w.shape[2] or w.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"int8_gemm: {tuple(x.shape)} does not fit {tuple(w.shape)}")
+    check_terms(x.shape[2], "int8_gemm")
+    acc = torch.empty((*x.shape[:2], w.shape[1]), dtype=torch.int32, device=x.device)
+    peak = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    if acc.numel():
+        _gemm(x, w, acc, peak)
+    return acc, peak

@@ -1,0 +1,185 @@
+"""int8 values with a power-of-two exponent a group: what flows between integer layers (docs/numerics.md, section Integers)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+
+import torch
+
+#: Exponents that a tensor may be given; those that are computed stay far inside of int32.
+LEAST_EXPONENT, MOST_EXPONENT = -64, 64
+
+
+def check_exponent(exponent) -> int:
+    """``exponent`` as a Python int in [-64, 64], or TypeError / ValueError."""
+    try:
+        exponent = operator.index(exponent)
+    except TypeError:
+        raise TypeError(f"an exponent must be an int, got {type(exponent).__name__}") from None
+    if not LEAST_EXPONENT <= exponent <= MOST_EXPONENT:
+        raise ValueError(f"an exponent must be in [{LEAST_EXPONENT}, {MOST_EXPONENT}], got {exponent}")
+    return exponent
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Tensor:
+    """``values * 2**exponent``, one exponent for each group of rows.
+
+    It is not a torch.Tensor: torch's functions that have an integer form take it (``F.relu``, pooling, ``flatten``, ``+``, ...)
+    and all others refuse it.
+
+    Attributes:
+        values: int8 [G * B, ...], contiguous, group-major.
+        exponent: int32 [G], on the same device.
+        memory: where the results of operations on it live; None is torch's allocator.
+        block: what keeps the memory of ``values`` alive.
+        tape: records what the head's backward needs; None outside of the head.
+    """
+
+    values: torch.Tensor
+    exponent: torch.Tensor
+    memory: object = field(default=None, repr=False)
+    block: object = field(default=None, repr=False)
+    tape: object = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.values.dtype != torch.int8 or self.exponent.dtype != torch.int32:
+            raise TypeError(
+                f"values must be int8 and exponent int32, got {self.values.dtype} and {self.exponent.dtype}; "
+                "ezo_kernels.quantize(x) makes one of a float tensor"
+            )
+        if self.exponent.dim() != 1 or not self.exponent.numel():
+            raise ValueError(f"exponent must be [groups], got {tuple(self.exponent.shape)}")
+        if self.exponent.device != self.values.device:
+            raise ValueError(f"values are on {self.values.device} and exponent on {self.exponent.device}")
+        if self.values.dim() and self.values.shape[0] % self.groups:
+            raise ValueError(f"{self.values.shape[0]} rows are no multiple of {self.groups} groups")
+
+    @property
+    def groups(self) -> int:
+        return self.exponent.numel()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.values.is_cuda
+
+    @property
+    def ndim(self) -> int:
+        return self.values.dim()
+
+    def dim(self) -> int:
+        return self.values.dim()
+
+    def size(self, dim: int | None = None):
+        return self.values.size() if dim is None else self.values.size(dim)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows) -> Int8Tensor:
+        """Rows of a tensor of one group, such as a batch of a data set."""
+        if self.groups != 1:
+            raise ValueError("rows of several groups cannot be taken: take them of values")
+        return Int8Tensor(self.values[rows], self.exponent)
+
+    def to(self, device) -> Int8Tensor:
+        return Int8Tensor(self.values.to(device), self.exponent.to(device))
+
+    def split(self, rows: int) -> tuple[Int8Tensor, ...]:
+        """Batches of at most ``rows`` rows of a tensor of one group."""
+        return tuple(self[first : first + rows] for first in range(0, len(self), rows))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values as floats, exactly."""
+        per_row = self.exponent.repeat_interleave(self.values.shape[0] // self.groups)
+        scale = torch.ldexp(torch.ones_like(per_row, dtype=dtype), per_row)
+        return self.values.to(dtype) * scale.view(-1, *(1,) * (self.values.dim() - 1))
+
+    # ------------------------------------------------------------------------------------ what torch's functions do to it
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        from .int8_functions import FUNCTIONS
+
+        name = getattr(func, "__name__", str(func))
+        if func not in FUNCTIONS:
+            raise TypeError(
+                f"{name} has no integer form: put the layer that calls it in a float model, or use one of "
+                f"{', '.join(sorted({f.__name__ for f in FUNCTIONS}))}"
+            )
+        return FUNCTIONS[func](*args, **(kwargs or {}))
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Int8Tensor:
+        return torch.flatten(self, start_dim, end_dim)
+
+    def relu(self) -> Int8Tensor:
+        return torch.relu(self)
+
+    def view(self, *shape) -> Int8Tensor:
+        return torch.reshape(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+
+    reshape = view
+
+    def __add__(self, other) -> Int8Tensor:
+        return torch.add(self, other)
+
+
+def new(like: Int8Tensor, shape, groups: int | None = None) -> Int8Tensor:
+    """An uninitialised tensor in ``like``'s memory."""
+    groups = like.groups if groups is None else groups
+    exponent = torch.empty(groups, dtype=torch.int32, device=like.device)
+    if like.memory is None:
+        values, block = torch.empty(shape, dtype=torch.int8, device=like.device), None
+    else:
+        values, block = like.memory.allocate(shape, torch.int8)
+    return Int8Tensor(values, exponent, like.memory, block, like.tape)
+
+
+def scratch(like: Int8Tensor, shape, dtype: torch.dtype):
+    """An uninitialised tensor in ``like``'s memory, and what keeps it there."""
+    if like.memory is None:
+        return torch.empty(shape, dtype=dtype, device=like.device), None
+    return like.memory.allocate(shape, dtype)
+
+
+def quantize(x: torch.Tensor, exponent: int | None = None) -> Int8Tensor:
+    """A float tensor as int8 with one exponent: ``clamp(round(x / 2**exponent), -127, 127)``.
+
+    Args:
+        x: float, any shape, finite.
+        exponent: by default the smallest one that nothing is clamped by.
+
+    Raises:
+        TypeError: x is no float tensor.
+        ValueError: x is not finite, or the exponent is out of [-64, 64].
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"quantize takes a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    x = x.detach().double()
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("quantize: the tensor is not finite")
+    if exponent is None:
+        exponent = least_exponent(x.abs().max().item() if x.numel() else 0.0)
+    exponent = check_exponent(exponent)
+    scaled = x * 2.0**-exponent
+    rounded = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled))
+    values = rounded.clamp(-127, 127).to(torch.int8).contiguous()
+    return Int8Tensor(values, torch.tensor([exponent], dtype=torch.int32, device=x.device))
+
+
+def least_exponent(largest: float) -> int:
+    """The smallest exponent at which ``largest`` rounds to at most 127; of zero, -7."""
+    if largest == 0.0:
+        return -7
+    exponent = max(LEAST_EXPONENT, math.frexp(largest)[1] - 7)
+    return exponent + (largest * 2.0**-exponent >= 127.5)

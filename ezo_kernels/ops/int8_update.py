@@ -1,0 +1,282 @@
+"""Integer updates, in place: of the trunk from ternary g and z made again, of the head from accumulated gradients.
+
+    trunk: w <- clamp(w - round(sum_q g_q z_q / 2^shift), -127, 127)          g_q in {-1, 0, 1}
+    head:  w <- clamp(w - round(G / 2^max(0, bits of max |G| - m)), -127, 127)  G = sum over groups, exponents aligned
+
+| tensor | shape |
+|---|---|
+| params | list of int8, any shapes |
+| g | int32 [queries], on the device |
+| shift, bits | int32 [1], on the device |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ._layout import LAYOUTS, default_layout, grid
+from ._library import register
+from .int8_pass import ROUNDINGS, check_rounding
+from .int8_pointwise import rounding_lanes
+from .noise import Noise, check_index, fill_cpu, row_ids
+
+#: Widths of an update, in bits.
+LEAST_BITS, MOST_BITS = -8, 7
+
+
+def check_bits(bits, name: str) -> int:
+    """``bits`` as an int in [-8, 7], or TypeError / ValueError."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"{name} must be an int, got {type(bits).__name__}")
+    if not LEAST_BITS <= bits <= MOST_BITS:
+        raise ValueError(f"{name} must be in [{LEAST_BITS}, {MOST_BITS}], got {bits}")
+    return bits
+
+
+def update_shift(bits: int, r_max: int) -> int:
+    """How far a sum of g z is shifted so that one z of largest magnitude leaves ``bits`` bits."""
+    return max(0, r_max.bit_length() - bits)
+
+
+@dataclass(frozen=True)
+class Int8UpdatePlan:
+    """Where the parameters of an update lie: built once, valid while :meth:`fits`. On CUDA ``table`` holds addresses."""
+
+    sites: tuple[int, ...]
+    layouts: tuple[str, ...]
+    addresses: tuple[tuple[int, ...], ...]
+    table: torch.Tensor
+
+    @staticmethod
+    def _address(p: torch.Tensor) -> tuple[int, ...]:
+        return (p.data_ptr() if p.is_cuda else 0, *p.shape, *p.stride())
+
+    @classmethod
+    def build(cls, params, sites, layouts) -> Int8UpdatePlan:
+        """The plan of these parameters.
+
+        Raises:
+            TypeError: a parameter that is not int8. ValueError: lengths, devices, an unknown layout.
+        """
+        if not len(params) == len(sites) == len(layouts):
+            raise ValueError(f"int8_update_: {len(params)} params, {len(sites)} sites and {len(layouts)} layouts")
+        segment = Noise("sparse_int8").segment
+        for w, layout in zip(params, layouts, strict=True):
+            if w.dtype != torch.int8:
+                raise TypeError(f"int8_update_ takes int8, got {w.dtype}")
+            if w.device != params[0].device:
+                raise ValueError(f"int8_update_: parameters on {w.device} and on {params[0].device}")
+            if not w.is_contiguous():
+                raise ValueError(f"int8_update_: a parameter of shape {tuple(w.shape)} is not contiguous")
+            grid(w.shape, layout, segment)
+        sites = [check_index(s, "site", 1 << 32) for s in sites]
+        table = torch.empty(0, dtype=torch.int64)
+        if params and params[0].is_cuda:
+            from ._int8_update_triton import update_table
+
+            table = update_table(params, sites, layouts)
+        return cls(tuple(sites), tuple(layouts), tuple(map(cls._address, params)), table)
+
+    def fits(self, params) -> bool:
+        """Whether the parameters are still where the plan says."""
+        return self.addresses == tuple(map(self._address, params))
+
+
+def _update_cpu(params, key, g, shift, table, sites, layouts, query, rounding, rounds, p_zero, r_max) -> None:
+    import numpy as np
+
+    from . import _int8_cpu as K
+
+    noise, mode, n = Noise("sparse_int8", rounds, p_zero, r_max), ROUNDINGS.index(rounding), int(shift)
+    signs = g.tolist()
+    if not any(signs):  # g of zero leaves every bit alone
+        return
+    for w, site, conv in zip(params, sites, layouts, strict=True):
+        if not w.numel():
+            continue
+        where = grid(w.shape, LAYOUTS[conv], noise.segment)
+        total = np.zeros((where.rows, where.columns), np.int32)
+        for q, sign in enumerate(signs):
+            if sign:
+                K.accumulate(total, fill_cpu(key, site, query + q, where.columns, noise, row_ids(where.rows)), sign)
+        lanes = np.empty((0, 0), np.uint16)
+        if rounding == "stochastic":
+            lanes = rounding_lanes(key, site, where.rows, where.columns, 0, rounds)
+        K.update(where.cube(w.detach()).numpy(), total, n, mode, lanes)
+        torch.autograd.graph.increment_version(w)  # numba wrote it behind torch's back
+
+
+def _update_cuda(*args) -> None:
+    from ._int8_update_triton import launch_update
+
+    launch_update(*args)
+
+
+_update = register(
+    "int8_update_",
+    "(Tensor(a!)[] params, Tensor key, Tensor g, Tensor shift, Tensor table, int[] sites, int[] layouts, int query, "
+    "str rounding, int rounds, float p_zero, int r_max) -> ()",
+    cpu=_update_cpu,
+    cuda=_update_cuda,
+)
+
+
+@torch.no_grad()
+def int8_update_(
+    params: list[torch.Tensor],
+    key: torch.Tensor,
+    g: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    sites: list[int],
+    layouts: list[str] | None = None,
+    noise: Noise | None = None,
+    query: int = 0,
+    rounding: str = "stochastic",
+    plan: Int8UpdatePlan | None = None,
+) -> None:
+    """Subtract ``round(sum_q g[q] z_q / 2^shift)`` from every parameter, clamped, in one launch.
+
+    Args:
+        params: int8 tensors of one device, contiguous.
+        key: int32[2], of the step whose forward perturbed them.
+        g: int32 [queries], each -1, 0 or 1, on the device.
+        shift: int32 [1], 0 to 31, on the device (:func:`update_shift`).
+        sites, layouts: of each.
+        noise: that of the forward.
+        query: first direction of ``g``.
+        rounding: ``nearest``, ``pseudo`` or ``stochastic`` (stream 4 at the parameter's site).
+        plan: of these parameters, to spare building it.
+
+    Raises:
+        TypeError: dtypes. ValueError: lengths, devices, an unknown name, a plan of other tensors.
+    """
+    noise = noise or Noise("sparse_int8")
+    if noise.name != "sparse_int8":
+        raise ValueError(f"int8_update_ takes noise 'sparse_int8', got {noise.name!r}")
+    if g.dtype != torch.int32 or shift.dtype != torch.int32 or key.dtype != torch.int32:
+        raise TypeError(f"int8_update_: key, g and shift must be int32, got {key.dtype}, {g.dtype}, {shift.dtype}")
+    if g.dim() != 1 or not g.numel() or shift.numel() != 1 or key.shape != (2,):
+        raise ValueError(f"int8_update_: g must be [queries] and shift [1], got {tuple(g.shape)}, {tuple(shift.shape)}")
+    check_rounding(rounding)
+    check_index(query, "query", (1 << 24) - g.numel() + 1)
+    layouts = [default_layout(w.shape) for w in params] if layouts is None else layouts
+    if plan is None:
+        plan = Int8UpdatePlan.build(params, sites, layouts)
+    elif not (plan.fits(params) and plan.sites == tuple(sites) and plan.layouts == tuple(layouts)):
+        raise ValueError("int8_update_: the plan was built for other tensors; build it again after moving a parameter")
+    if params:
+        _update(
+            params, key, g, shift, plan.table, list(plan.sites), [LAYOUTS.index(n) for n in layouts], query, rounding,
+            noise.rounds, noise.p_zero, noise.r_max,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- head
+
+
+def _sum_groups_cpu(acc, exponent, out, peak) -> None:
+    from . import _int8_cpu as K
+
+    out.zero_()
+    top = int(exponent.max())
+    for part, own in zip(acc, exponent.tolist(), strict=True):
+        K.add_aligned(out.view(-1).numpy(), part.reshape(-1).numpy(), top - own)
+    peak.fill_(int(out.abs().max()))
+
+
+def _sum_groups_cuda(*args) -> None:
+    from ._int8_update_triton import launch_sum_groups
+
+    launch_sum_groups(*args)
+
+
+_sum_groups = register(
+    "int8_sum_groups",
+    "(Tensor acc, Tensor exponent, Tensor(a!) out, Tensor(b!) peak) -> ()",
+    cpu=_sum_groups_cpu,
+    cuda=_sum_groups_cuda,
+)
+
+
+def sum_groups(acc: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over groups of ``acc[g] * 2**exponent[g]`` in the unit of the largest exponent, and its largest magnitude.
+
+    Args:
+        acc: int32 [G, ...]; the caller sees to it that the sum fits into 32 bits.
+        exponent: int32 [G].
+
+    Returns:
+        int32 [...] and int32 [1].
+    """
+    out = torch.empty(acc.shape[1:], dtype=torch.int32, device=acc.device)
+    peak = torch.zeros(1, dtype=torch.int32, device=acc.device)
+    if out.numel():
+        _sum_groups(acc.contiguous(), exponent, out, peak)
+    return out, peak
+
+
+def _head_update_cpu(w, grad, peak, bits, key, site, rounding, rounds) -> None:
+    import numpy as np
+
+    from . import _int8_cpu as K
+
+    if not int(peak):
+        return
+    n = max(0, int(peak).bit_length() - int(bits))
+    rows, columns = w.numel() // w.shape[-1], w.shape[-1]
+    lanes = np.empty((0, 0), np.uint16)
+    if rounding == "stochastic":
+        lanes = rounding_lanes(key, site, rows, columns, 0, rounds)
+    cube = w.detach().view(rows, 1, columns).numpy()
+    K.update(cube, grad.view(rows, columns).numpy(), n, ROUNDINGS.index(rounding), lanes)
+    torch.autograd.graph.increment_version(w)
+
+
+def _head_update_cuda(*args) -> None:
+    from ._int8_update_triton import launch_head_update
+
+    launch_head_update(*args)
+
+
+_head_update = register(
+    "int8_head_update_",
+    "(Tensor(a!) w, Tensor grad, Tensor peak, Tensor bits, Tensor key, int site, str rounding, int rounds) -> ()",
+    cpu=_head_update_cpu,
+    cuda=_head_update_cuda,
+)
+
+
+@torch.no_grad()
+def int8_head_update_(
+    w: torch.Tensor,
+    grad: torch.Tensor,
+    peak: torch.Tensor,
+    bits: torch.Tensor,
+    *,
+    key: torch.Tensor,
+    site: int,
+    rounding: str = "pseudo",
+    rounds: int = 7,
+) -> None:
+    """NITI's update: the gradient shifted to ``bits`` bits of its own largest magnitude, and subtracted, clamped.
+
+    Args:
+        w: int8, contiguous, written.
+        grad: int32 of w's shape.
+        peak: int32 [1], its largest magnitude.
+        bits: int32 [1]: m, the learning rate; |step| is at most 2^m.
+        key, site, rounds: of the words of ``stochastic`` rounding.
+        rounding: ``nearest``, ``pseudo`` or ``stochastic``.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, an unknown rounding.
+    """
+    if w.dtype != torch.int8 or grad.dtype != torch.int32:
+        raise TypeError(f"int8_head_update_: w must be int8 and grad int32, got {w.dtype} and {grad.dtype}")
+    if w.shape != grad.shape or not w.is_contiguous() or not w.dim():
+        raise ValueError(f"int8_head_update_: w {tuple(w.shape)} and grad {tuple(grad.shape)} do not go together")
+    if w.numel():
+        _head_update(w, grad.contiguous(), peak, bits, key, site, check_rounding(rounding), rounds)
