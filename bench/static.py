@@ -34,6 +34,10 @@ MATRIX = re.compile(r"^(?:[HIDQOB]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)$")
 INTEGER_MATRIX = re.compile(r"^(?:IMMA|IGMMA|UTCIMMA)$")
 WIDE = re.compile(r"^U?IMAD\.(?:WIDE|HI)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)([^;]*)")
+#: Opcodes that work on floats, or convert from or to them. FLO, which looks for a leading one, is none.
+FLOAT = re.compile(r"^U?(?:[DFH](?:ADD|MUL|FMA|SET|SETP|MNMX|SEL|CHK|SWZADD)[0-9]*|MUFU|FRND|[FI]2[FI]P?|[DH]MMA|[HQ]GMMA|UTC[HQ]MMA)$")
+#: A half-precision multiply-add of zeros: how ptxas loads a constant through a unit that has nothing else to do.
+CONSTANT = re.compile(r"\bR[Z0-9]+, -RZ, RZ, ")
 LABEL = re.compile(r"^\s*(\.L_x?_?\w+):")
 #: The Philox multipliers as SASS writes them: an immediate of a wide multiply.
 PHILOX = re.compile(r"-?0x(?:d2511f53|2daee0ad|cd9e8d57|326172a9)\b")
@@ -54,6 +58,7 @@ class Row:
     multiplies: int
     philox_multiplies: int
     calls: int
+    float_instructions: dict[str, int]
     instructions: int
     loop_instructions: int
     instructions_per_z: float | None
@@ -74,6 +79,8 @@ class Row:
             found.append(f"no integer matrix instruction, only {self.matrix_instructions}")
         if "multiply" in variant.expects and not self.philox_multiplies:
             found.append("no multiply by Philox's constants: the noise was folded away")
+        if "no float" in variant.expects and self.float_instructions:
+            found.append(f"float instructions: {self.float_instructions}")
         return found
 
 
@@ -183,6 +190,13 @@ def philox_multiplies(body) -> int:
     return sum(1 for opcode, operands in body if WIDE.match(opcode) and PHILOX.search(operands))
 
 
+def is_float(instruction: tuple[str, str]) -> bool:
+    """Whether it computes with floats."""
+    opcode, operands = instruction
+    base = opcode.split(".")[0]
+    return bool(FLOAT.match(base)) and not (base == "HFMA2" and CONSTANT.search(operands))
+
+
 def is_call(instruction: tuple[str, str]) -> bool:
     """Whether it calls a function, such as the slow path of a square root.
 
@@ -219,6 +233,7 @@ def measure(variant: Variant, arch: int) -> Row:
         multiplies=sum(1 for o in opcodes if WIDE.match(o)),
         philox_multiplies=philox_multiplies(instructions),
         calls=sum(map(is_call, instructions)),
+        float_instructions=dict(sorted(collections.Counter(i[0].split(".")[0] for i in instructions if is_float(i)).items())),
         instructions=len(opcodes),
         loop_instructions=len(body),
         instructions_per_z=round(counted * 32 * variant.num_warps / z, 2) if z else None,

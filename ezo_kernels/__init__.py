@@ -11,10 +11,13 @@ Importing the package touches no GPU and no driver.
 from . import models, nn, ops, optim
 from ._version import __version__
 from .nn import convert_, head_parameters, summary, trunk_parameters, unconvert_
-from .optim import ElasticZO, chunked_cross_entropy
+from .ops.int8_tensor import Int8Tensor, quantize
+from .optim import ElasticZO, ElasticZOInt8, chunked_cross_entropy
 
 __all__ = [
     "ElasticZO",
+    "ElasticZOInt8",
+    "Int8Tensor",
     "__version__",
     "chunked_cross_entropy",
     "convert_",
@@ -23,6 +26,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "quantize",
     "summary",
     "trunk_parameters",
     "unconvert_",

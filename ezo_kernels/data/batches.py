@@ -15,7 +15,7 @@ class Batches:
     ...; :meth:`epoch` gives one by number. A device's batches are gathered on it, from one permutation copied an epoch.
 
     Args:
-        x: [n, ...].
+        x: [n, ...], a tensor or an Int8Tensor of one group.
         y: [n, ...], on the same device.
         batch_size: rows of a batch.
         seed: any non-negative integer.
@@ -25,7 +25,7 @@ class Batches:
         ValueError: x and y differ in length or are empty, batch_size < 1, seed < 0, or nothing left by drop_last.
     """
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor, batch_size: int, seed: int = 0, *, drop_last: bool = False):
+    def __init__(self, x, y, batch_size: int, seed: int = 0, *, drop_last: bool = False):
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"x has {len(x)} rows and y has {len(y)}: as many are needed, and at least one")
         if batch_size < 1:

@@ -4,10 +4,13 @@ from .conv import ZOConv1d, ZOConv2d
 from .convert import convert_, head_parameters, trunk_parameters, unconvert_
 from .dropout import ZODropout
 from .embedding import ZOEmbedding
+from .int8_layers import Int8Conv2d, Int8Linear
 from .linear import ZOLinear, ZOTransposedLinear
 from .summary import summary
 
 __all__ = [
+    "Int8Conv2d",
+    "Int8Linear",
     "ZOConv1d",
     "ZOConv2d",
     "ZODropout",

@@ -44,6 +44,8 @@ class ZOContext:
         visited: sites that this pass perturbed, while a check listens; else None.
         batch_stats: batch-norm module -> (mean, unbiased variance) of each group of the step.
         micro: number of the micro-batch under gradient accumulation.
+        calls: site -> how often a dropout ran in this pass.
+        tape: what records an integer head for its backward, while a step runs.
     """
 
     p: Perturbation | None = None
@@ -53,6 +55,7 @@ class ZOContext:
     batch_stats: dict = field(default_factory=dict)
     micro: int = 0
     calls: dict = field(default_factory=dict)
+    tape: object = None
 
     @property
     def stacked(self) -> bool:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from torch import nn
 
 from .context import ZOContext
+from .cut import in_head
 from .dropout import ZODropout
 from .grouped import Grouped, group_, ungroup_
+from .int8_convert import convert_int8_, unconvert_int8_
 from .linear import release
 from .plan import Plan, make_plan
+
+PRECISIONS = ("float", "int8")
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether the model was converted with ``precision="int8"``."""
+    return "_ezo_arena" in model.__dict__
 
 
 def context_of(model: nn.Module) -> ZOContext:
@@ -19,7 +28,7 @@ def context_of(model: nn.Module) -> ZOContext:
     return zo
 
 
-def convert_(model: nn.Module, head=0, filter_fn=None, sample=None) -> nn.Module:
+def convert_(model: nn.Module, head=0, filter_fn=None, sample=None, *, precision: str = "float") -> nn.Module:
     """Convert ``model`` in place: zeroth order for the trunk, backpropagation for the head.
 
     Linear, Conv1d, Conv2d, Embedding and Hugging Face's Conv1D of the trunk become fused layers that hold the same
@@ -35,6 +44,9 @@ def convert_(model: nn.Module, head=0, filter_fn=None, sample=None) -> nn.Module
         filter_fn: ``filter_fn(module, name)``; trunk modules for which it is false are left alone, their parameters frozen.
         sample: one batch (a tensor, a tuple of arguments or a dict), for an integer head of a model that ``torch.fx`` cannot
             trace.
+        precision: ``float``, parameters as they are; or ``int8``, for :class:`ezo_kernels.ElasticZOInt8`: weights become int8
+            with a power-of-two exponent, in the same Parameters, and the model takes and gives
+            :class:`ezo_kernels.Int8Tensor`. Its ``state_dict`` then holds int8 values and, beside each, ``..._exponent``.
 
     Returns:
         ``model``.
@@ -42,13 +54,17 @@ def convert_(model: nn.Module, head=0, filter_fn=None, sample=None) -> nn.Module
     Raises:
         TypeError: a head of another type, a trunk parameter of another dtype.
         ValueError: a head that is not there, a tie across the cut, a model that is converted already.
-        NotImplementedError: modules that cannot be trained this way, with the way out.
+        NotImplementedError: modules that cannot be trained this way, with the way out; for ``int8`` all of them.
         Nothing is changed when it raises.
     """
     if "_ezo" in model.__dict__:
         raise ValueError("the model is converted already: unconvert_ it first")
     if any("zo" in m.__dict__ for m in model.modules()):
         raise ValueError("a part of the model is converted already: unconvert_ that part first")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "int8":
+        return convert_int8_(model, head, filter_fn, sample)
     plan = make_plan(model, head, filter_fn, sample)
     zo = ZOContext(manifest=tuple(plan.sites))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -77,10 +93,15 @@ def convert_(model: nn.Module, head=0, filter_fn=None, sample=None) -> nn.Module
 def unconvert_(model: nn.Module) -> nn.Module:
     """Undo :func:`convert_` in place: plain torch modules, the same Parameters with their ``requires_grad``.
 
+    An int8 model is dequantised, exactly: what was lost in rounding when it was converted does not come back.
+
     Raises:
         ValueError: the model is not converted.
     """
     context_of(model)
+    if is_int8(model):
+        unconvert_int8_(model)
+        return model
     held = model.__dict__.pop("_ezo_requires_grad")
     for module in model.modules():
         if isinstance(module, Grouped):
@@ -109,4 +130,7 @@ def trunk_parameters(model: nn.Module) -> list[nn.Parameter]:
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of a converted model that backpropagation trains."""
     context_of(model)
+    if is_int8(model):
+        head, frozen = plan_of(model).head, plan_of(model).frozen
+        return [p for n, p in model.named_parameters() if in_head(n, head) and n not in frozen]
     return [p for p in model.parameters() if p.requires_grad]

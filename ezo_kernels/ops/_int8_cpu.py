@@ -6,22 +6,33 @@ Integers only: sums are int32 and exact, so their order does not matter. Arrays 
 from __future__ import annotations
 
 import functools
+import threading
 
 import numpy as np
 from numba import njit
 
 from ._constants import ADD_SHIFT, BIAS_SHIFT, LOG2_E, LOG2_E_BITS
 
-i8, i32, i64, u16 = np.int8, np.int32, np.int64, np.uint16
+i8, i32, i64, u16, u64 = np.int8, np.int32, np.int64, np.uint16, np.uint64
 
 _jit = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
 _inline = functools.partial(njit, nogil=True, inline="never", error_model="numpy")
 
+_kept = threading.local()
+
+
+def workspace(name: str, size: int, dtype) -> np.ndarray:
+    """An uninitialised array that the next call of the same name in this thread gets again: fresh memory costs page faults."""
+    array = getattr(_kept, name, None)
+    if array is None or array.nbytes < size * np.dtype(dtype).itemsize:
+        array = np.empty(size * np.dtype(dtype).itemsize, np.uint8)
+        setattr(_kept, name, array)
+    return array[: size * np.dtype(dtype).itemsize].view(dtype)
+
+
 NEAREST, PSEUDO, STOCHASTIC = 0, 1, 2
 #: What a product leaves behind: its accumulators, nothing but their largest magnitude, or their requantised values.
 STORE, PEAK, REQUANTIZE = 0, 1, 2
-#: Rows of a linear layer that are multiplied at a time.
-_ROWS = 64
 
 
 @_inline()
@@ -81,14 +92,24 @@ def round_array(x, n, mode, lanes, out):
 
 
 @_jit()
-def perturb(w, z, sign, out):
-    """out = clamp(w + sign z): int8 [rows, taps, channels] of any strides, z int8 [rows, columns] in padded order."""
-    rows, taps, channels = w.shape
-    padded = z.shape[1] // taps
+def perturb(w, taps, z, sign, out):
+    """out = clamp(w + sign z): flat int8 of [rows, channels, taps], z int8 [rows, columns] in padded logical order."""
+    rows, columns = z.shape
+    channels = w.size // (rows * taps)
+    padded = columns // taps
+    flat = z.reshape(-1)
+    n = u64(channels)
+    k = i32(sign)
     for r in range(rows):
         for t in range(taps):
-            for c in range(channels):
-                out[r, t, c] = i8(clamp8(i32(w[r, t, c]) + sign * i32(z[r, t * padded + c])))
+            at, from_z = u64(r * channels * taps + t), u64(r * columns + t * padded)
+            if taps == 1:
+                for c in range(n):
+                    out[at + c] = i8(min(max(i32(w[at + c]) + k * i32(flat[from_z + c]), i32(-127)), i32(127)))
+            else:
+                for c in range(n):
+                    to = at + c * u64(taps)
+                    out[to] = i8(min(max(i32(w[to]) + k * i32(flat[from_z + c]), i32(-127)), i32(127)))
 
 
 @_jit()
@@ -99,17 +120,15 @@ def align_bias(bias, exponent, x_exponent, w_exponent, out):
         out[i] = i32(shifted(i64(bias[i]), k, BIAS_SHIFT))
 
 
-@_inline()
-def _gemm(w, columns, m, acc):
-    """acc[i, :m] = sum_k w[i, k] columns[k, :m]; two rows by four k at a time, for the vector registers."""
+@_jit()
+def gemm(w, columns, acc):
+    """acc [N, M] = w [N, K] columns [K, M]; two rows by four k at a time, for the vector registers."""
     n, k = w.shape
+    m = columns.shape[1]
     fours = k // 4 * 4
     pairs = n // 2 * 2
+    acc[:] = 0
     for i in range(0, pairs, 2):
-        for x in range(m):
-            acc[i, x] = 0
-        for x in range(m):
-            acc[i + 1, x] = 0
         for j in range(0, fours, 4):
             a, b, c, d = i32(w[i, j]), i32(w[i, j + 1]), i32(w[i, j + 2]), i32(w[i, j + 3])
             e, f, g, h = i32(w[i + 1, j]), i32(w[i + 1, j + 1]), i32(w[i + 1, j + 2]), i32(w[i + 1, j + 3])
@@ -124,8 +143,6 @@ def _gemm(w, columns, m, acc):
                 acc[i, x] += a * i32(columns[j, x])
                 acc[i + 1, x] += b * i32(columns[j, x])
     for i in range(pairs, n):
-        for x in range(m):
-            acc[i, x] = 0
         for j in range(k):
             a = i32(w[i, j])
             for x in range(m):
@@ -133,105 +150,128 @@ def _gemm(w, columns, m, acc):
 
 
 @_inline()
-def _add_bias(acc, bias, m, peak):
-    """Add the bias to acc [N, :m], in place; the largest magnitude of ``peak`` and the sums."""
-    for i in range(acc.shape[0]):
-        for x in range(m):
-            v = acc[i, x] + bias[i]
-            acc[i, x] = v
-            peak = max(peak, -v if v < 0 else v)
+def _quantized(v, n_shift, mode):
+    """clamp(round(v / 2^n_shift)) of an int32, by ``nearest`` in 32 bits, so that loops become vectors."""
+    if mode == NEAREST and n_shift > 0:
+        a = abs(v)
+        q = min((a >> i32(n_shift)) + ((a >> i32(n_shift - 1)) & i32(1)), i32(127))
+        return i8(-q if v < 0 else q)
+    return i8(clamp8(round_shift(i64(v), n_shift, mode, 0)))
+
+
+@_jit()
+def finish_linear(sums, bias, what, acc, n_shift, mode, out):
+    """What becomes of products ``sums`` [rows, N] that lack the bias [N]; the largest magnitude is returned.
+
+    ``acc`` int32 [rows, N] is written by STORE (it may be ``sums``), ``out`` int8 [rows, N] by REQUANTIZE.
+    """
+    rows, n = sums.shape
+    peak = i32(0)
+    for r in range(rows):
+        for i in range(n):
+            v = sums[r, i] + bias[i]
+            peak = max(peak, abs(v))
+            if what == STORE:
+                acc[r, i] = v
+            elif what == REQUANTIZE:
+                out[r, i] = _quantized(v, n_shift, mode)
     return peak
 
 
 @_jit()
-def linear(x, w, bias, what, acc, n_shift, mode, out):
-    """One group's x w^T + bias; x int8 [rows, K] (any strides), w int8 [N, K], bias int32 [N].
+def finish_conv2d(sums, bias, height, width, pitch, what, acc, first, total, n_shift, mode, out):
+    """The same of ``sums`` [O, images, H' pitch], of each ``pitch`` the first W' count.
 
-    ``acc`` int32 [rows, N] is written by STORE, ``out`` int8 [rows, N] by REQUANTIZE;
-    the largest magnitude of an accumulator is returned.
+    ``acc`` int32 and ``out`` int8 are [images, total, H' W'], of whose channels these are ``first`` and the following.
+    Flat and unsigned indices: a view or a sign in an inner loop would keep LLVM from making vectors of it.
     """
-    rows, k = x.shape
-    n = w.shape[0]
-    columns = np.empty((k, _ROWS), np.int8)
-    sums = np.empty((n, _ROWS), np.int32)
-    peak = i32(0)
-    for first in range(0, rows, _ROWS):
-        m = min(_ROWS, rows - first)
-        for r in range(m):
-            for j in range(k):
-                columns[j, r] = x[first + r, j]
-        _gemm(w, columns, m, sums)
-        peak = _add_bias(sums, bias, m, peak)
-        if what == STORE:
-            for r in range(m):
-                for i in range(n):
-                    acc[first + r, i] = sums[i, r]
-        elif what == REQUANTIZE:
-            for r in range(m):
-                for i in range(n):
-                    out[first + r, i] = i8(clamp8(round_shift(i64(sums[i, r]), n_shift, mode, 0)))
-    return peak
+    outputs, images, line = sums.shape
+    flat, to32, to8 = sums.reshape(-1), acc.reshape(-1), out.reshape(-1)
+    tops = np.zeros(width, np.int32)
+    n = u64(width)
+    nearest = mode == NEAREST and n_shift > 0
+    down, half = i32(n_shift), i32(n_shift - 1)
+    for o in range(outputs):
+        b = bias[o]
+        for i in range(images):
+            for p in range(height):
+                at = u64((o * images + i) * line + p * pitch)
+                to = u64(((i * total + first + o) * height + p) * width)
+                if what != REQUANTIZE:
+                    for x in range(n):
+                        tops[x] = max(tops[x], abs(flat[at + x] + b))
+                    if what == STORE:
+                        for x in range(n):
+                            to32[to + x] = flat[at + x] + b
+                elif nearest:
+                    for x in range(n):
+                        v = flat[at + x] + b
+                        a = abs(v)
+                        q = min((a >> down) + ((a >> half) & i32(1)), i32(127))
+                        to8[to + x] = i8(-q if v < 0 else q)
+                else:
+                    for x in range(n):
+                        to8[to + x] = i8(clamp8(round_shift(i64(flat[at + x] + b), n_shift, mode, 0)))
+    return tops.max()
 
 
-@_inline()
-def _im2col(x, kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, height, width, columns):
-    """columns [C KH KW, H' W'] of one image x [C, H, W], zero outside of it."""
-    k = 0
-    for c in range(x.shape[0]):
+@_jit()
+def pad(x, first, pad_h, pad_w, out):
+    """out int8 [images, C, H + 2 pad_h, W + 2 pad_w] = channels ``first`` ... of x int8 [images, channels, H, W], with zeros."""
+    images, channels, height, width = out.shape
+    flat, to = x.reshape(-1), out.reshape(-1)
+    to[:] = 0
+    h, w = x.shape[2], u64(x.shape[3])
+    for b in range(images):
+        for c in range(channels):
+            for y in range(h):
+                at = u64(((b * x.shape[1] + first + c) * h + y) * x.shape[3])
+                start = u64(((b * channels + c) * height + y + pad_h) * width + pad_w)
+                for q in range(w):
+                    to[start + q] = flat[at + q]
+
+
+@_jit()
+def im2col(x, images, channels, h, w, kh, kw, stride_h, stride_w, dilation_h, dilation_w, height, pitch, columns):
+    """columns int8 [C KH KW, images, H' pitch] of a padded x, flat, [images, C, h, w] and at least KW more.
+
+    With a stride of one, ``pitch`` is w and a tap of a plane is one run of memory; what lies beyond W' in a line is whatever
+    comes next, and nobody reads it.
+    """
+    to = columns.reshape(-1)
+    n = u64(pitch)
+    step = u64(stride_w)
+    run = u64(height * pitch)
+    for c in range(channels):
         for r in range(kh):
             for s in range(kw):
-                at = 0
-                for p in range(height):
-                    y = p * stride_h - pad_h + r * dilation_h
-                    if y < 0 or y >= x.shape[1]:
-                        for q in range(width):
-                            columns[k, at + q] = 0
-                    else:
-                        for q in range(width):
-                            xx = q * stride_w - pad_w + s * dilation_w
-                            columns[k, at + q] = x[c, y, xx] if 0 <= xx < x.shape[2] else i8(0)
-                    at += width
-                k += 1
-
-
-@_jit()
-def conv2d(
-    x, w, bias, kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, height, width,
-    what, acc, n_shift, mode, out,
-):  # fmt: skip
-    """One group's convolution; x int8 [B, C, H, W], w int8 [O, C / groups KH KW], bias int32 [O].
-
-    ``acc`` int32 and ``out`` int8 [B, O, H' W'] as in :func:`linear`.
-    """
-    outputs, k = w.shape
-    per_group, channels = outputs // groups, x.shape[1] // groups
-    m = height * width
-    columns = np.empty((k, m), np.int8)
-    sums = np.empty((per_group, m), np.int32)
-    peak = i32(0)
-    for b in range(x.shape[0]):
-        for g in range(groups):
-            _im2col(
-                x[b, g * channels : (g + 1) * channels], kh, kw, stride_h, stride_w, pad_h, pad_w,
-                dilation_h, dilation_w, height, width, columns,
-            )  # fmt: skip
-            o = g * per_group
-            _gemm(w[o : o + per_group], columns, m, sums)
-            peak = _add_bias(sums, bias[o : o + per_group], m, peak)
-            if what == STORE:
-                acc[b, o : o + per_group] = sums
-            elif what == REQUANTIZE:
-                for i in range(per_group):
-                    for y in range(m):
-                        out[b, o + i, y] = i8(clamp8(round_shift(i64(sums[i, y]), n_shift, mode, 0)))
-    return peak
+                k = (c * kh + r) * kw + s
+                for b in range(images):
+                    at = u64((k * images + b) * height * pitch)
+                    base = u64(((b * channels + c) * h + r * dilation_h) * w + s * dilation_w)
+                    if stride_h == 1 and stride_w == 1:
+                        for q in range(run):
+                            to[at + q] = x[base + q]
+                        continue
+                    for p in range(height):
+                        line, row = at + u64(p) * n, base + u64(p * stride_h * w)
+                        for q in range(n):
+                            to[line + q] = x[row + q * step]
 
 
 @_jit()
 def requantize(acc, n_shift, mode, out):
     """out int8 = clamp(round(acc / 2^n_shift)) of flat arrays, ``mode`` not STOCHASTIC."""
-    for i in range(acc.size):
-        out[i] = i8(clamp8(round_shift(i64(acc[i]), n_shift, mode, 0)))
+    if mode == NEAREST and n_shift > 0:
+        down, half = i32(n_shift), i32(n_shift - 1)
+        for i in range(acc.size):
+            v = acc[i]
+            a = abs(v)
+            q = min((a >> down) + ((a >> half) & i32(1)), i32(127))
+            out[i] = i8(-q if v < 0 else q)
+    else:
+        for i in range(acc.size):
+            out[i] = i8(clamp8(round_shift(i64(acc[i]), n_shift, mode, 0)))
 
 
 @_jit()
@@ -241,10 +281,25 @@ def relu(x, out):
         out[i] = max(x[i], i8(0))
 
 
+@_inline()
+def _pool_pairs(x, planes, height, width, w, out):
+    """Windows of 2 x 2 of flat planes, each twice as high and w wide."""
+    n = u64(width)
+    for line in range(planes * height):
+        top, to = u64(2 * line * w), u64(line * width)
+        low = top + u64(w)
+        for q in range(n):
+            d = q + q
+            out[to + q] = max(max(x[top + d], x[top + d + u64(1)]), max(x[low + d], x[low + d + u64(1)]))
+
+
 @_jit()
 def max_pool2d(x, kh, kw, stride_h, stride_w, pad_h, pad_w, out):
     """x, out int8 [planes, H, W]; padding is below every value."""
     planes, height, width = out.shape
+    if kh == kw == stride_h == stride_w == 2 and pad_h == pad_w == 0 and x.shape[1] == 2 * height:
+        _pool_pairs(x.reshape(-1), planes, height, width, x.shape[2], out.reshape(-1))
+        return
     for b in range(planes):
         for p in range(height):
             for q in range(width):
@@ -417,16 +472,21 @@ def accumulate(total, z, g):
 
 
 @_jit()
-def update(w, total, n_shift, mode, lanes):
-    """w = clamp(w - round(total / 2^n_shift)), in place; w int8 [rows, taps, channels], total int32 [rows, columns]."""
-    rows, taps, channels = w.shape
-    padded = total.shape[1] // taps
+def update(w, taps, total, n_shift, mode, lanes):
+    """w = clamp(w - round(total / 2^n_shift)), in place; w flat int8 of [rows, channels, taps], total int32 [rows, columns]."""
+    rows, columns = total.shape
+    channels = w.size // (rows * taps)
+    padded = columns // taps
+    flat, words = total.reshape(-1), lanes.reshape(-1)
     for r in range(rows):
         for t in range(taps):
-            for c in range(channels):
-                at = t * padded + c
-                lane = lanes[r, at] if mode == STOCHASTIC else u16(0)
-                w[r, t, c] = i8(clamp8(i64(w[r, t, c]) - round_shift(i64(total[r, at]), n_shift, mode, lane)))
+            to, at = u64(r * channels * taps + t), u64(r * columns + t * padded)
+            for c in range(u64(channels)):
+                v = flat[at + c]
+                if v != 0:  # most of a sparse z
+                    i = to + c * u64(taps)
+                    lane = words[at + c] if mode == STOCHASTIC else u16(0)
+                    w[i] = i8(clamp8(i64(w[i]) - round_shift(i64(v), n_shift, mode, lane)))
 
 
 @_jit()

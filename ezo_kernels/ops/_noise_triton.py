@@ -186,7 +186,7 @@ def _sparse_int8(word, packed):
     r_max = packed >> 16
     kept = (word >> 16).to(tl.int32) >= (packed & 0xFFFF)
     value = (((word & 0xFFFF).to(tl.int32) * (2 * r_max + 1)) >> 16) - r_max
-    return tl.where(kept, value, 0).to(tl.float32)
+    return tl.where(kept, value, 0)
 
 
 @jit
@@ -269,6 +269,16 @@ def _rademacher(k0, k1, site, counter2, rows, units, ROUNDS: tl.constexpr, UNIT:
 
 
 @jit
+def sparse_int8_units(k0, k1, site, query, rows, units, ROUNDS: tl.constexpr, ASM: tl.constexpr, packed):
+    """z of ``sparse_int8`` as int32 [R, 4 U], no float on the way; arguments as :func:`z_units`, whose z is float(this)."""
+    counter2 = query.to(tl.uint32) << 8 | _S_SPARSE_INT8
+    w0, w1, w2, w3 = philox(site.to(tl.uint32), units >> 2, counter2, rows, k0, k1, ROUNDS, ASM)
+    return _interleave4(
+        _sparse_int8(w0, packed), _sparse_int8(w1, packed), _sparse_int8(w2, packed), _sparse_int8(w3, packed)
+    )
+
+
+@jit
 def z_units(
     k0, k1, site, query, rows, units,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, threshold, scale,
@@ -306,11 +316,10 @@ def z_units(
         z = _interleave8(z0, z1, z2, z3, z4, z5, z6, z7)
         lanes = lane_units(k0, k1, site, counter2 | _S_MASK, rows, units, ROUNDS, ASM)
         z = tl.where(lanes >= threshold, z * scale, 0.0)
+    elif NOISE == SPARSE_INT8:
+        z = sparse_int8_units(k0, k1, site, query, rows, units, ROUNDS, ASM, threshold).to(tl.float32)
     else:
-        stream: tl.constexpr = (
-            _S_CLT4 if NOISE == CLT4 else _S_UNIFORM if NOISE == UNIFORM else
-            _S_SPARSE_INT8 if NOISE == SPARSE_INT8 else _S_GAUSSIAN
-        )  # fmt: skip
+        stream: tl.constexpr = _S_CLT4 if NOISE == CLT4 else _S_UNIFORM if NOISE == UNIFORM else _S_GAUSSIAN
         w0, w1, w2, w3 = philox(site, units >> 2, counter2 | stream, rows, k0, k1, ROUNDS, ASM)
         if NOISE == GAUSSIAN:
             z0, z1 = _gaussian_pair(w0, w1)
@@ -321,12 +330,9 @@ def z_units(
         elif NOISE == CLT4:
             z0, z1 = _clt4(w0, ASM), _clt4(w1, ASM)
             z2, z3 = _clt4(w2, ASM), _clt4(w3, ASM)
-        elif NOISE == UNIFORM:
+        else:
             z0, z1 = _signed(w0) * _UNIFORM, _signed(w1) * _UNIFORM
             z2, z3 = _signed(w2) * _UNIFORM, _signed(w3) * _UNIFORM
-        else:
-            z0, z1 = _sparse_int8(w0, threshold), _sparse_int8(w1, threshold)
-            z2, z3 = _sparse_int8(w2, threshold), _sparse_int8(w3, threshold)
         z = _interleave4(z0, z1, z2, z3)
     return z
 

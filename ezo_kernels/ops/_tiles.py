@@ -37,8 +37,8 @@ def update_tile(noise: str) -> ElementTile:
     """Tile of the update: one for all parameters of a launch."""
     if noise == "hadamard":
         return ElementTile(64, 64)
-    # the exact Gaussian holds twice the registers of the others
-    return ElementTile(8 if noise in ("gaussian", "sparse") else 16, 256)
+    # the exact Gaussian holds twice the registers of the others; int8 keeps a sum, its rounding words and byte addresses
+    return ElementTile(8 if noise in ("gaussian", "sparse", "sparse_int8") else 16, 256)
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,15 @@ def linear_tile(
         bk = 64 if wide and noise not in ("sparse", "hadamard") else 32
         return LinearTile(128, 128 if wide else 64, bk, 8, 2, False)
     return LinearTile(64, 64, 32, 4, 2, False)
+
+
+def int8_tile(rows: int, n: int, k: int, arch: int) -> LinearTile:
+    """Tile of an integer product of ``rows`` rows a group, ``n`` outputs and ``k`` inputs; ``arch`` as above."""
+    bk = 32 if k <= 32 else 64  # 32 is the least that an integer matrix instruction takes
+    if rows <= 64:
+        # as in the float layer: W's bytes or its noise decide; rows of single bytes need a register for each address
+        bk = 128 if k >= 512 and k % 16 == 0 else bk
+        return LinearTile(16 if rows <= 16 else 32 if rows <= 32 else 64, 64 if n >= 8192 else 32, bk, 4, 3, True)
+    if arch in LARGE:
+        return LinearTile(128, 128, bk, 8, 2, False)
+    return LinearTile(64, 64, bk, 4, 2, False)

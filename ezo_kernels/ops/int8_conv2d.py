@@ -14,55 +14,93 @@ import torch
 from ._library import register
 from .conv2d import output_size
 from .int8_matmul import (
+    PEAK,
     REQUANTIZE,
     STORE,
+    TWICE,
     _of_activations,
     aligned_bias,
     check_input,
     check_weight,
+    launch_phases,
     multiply,
     perturbed_weights,
+    product_cpu,
     shift_of,
 )
 from .int8_pass import ROUNDINGS, SCHEMA, IntegerPerturbation, check_terms, pass_groups
 from .int8_tensor import Int8Tensor
 from .noise import Noise, check_index
 
+#: Bytes of the unfolded input that the CPU multiplies at a time: they stay in the second-level cache.
+_CHUNK_BYTES = 1 << 21
+
 
 def _conv2d_cpu(
     x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, stride, padding, dilation, conv_groups, size,
     what, rounding, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
+    import numpy as np
+
     from . import _int8_cpu as K
 
     noise = Noise("sparse_int8", rounds, p_zero, r_max)
-    groups, outputs = peak.numel(), w.shape[0]
+    groups, outputs, k = peak.numel(), w.shape[0], w[0].numel()
     parts = x.chunk(x_exponent.numel())
     tail = (groups, query, signs, noise)
     weights = perturbed_weights(w, key, site, "conv", *tail)
     biases = [None] * groups if b is None else perturbed_weights(b, key, bias_site, "matrix", *tail)
-    per = (groups, -1, outputs, size[0] * size[1])
-    accs = acc.view(per) if what == STORE else acc.new_empty(groups, 0, 0, 0)
-    outs = out.view(per) if what == REQUANTIZE else out.new_empty(groups, 0, 0, 0)
+    per, channels, kernel, (height, width) = outputs // conv_groups, w.shape[1], w.shape[2:], size
+    padded = [n + 2 * pad for n, pad in zip(x.shape[2:], padding, strict=True)]
+    pitch = padded[1] if tuple(stride) == (1, 1) else width
+    shape = (groups, -1, outputs, height * width)
+    accs = acc.view(shape).numpy() if what == STORE else acc.new_empty(groups, 1, 0, 0).numpy()
+    outs = out.view(shape).numpy() if what == TWICE else out.new_empty(groups, 1, 0, 0).numpy()
+    most = max(1, _CHUNK_BYTES // (k * height * pitch))
     mode = ROUNDINGS.index(rounding)
-    for g, (w_g, b_g) in enumerate(zip(weights, biases, strict=True)):
-        own = min(g, len(parts) - 1)
-        bias = aligned_bias(b_g, b_exponent, x_exponent[own], w_exponent, outputs)
-        shift = shift_of(peak[g]) if what == REQUANTIZE else 0
-        largest = K.conv2d(
-            parts[own].numpy(), w_g.reshape(outputs, -1).numpy(), bias, *w.shape[2:], *stride, *padding, *dilation,
-            conv_groups, *size, what, accs[g].numpy(), shift, mode, outs[g].numpy(),
-        )  # fmt: skip
-        if what == REQUANTIZE:
-            exponent[g] = x_exponent[own] + w_exponent[0] + shift
-        else:
-            peak[g] = int(largest)
+    pairs = list(zip(weights, biases, strict=True))
+    # groups that share x are multiplied at once: (groups, their part of x)
+    together = [(range(groups), parts[0])] if len(parts) == 1 else [([g], part) for g, part in enumerate(parts)]
+    for own, part in together:
+        exponents = x_exponent[min(own[0], len(parts) - 1)]
+        many = [pairs[g][0].view(conv_groups, per, k) for g in own]
+        stacked = many[0] if len(many) == 1 else torch.cat(many, 1)
+        bias = [aligned_bias(pairs[g][1], b_exponent, exponents, w_exponent, outputs) for g in own]
+        largest, shifts = [0] * len(own), [0] * len(own)
+        once = len(part) <= most and conv_groups == 1  # then the second time finds the sums still there
+        for phase in (PEAK, REQUANTIZE) if what == TWICE else (STORE,):
+            for first in range(0, len(part), most):
+                some = part[first : first + most].numpy()
+                images = len(some)
+                # a tap of the last plane reads beyond it
+                flat = K.workspace("planes", images * channels * padded[0] * padded[1] + padded[1], np.int8)
+                columns = K.workspace("columns", k * images * height * pitch, np.int8).reshape(k, images, -1)
+                sums = K.workspace("sums", len(own) * per * images * height * pitch, np.int32)
+                sums = sums.reshape(len(own) * per, images, -1)
+                for c in range(conv_groups):
+                    if not (once and phase == REQUANTIZE):
+                        flat[-padded[1] :] = 0
+                        K.pad(some, c * channels, *padding, flat[: -padded[1]].reshape(images, channels, *padded))
+                        K.im2col(flat, images, channels, *padded, *kernel, *stride, *dilation, height, pitch, columns)
+                        product_cpu(stacked[c], *(torch.from_numpy(a.reshape(len(a), -1)) for a in (columns, sums)))
+                    for i, g in enumerate(own):
+                        top = K.finish_conv2d(
+                            sums[i * per : (i + 1) * per], bias[i][c * per : (c + 1) * per], height, width, pitch, phase,
+                            accs[g, first : first + images], c * per, outputs, shifts[i], mode,
+                            outs[g, first : first + images],
+                        )  # fmt: skip
+                        largest[i] = max(largest[i], int(top))
+            shifts = [shift_of(v) for v in largest]
+        for i, g in enumerate(own):
+            peak[g] = largest[i]
+            if what == TWICE:
+                exponent[g] = exponents + w_exponent[0] + shifts[i]
 
 
 def _conv2d_cuda(*args) -> None:
     from ._int8_conv2d_triton import launch_conv2d
 
-    launch_conv2d(*args)
+    launch_phases(launch_conv2d, args, 14)
 
 
 _conv2d = register(

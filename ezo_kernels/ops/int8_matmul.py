@@ -13,6 +13,8 @@ Strategy ``buffer`` keeps them in an int32 buffer; ``twice`` multiplies twice, f
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ._layout import grid
@@ -21,8 +23,9 @@ from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check
 from .int8_tensor import Int8Tensor, new, scratch
 from .noise import Noise, check_index, fill_cpu, row_ids
 
-#: What a product leaves behind.
-STORE, PEAK, REQUANTIZE = 0, 1, 2
+#: What a product leaves behind: its accumulators, nothing but their largest magnitude, or requantised values; TWICE is the
+#: second, then the third.
+STORE, PEAK, REQUANTIZE, TWICE = 0, 1, 2, 3
 
 
 def perturbed_weights(w, key, site: int, layout: str, groups: int, query, signs, noise: Noise):
@@ -34,12 +37,12 @@ def perturbed_weights(w, key, site: int, layout: str, groups: int, query, signs,
         yield from [w] * groups
         return
     where = grid(w.shape, layout, noise.segment)
-    cube = where.cube(w).numpy()
+    flat = w.view(-1).numpy()
     for q in range(groups // len(signs)):
         z = fill_cpu(key, site, query + q, where.columns, noise, row_ids(where.rows))
         for sign in signs:
             moved = torch.empty_like(w)
-            K.perturb(cube, z, sign, where.cube(moved).numpy())
+            K.perturb(flat, where.taps, z, sign, moved.view(-1).numpy())
             yield moved
 
 
@@ -56,6 +59,36 @@ def aligned_bias(b, b_exponent, x_exponent, w_exponent, outputs: int):
     return out
 
 
+@functools.cache
+def library_multiplies() -> bool:
+    """Whether torch's own int8 product (oneDNN's, many times faster than ours) is exact on this CPU.
+
+    Without VNNI some add pairs of products in 16 bits, which saturates: asked of the values where it would.
+    """
+    product = getattr(torch, "_int_mm", None)
+    if product is None:
+        return False
+    for a, b in ((-128, -127), (-128, 127), (127, 127)):
+        x = torch.full((17, 150), a, dtype=torch.int8)
+        try:
+            y = product(x, torch.full((150, 40), b, dtype=torch.int8))
+        except RuntimeError:
+            return False
+        if not bool((y == 150 * a * b).all()):
+            return False
+    return True
+
+
+def product_cpu(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out int32 [M, N] = a int8 [M, K] b int8 [K, N], exactly; out contiguous."""
+    from . import _int8_cpu as K
+
+    if library_multiplies():
+        torch._int_mm(a, b, out=out)
+    else:
+        K.gemm(a.contiguous().numpy(), b.contiguous().numpy(), out.numpy())
+
+
 def shift_of(peak: int) -> int:
     """How far accumulators of this largest magnitude are shifted to the right."""
     return max(0, int(peak).bit_length() - 7)
@@ -65,6 +98,8 @@ def _linear_cpu(
     x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding,
     query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
+    import numpy as np
+
     from . import _int8_cpu as K
 
     noise = Noise("sparse_int8", rounds, p_zero, r_max)
@@ -75,23 +110,35 @@ def _linear_cpu(
     biases = [None] * groups if b is None else perturbed_weights(b, key, bias_site, "matrix", *tail)
     # an output that is not written still needs a shape to be compiled for
     accs = acc.view(groups, -1, n) if what == STORE else acc.new_empty(groups, 0, 0)
-    outs = out.view(groups, -1, n) if what == REQUANTIZE else out.new_empty(groups, 0, 0)
+    outs = out.view(groups, -1, n) if what == TWICE else out.new_empty(groups, 0, 0)
     mode = ROUNDINGS.index(rounding)
     for g, (w_g, b_g) in enumerate(zip(weights, biases, strict=True)):
         own = min(g, len(parts) - 1)
         bias = aligned_bias(b_g, b_exponent, x_exponent[own], w_exponent, n)
-        shift = shift_of(peak[g]) if what == REQUANTIZE else 0
-        largest = K.linear(parts[own].numpy(), w_g.numpy(), bias, what, accs[g].numpy(), shift, mode, outs[g].numpy())
-        if what == REQUANTIZE:
+        if what == STORE:
+            sums = accs[g]
+        else:  # a bounded number of rows would do; those of a training batch are few
+            sums = torch.from_numpy(K.workspace("rows", parts.shape[1] * n, np.int32).reshape(-1, n))
+        product_cpu(parts[own], w_g.t(), sums)
+        to = (accs[g].numpy(), 0, mode, outs[g].numpy())
+        largest = int(K.finish_linear(sums.numpy(), bias, STORE if what == STORE else PEAK, *to))
+        peak[g] = largest
+        if what == TWICE:
+            shift = shift_of(largest)
+            K.finish_linear(sums.numpy(), bias, REQUANTIZE, to[0], shift, *to[2:])
             exponent[g] = x_exponent[own] + w_exponent[0] + shift
-        else:
-            peak[g] = int(largest)
+
+
+def launch_phases(launch, args, at: int) -> None:
+    """Launch a product once, or for TWICE as PEAK and as REQUANTIZE; ``at`` is the place of ``what`` in ``args``."""
+    for phase in (PEAK, REQUANTIZE) if args[at] == TWICE else (args[at],):
+        launch(*args[:at], phase, *args[at + 1 :])
 
 
 def _linear_cuda(*args) -> None:
     from ._int8_matmul_triton import launch_linear
 
-    launch_linear(*args)
+    launch_phases(launch_linear, args, 9)
 
 
 _linear = register(
@@ -129,6 +176,14 @@ _requantize = register(
 )
 
 
+def requantize(acc, peak, x_exponent, w_exponent, rounding: str) -> Int8Tensor:
+    """Accumulators [G * rows, ...] int32 of largest magnitudes ``peak`` [G], as int8 with an exponent a group."""
+    y = Int8Tensor(torch.empty(acc.shape, dtype=torch.int8, device=acc.device), torch.empty_like(peak))
+    if acc.numel():
+        _requantize(acc, peak, x_exponent, w_exponent, _of_activations(rounding), y.values, y.exponent)
+    return y
+
+
 def multiply(x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, w_exponent, run) -> Int8Tensor:
     """The two halves of a product: ``run(what, acc, peak, out, exponent)``, once or twice, and the requantisation.
 
@@ -140,11 +195,9 @@ def multiply(x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, w_
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     peak = torch.zeros(groups, dtype=torch.int32, device=x.device)
     if strategy == "twice":
-        none32, none8 = peak.new_empty(0), torch.empty(0, dtype=torch.int8, device=x.device)
         y = new(x, shape, groups)
         if y.values.numel() and not x.values.is_meta:
-            run(PEAK, none32, peak, none8, y.exponent)
-            run(REQUANTIZE, none32, peak, y.values, y.exponent)
+            run(TWICE, torch.empty(0, dtype=torch.int32, device=x.device), peak, y.values, y.exponent)
         return y
     acc, block = scratch(x, shape, torch.int32)
     y = new(x, shape, groups)
@@ -244,15 +297,9 @@ def _of_activations(rounding: str) -> str:
 
 
 def _gemm_cpu(x, w, acc, peak) -> None:
-    import numpy as np
-
-    from . import _int8_cpu as K
-
-    bias, none = np.zeros(w.shape[1], np.int32), np.empty((0, 0), np.int8)
     for g in range(len(x)):
-        own = w[min(g, len(w) - 1)].contiguous().numpy()
-        largest = K.linear(x[g].contiguous().numpy(), own, bias, STORE, acc[g].numpy(), 0, 0, none)
-        peak[g] = int(largest)
+        product_cpu(x[g], w[min(g, len(w) - 1)].t(), acc[g])
+        peak[g] = acc[g].abs().max()
 
 
 def _gemm_cuda(x, w, acc, peak) -> None:

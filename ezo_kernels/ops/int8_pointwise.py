@@ -237,7 +237,7 @@ def int8_add(a: Int8Tensor, b: Int8Tensor) -> Int8Tensor:
         raise ValueError(
             f"int8_add: {tuple(a.shape)} of {a.groups} groups and {tuple(b.shape)} of {b.groups} do not go together"
         )
-    y = new(a, (groups * rows[0], *a.shape[1:]), groups)
+    y = new(a if a.tape is not None else b, (groups * rows[0], *a.shape[1:]), groups)
     if y.values.numel() and not a.values.is_meta:
         peak = torch.zeros(groups, dtype=torch.int32, device=a.device)
         args = (a.values.contiguous(), b.values.contiguous(), a.exponent, b.exponent)

@@ -92,6 +92,12 @@ class Int8Tensor:
             raise ValueError("rows of several groups cannot be taken: take them of values")
         return Int8Tensor(self.values[rows], self.exponent)
 
+    def index_select(self, dim: int, rows: torch.Tensor) -> Int8Tensor:
+        """As torch's, along dimension 0."""
+        if dim != 0:
+            raise ValueError(f"index_select of an Int8Tensor takes dimension 0, got {dim}")
+        return self[rows]
+
     def to(self, device) -> Int8Tensor:
         return Int8Tensor(self.values.to(device), self.exponent.to(device))
 

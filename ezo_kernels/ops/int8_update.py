@@ -104,7 +104,7 @@ def _update_cpu(params, key, g, shift, table, sites, layouts, query, rounding, r
         lanes = np.empty((0, 0), np.uint16)
         if rounding == "stochastic":
             lanes = rounding_lanes(key, site, where.rows, where.columns, 0, rounds)
-        K.update(where.cube(w.detach()).numpy(), total, n, mode, lanes)
+        K.update(w.detach().view(-1).numpy(), where.taps, total, n, mode, lanes)
         torch.autograd.graph.increment_version(w)  # numba wrote it behind torch's back
 
 
@@ -230,8 +230,7 @@ def _head_update_cpu(w, grad, peak, bits, key, site, rounding, rounds) -> None:
     lanes = np.empty((0, 0), np.uint16)
     if rounding == "stochastic":
         lanes = rounding_lanes(key, site, rows, columns, 0, rounds)
-    cube = w.detach().view(rows, 1, columns).numpy()
-    K.update(cube, grad.view(rows, columns).numpy(), n, ROUNDINGS.index(rounding), lanes)
+    K.update(w.detach().view(-1).numpy(), 1, grad.view(rows, columns).numpy(), n, ROUNDINGS.index(rounding), lanes)
     torch.autograd.graph.increment_version(w)
 
 

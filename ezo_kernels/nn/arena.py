@@ -1,0 +1,185 @@
+"""One buffer for all intermediates of an integer pass, each given memory only while it lives.
+
+The paper tallies every buffer as if it were allocated at once and never released, and names release by lifetime as future work
+(its open question 3). Here a trial pass on the meta device records when each intermediate is made and dropped, a plan gives
+each an offset such that no two live at once overlap, and the passes that follow take their memory from one buffer by that plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+#: Offsets are multiples of this many bytes: what vector loads and GPU transactions like.
+ALIGNMENT = 64
+
+
+@dataclass
+class Interval:
+    """One intermediate: its bytes, when it was made and dropped (event numbers), and the layer whose accumulators it is."""
+
+    size: int
+    start: int
+    end: int | None = None
+    owner: object = None
+    offset: int = 0
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass
+class ArenaPlan:
+    """Offsets of the intermediates of one pass, in the order in which they are made.
+
+    Attributes:
+        intervals: in that order.
+        planned_bytes: size of the buffer.
+        all_at_once_bytes: the sum of all intermediates: what they take if none is released.
+        live_bytes: the most that live at one time: no plan can do with less.
+    """
+
+    intervals: list[Interval] = field(default_factory=list)
+    planned_bytes: int = 0
+    all_at_once_bytes: int = 0
+    live_bytes: int = 0
+
+    @classmethod
+    def of(cls, intervals: list[Interval]) -> ArenaPlan:
+        """Largest first, each at the lowest offset that is free while it lives."""
+        last = 1 + max((i.start for i in intervals), default=0)
+        for i in intervals:
+            i.end = last + len(intervals) if i.end is None else i.end
+        placed: list[Interval] = []
+        for i in sorted(intervals, key=lambda i: (-i.size, i.start)):
+            i.offset = 0
+            for other in sorted(placed, key=lambda o: o.offset):
+                apart = other.end <= i.start or i.end <= other.start
+                if not apart and i.offset + _padded(i.size) > other.offset:
+                    i.offset = max(i.offset, other.offset + _padded(other.size))
+            placed.append(i)
+        starts = [i.start for i in intervals]
+        live = [sum(_padded(i.size) for i in intervals if i.start <= t < i.end) for t in starts]
+        return cls(
+            intervals,
+            max((i.offset + _padded(i.size) for i in intervals), default=0),
+            sum(_padded(i.size) for i in intervals),
+            max(live, default=0),
+        )
+
+    def at_the_peak(self) -> set:
+        """Owners of accumulators that live while the most memory does."""
+        owners = set()
+        for t in (i.start for i in self.intervals):
+            living = [i for i in self.intervals if i.start <= t < i.end]
+            if sum(_padded(i.size) for i in living) == self.live_bytes:
+                owners.update(i.owner for i in living if i.owner is not None)
+        return owners
+
+
+class _Block:
+    """Keeps one intermediate's place; its end gives the place back."""
+
+    __slots__ = ("_arena", "_index", "_pass")
+
+    def __init__(self, arena: Arena, index: int) -> None:
+        self._arena, self._index, self._pass = arena, index, arena._pass
+
+    def __del__(self) -> None:
+        self._arena._drop(self._index, self._pass)
+
+
+class Arena:
+    """Memory of the intermediates of one model's passes.
+
+    Attributes:
+        owner: the layer that runs, so that a plan knows whose accumulators a block holds.
+        measured_bytes: end of the highest intermediate that was handed out since :meth:`reset_measured`, plus whatever a pass
+            asked for that was not in its plan.
+    """
+
+    def __init__(self) -> None:
+        self.plans: dict = {}
+        self.owner = None
+        self.buffer: torch.Tensor | None = None
+        self.measured_bytes = 0
+        self._pass = 0
+        self._mode: str | None = None
+        self._plan: ArenaPlan | None = None
+        self._recorded: list[Interval] = []
+        self._clock = self._next = self._outside = 0
+        self._live: set[int] = set()
+
+    def reset_measured(self) -> None:
+        self.measured_bytes = 0
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[ArenaPlan]]:
+        """Record a trial pass on the meta device; the list holds its plan afterwards."""
+        self._start("record")
+        found: list[ArenaPlan] = []
+        try:
+            yield found
+        finally:
+            self._mode = None
+        found.append(ArenaPlan.of(self._recorded))
+
+    @contextlib.contextmanager
+    def running(self, plan: ArenaPlan, device: torch.device) -> Iterator[None]:
+        """Run a pass by ``plan``."""
+        if self._live or self.buffer is None or self.buffer.device != device or len(self.buffer) < plan.planned_bytes:
+            # Whoever still holds an intermediate of an earlier pass keeps the earlier buffer, not us.
+            self.buffer = torch.empty(plan.planned_bytes, dtype=torch.int8, device=device)
+        self._start("run")
+        self._plan = plan
+        try:
+            yield
+        finally:
+            self._mode = self._plan = None
+
+    def _start(self, mode: str) -> None:
+        if self._mode is not None:
+            raise RuntimeError("a pass is already running in this arena")
+        self._mode, self._recorded, self._live = mode, [], set()
+        self._clock = self._next = self._outside = 0
+        self._pass += 1
+
+    def allocate(self, shape, dtype: torch.dtype):
+        """An uninitialised tensor, and what keeps its place while it is referred to."""
+        size = math.prod(shape) * dtype.itemsize
+        index = self._next
+        self._next += 1
+        self._clock += 1
+        if self._mode == "record":
+            accumulators = self.owner if dtype == torch.int32 else None
+            self._recorded.append(Interval(size, self._clock, owner=accumulators))
+            return torch.empty(shape, dtype=dtype, device="meta"), _Block(self, index)
+        if self._mode is None:
+            raise RuntimeError("no pass is running in this arena")
+        intervals = self._plan.intervals
+        if index >= len(intervals) or intervals[index].size != size:
+            # A forward that does not do the same each time: correct, at the price of memory that is not planned.
+            self._outside += _padded(size)
+            self._measure(self._plan.planned_bytes)
+            return torch.empty(shape, dtype=dtype, device=self.buffer.device), None
+        offset = intervals[index].offset
+        self._live.add(index)
+        self._measure(offset + _padded(size))
+        return self.buffer[offset : offset + size].view(dtype).view(shape), _Block(self, index)
+
+    def _measure(self, end: int) -> None:
+        self.measured_bytes = max(self.measured_bytes, end + self._outside)
+
+    def _drop(self, index: int, of_pass: int) -> None:
+        if of_pass != self._pass:
+            return
+        if self._mode == "record":
+            self._clock += 1
+            self._recorded[index].end = self._clock
+        else:
+            self._live.discard(index)

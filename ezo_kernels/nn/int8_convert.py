@@ -1,0 +1,198 @@
+"""A float model as an integer one, and back: what ``convert_(model, precision="int8")`` does."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops._constants import MOST_TERMS
+from ..ops._layout import default_layout
+from ..ops.int8_functions import FUNCTIONS
+from ..ops.int8_tensor import quantize
+from .arena import Arena
+from .context import Site, ZOContext
+from .cut import in_head, resolve_head
+from .int8_layers import Int8Conv2d, Int8Linear
+from .linear import release
+from .plan import Plan
+
+WEIGHT_LAYERS: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
+#: Modules without parameters that call functions which have an integer form, and containers.
+PLAIN = (
+    nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleList,
+    nn.ModuleDict,
+)  # fmt: skip
+_ADVICE = {
+    nn.BatchNorm2d: "fold it into the convolution first (torch.nn.utils.fusion.fuse_conv_bn_eval)",
+    nn.BatchNorm1d: "fold it into the linear layer first (torch.nn.utils.fusion.fuse_linear_bn_eval)",
+    nn.Dropout: "set its rate to 0 or leave it out",
+    nn.Conv1d: "use nn.Conv2d with a height of one",
+    nn.Sigmoid: "use nn.ReLU",
+    nn.Tanh: "use nn.ReLU",
+    nn.GELU: "use nn.ReLU",
+}
+#: Methods of an Int8Tensor that a traced forward may call.
+_METHODS = {"relu", "flatten", "view", "reshape", "size", "dim", "add"}
+_PYTHON = {operator.add, operator.getitem, operator.mul, operator.floordiv, getattr}
+
+
+def _advice(module: nn.Module) -> str:
+    text = next((text for cls, text in _ADVICE.items() if isinstance(module, cls)), None)
+    return text or "take it out, or train the model in floating point (precision='float')"
+
+
+def _check_layer(name: str, module: nn.Module) -> str | None:
+    """Why a linear layer or a convolution has no integer form, or None."""
+    if any(
+        p is not None and p.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+        for p in module._parameters.values()
+    ):
+        return "its parameters are not float"
+    if any(p is not None and not bool(torch.isfinite(p).all()) for p in module._parameters.values()):
+        return "it has parameters that are not finite"
+    terms = module.weight[0].numel()
+    if terms > MOST_TERMS:
+        return f"it sums {terms} products for one output, and int32 holds {MOST_TERMS} (127 * 128 * terms + 127 * 2^22 < 2^31)"
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros":
+            return f"padding_mode {module.padding_mode!r}: only zeros"
+        if module.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ):
+            return "padding 'same' of an even kernel"
+    return None
+
+
+def _refuse(model: nn.Module, head: tuple[str, ...]) -> None:
+    """Raise, listing every module that has no integer form."""
+    problems = []
+    for name, module in model.named_modules():
+        shown = f"{name or 'the model'} ({type(module).__name__})"
+        own = [n for n, p in module._parameters.items() if p is not None]
+        if type(module) in WEIGHT_LAYERS:
+            reason = _check_layer(name, module)
+            if reason:
+                problems.append(f"{shown}: {reason}")
+            elif type(module) is nn.Conv2d and in_head(name, head):
+                problems.append(f"{shown}: convolutions have no integer backward: move the cut behind it")
+        elif own:
+            problems.append(f"{shown} has parameters of its own and no integer form: {_advice(module)}")
+        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0:
+            continue
+        elif type(module).__module__.startswith("torch.nn") and not isinstance(module, PLAIN):
+            problems.append(f"{shown} has no integer form: {_advice(module)}")
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            problems.append(f"{names[parameter]!r} and {name!r} are one parameter: untie them")
+        names[parameter] = name
+    problems += _functions_without_form(model)
+    if problems:
+        raise NotImplementedError("this model has no integer form: " + "; ".join(problems))
+
+
+def _functions_without_form(model: nn.Module) -> list[str]:
+    """Functions that a traced forward calls and that no integer form is of; none if it cannot be traced."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return (
+                type(module) in WEIGHT_LAYERS or isinstance(module, PLAIN[:6]) or super().is_leaf_module(module, name)
+            )
+
+    try:
+        graph = Tracer().trace(model)
+    except Exception:  # a forward with control flow: its first step finds out
+        return []
+    found = []
+    wrapped = {F.dropout, F.max_pool2d}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in FUNCTIONS and node.target not in _PYTHON | wrapped:
+            if getattr(node.target, "__module__", "").startswith("ezo_kernels"):
+                continue
+            found.append(
+                f"the forward calls {getattr(node.target, '__name__', node.target)}, which has no integer form"
+            )
+        elif node.op == "call_method" and node.target not in _METHODS:
+            found.append(f"the forward calls the method {node.target}, which has no integer form")
+        elif node.op == "get_attr":
+            found.append(f"the forward reads {node.target!r} itself instead of calling the layer that owns it")
+    return found
+
+
+def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Module:
+    """As :func:`ezo_kernels.convert_` with ``precision="int8"``; raises before anything is touched."""
+    chosen = resolve_head(model, head, sample)
+    _refuse(model, chosen)
+    plan = Plan(head=chosen)
+    modules = {n: m for n, m in model.named_modules() if type(m) in WEIGHT_LAYERS}
+    for name, module in modules.items():
+        left = filter_fn is not None and not in_head(name, chosen) and not filter_fn(module, name)
+        for leaf, p in module._parameters.items():
+            if p is not None and not p.requires_grad:
+                plan.frozen[f"{name}.{leaf}".lstrip(".")] = "requires_grad=False before conversion"
+            elif p is not None and left:
+                plan.frozen[f"{name}.{leaf}".lstrip(".")] = "filter_fn left its module alone"
+    parameters = dict(model.named_parameters())
+    sites = {}
+    for i, name in enumerate(sorted(parameters)):
+        if name not in plan.frozen and not in_head(name, chosen):
+            p = parameters[name]
+            owner = name.rpartition(".")[0]
+            layout = (
+                "conv" if type(modules[owner]) is nn.Conv2d and name.endswith("weight") else default_layout(p.shape)
+            )
+            sites[name] = Site(i, (name,), tuple(p.shape), layout, "fused", "int8")
+    zo = ZOContext(manifest=tuple(sites.values()))
+    held = {n: (p.requires_grad, p.dtype) for n, p in parameters.items()}
+    for name, module in modules.items():
+        own = {leaf: f"{name}.{leaf}".lstrip(".") for leaf, p in module._parameters.items() if p is not None}
+        plan.fused[name] = WEIGHT_LAYERS[type(module)]
+        _quantize_parameters(module)
+        plan.fused[name].adopt(
+            module, zo,
+            sites={leaf: sites[n].site for leaf, n in own.items() if n in sites},
+            head_names={leaf: n for leaf, n in own.items() if in_head(n, chosen) and n not in plan.frozen},
+            rounding="nearest", strategy="buffer",
+        )  # fmt: skip
+    model.__dict__["_ezo"] = zo
+    model.__dict__["_ezo_plan"] = plan
+    model.__dict__["_ezo_requires_grad"] = held
+    model.__dict__["_ezo_arena"] = Arena()
+    return model
+
+
+@torch.no_grad()
+def _quantize_parameters(module: nn.Module) -> None:
+    """int8 values into the same Parameters, exponents into buffers; a zero bias takes the unit of its weight."""
+    weight = quantize(module.weight)
+    parts = {"weight": weight}
+    if module.bias is not None:
+        parts["bias"] = quantize(module.bias, None if bool(module.bias.any()) else weight.exponent.item())
+    for leaf, part in parts.items():
+        parameter = module._parameters[leaf]
+        parameter.requires_grad_(False)
+        parameter.data = part.values
+        module.register_buffer(leaf + "_exponent", part.exponent)
+
+
+@torch.no_grad()
+def unconvert_int8_(model: nn.Module) -> None:
+    """Dequantise in place: plain torch modules, the same Parameters as floats."""
+    held = model.__dict__.pop("_ezo_requires_grad")
+    for name, module in model.named_modules():
+        if "plain_class" not in module.__dict__:
+            continue
+        for leaf, p in module._parameters.items():
+            if p is None:
+                continue
+            requires_grad, dtype = held[f"{name}.{leaf}".lstrip(".")]
+            exponent = module._buffers.pop(leaf + "_exponent")
+            p.data = torch.ldexp(p.data.to(torch.float32), exponent).to(dtype)
+            p.requires_grad_(requires_grad)
+        release(module)
+    for key in ("_ezo", "_ezo_plan", "_ezo_arena"):
+        del model.__dict__[key]

@@ -1,0 +1,83 @@
+"""Integer layers: nn.Linear and nn.Conv2d whose weights are int8, perturbed inside the product during a pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from ..ops.int8_conv2d import int8_conv2d
+from ..ops.int8_matmul import check_input, int8_linear
+from ..ops.int8_tensor import Int8Tensor
+from .context import ZOContext
+from .linear import become
+
+
+class _Int8Layer:
+    """What both have: int8 Parameters with an exponent buffer each, and a place in the trunk, the head, or neither.
+
+    Attributes:
+        zo: the model's context.
+        sites: "weight" (and "bias") -> id of a trunk parameter; empty if frozen or in the head.
+        head_names: "weight" (and "bias") -> qualified name of a head parameter; empty elsewhere.
+        rounding, strategy: as in :func:`ezo_kernels.ops.int8_linear`.
+    """
+
+    zo: ZOContext
+    sites: dict[str, int]
+    head_names: dict[str, str]
+    rounding: str
+    strategy: str
+
+    @classmethod
+    def adopt(cls, module: nn.Module, zo: ZOContext, **state) -> nn.Module:
+        """Turn ``module``, whose Parameters are int8 by now, into one, in place."""
+        return become(module, cls, zo=zo, **state)
+
+    def forward(self, input: Int8Tensor) -> Int8Tensor:
+        check_input(input, type(self).__name__)
+        zo = self.zo
+        if input.memory is not None:
+            input.memory.owner = self
+        p = zo.p if self.sites else None
+        if zo.p is not None:
+            zo.visit(*self.sites.values())
+        y = self._multiply(
+            input,
+            p,
+            weight_exponent=self.weight_exponent,
+            bias_exponent=self.bias_exponent if self.bias is not None else None,
+            site=self.sites.get("weight", 0),
+            bias_site=self.sites.get("bias", 0),
+            rounding=self.rounding,
+            strategy=self.strategy,
+        )
+        if self.head_names and zo.tape is not None:
+            y = dataclasses.replace(y, tape=zo.tape)
+            zo.tape.note("linear", y, (input,), layer=self)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, int8, strategy={self.strategy}"
+
+
+class Int8Linear(_Int8Layer, nn.Linear):
+    """nn.Linear in integers: takes and gives :class:`ezo_kernels.Int8Tensor`, [..., in] to [..., out]."""
+
+    def _multiply(self, x, p, **options):
+        return int8_linear(x, self.weight, self.bias, p, **options)
+
+
+class Int8Conv2d(_Int8Layer, nn.Conv2d):
+    """nn.Conv2d in integers, zero padding: [B, C, H, W] to [B, O, H', W']."""
+
+    def _multiply(self, x, p, **options):
+        padding = self.padding
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return int8_conv2d(
+            x, self.weight, self.bias, p, stride=self.stride, padding=padding, dilation=self.dilation,
+            groups=self.groups, **options,
+        )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Backpropagation through the integer head, as NITI does it (arXiv 2009.13108): notes of a forward, gone through backwards.
+
+For a linear layer y = x W^T + b with the error e of y (int8, an exponent a group):
+
+    G_W = e^T x    G_b = sum over rows of e    error of x = requantise(e W)
+
+each a product of int8 in int32; errors are rounded to nearest, a shift a group. Layers use the weights of the forward: the
+update comes after.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from ..ops.int8_matmul import int8_gemm, requantize
+from ..ops.int8_pointwise import int8_add
+from ..ops.int8_tensor import Int8Tensor
+
+#: What a note can be of; others are refused when the backward meets them.
+KINDS = ("linear", "relu", "reshape", "add")
+
+
+@dataclass(frozen=True)
+class Note:
+    kind: str
+    y: Int8Tensor
+    inputs: tuple[Int8Tensor, ...]
+    info: dict
+
+
+class Tape:
+    """What the layers of the head did in one pass.
+
+    Attributes:
+        gradients: parameter's qualified name -> list of (int32 [G, *shape], int32 [G] exponents), filled by :meth:`backward`.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[Note] = []
+        self.gradients: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+
+    def note(self, kind: str, y: Int8Tensor, inputs: tuple[Int8Tensor, ...], **info) -> None:
+        if kind not in KINDS:
+            raise NotImplementedError(
+                f"the head calls {kind}, which has no integer backward ({', '.join(KINDS)} have): move the cut behind it"
+            )
+        self.notes.append(Note(kind, y, inputs, info))
+
+    def backward(self, y: Int8Tensor, error: torch.Tensor, exponent: torch.Tensor, used: slice) -> None:
+        """Collect the gradients of all layers.
+
+        Args:
+            y: the head's output.
+            error: int8 of y's shape. exponent: int32 [G].
+            used: which groups the head learns from.
+        """
+        errors = {id(y): Int8Tensor(_groups(error, y.groups, used), exponent[used].contiguous())}
+        while self.notes:
+            note = self.notes.pop()
+            e = errors.pop(id(note.y), None)
+            if e is None:
+                continue
+            for x, of_x in zip(note.inputs, getattr(self, "_" + note.kind)(note, e, used), strict=True):
+                if of_x is not None and x.tape is not None:
+                    errors[id(x)] = int8_add(errors[id(x)], of_x) if id(x) in errors else of_x
+
+    def _linear(self, note: Note, e: Int8Tensor, used: slice):
+        layer, (x,) = note.info["layer"], note.inputs
+        n, k = layer.weight.shape
+        values = _groups(x.values, x.groups, used if x.groups > 1 else slice(None))
+        of_y, of_x = e.values.view(e.groups, -1, n), values.view(min(x.groups, e.groups), -1, k)
+        x_exponent = x.exponent[used] if x.groups > 1 else x.exponent
+        names = layer.head_names
+        if "weight" in names:
+            acc, _ = int8_gemm(of_y.transpose(1, 2), of_x.transpose(1, 2))
+            self.gradients[names["weight"]].append((acc, e.exponent + x_exponent))
+        if "bias" in names:
+            ones = torch.ones((1, 1, of_y.shape[1]), dtype=torch.int8, device=e.device)
+            acc, _ = int8_gemm(of_y.transpose(1, 2), ones)
+            self.gradients[names["bias"]].append((acc[..., 0], e.exponent))
+        if x.tape is None:
+            return (None,)
+        acc, peak = int8_gemm(of_y, layer.weight.t()[None])
+        return (requantize(acc.view(values.shape), peak, e.exponent, layer.weight_exponent, "nearest"),)
+
+    @staticmethod
+    def _relu(note: Note, e: Int8Tensor, used: slice):
+        off = _groups(note.y.values, note.y.groups, used) <= 0
+        return (Int8Tensor(e.values.masked_fill(off, 0), e.exponent),)
+
+    @staticmethod
+    def _reshape(note: Note, e: Int8Tensor, used: slice):
+        return (Int8Tensor(e.values.view(-1, *note.inputs[0].shape[1:]), e.exponent),)
+
+    @staticmethod
+    def _add(note: Note, e: Int8Tensor, used: slice):
+        return e, e
+
+
+def _groups(values: torch.Tensor, groups: int, used: slice) -> torch.Tensor:
+    """Rows of the groups that are used, of values [groups * B, ...]."""
+    if used == slice(None) or groups == 1:
+        return values
+    return values.view(groups, -1, *values.shape[1:])[used].flatten(0, 1)

@@ -1,0 +1,264 @@
+"""Integer products on the GPU: acc_g = x_g clamp(W + sign_g z_q)^T + clamp(b + sign_g z'_q) 2^(s_b - s_x - s_W).
+
+| tensor | shape |
+|---|---|
+| x | int8 [groups, rows, K], any strides; one group may be shared by all |
+| W | int8 [N, K], any strides; of the batched product [groups, N, K] or one for all |
+| b | int8 [N] |
+| acc | int32 [groups, rows, N], contiguous (STORE) |
+| peak | int32 [groups], zero at first: largest |acc| (STORE, PEAK), read by REQUANTIZE |
+| out, exponent | int8 [groups, rows, N], int32 [groups] (REQUANTIZE) |
+
+A program makes BM rows of one group (both groups of a pair) by BN outputs: it reads a tile of W once, makes its z once,
+clamps W + z and W - z, and multiplies on the integer matrix unit. SWAP puts W's rows on its long side.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._int8_triton import (
+    REQUANTIZE,
+    align_bias,
+    check_grid,
+    leave,
+    leave_exponent,
+    or_dummy,
+    perturb_tile,
+    perturbed_bias,
+)
+from ._linear_triton import architecture
+from ._noise_triton import ASM, load_key, noise_args, signed32, sparse_int8_units
+from ._tiles import LARGE, int8_tile
+from ._triton import jit, require, tl
+from ._variants import ARCHS, Variant
+from .int8_pass import ROUNDINGS
+from .noise import Noise
+
+
+@jit
+def _multiply(w, x, acc, SWAP: tl.constexpr):
+    """acc + w x^T ([BN, BM]) if SWAP, else acc + x w^T; x is int8 [BM, BK], w int8 [BN, BK]."""
+    if SWAP:
+        acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+    return acc
+
+
+@jit
+def _finish(
+    acc, bias, group, own, first_m, first_n, rm, rn, rows, N, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
+    acc_ptr, peak_ptr, out_ptr, exponent_ptr,
+    SWAP: tl.constexpr, BIAS: tl.constexpr, WHAT: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """Bias and epilogue of one group's tile."""
+    if SWAP:
+        acc = tl.trans(acc)
+    if BIAS:
+        acc += align_bias(bias, b_exponent_ptr, x_exponent_ptr, own, w_exponent_ptr)[None, :]
+    at = (group.to(tl.int64) * rows + rm)[:, None] * N + rn[None, :]
+    leave(
+        acc, acc_ptr, out_ptr, at, (rm < rows)[:, None] & (rn < N)[None, :], peak_ptr + group, WHAT, ROUNDING
+    )  # fmt: skip
+    if WHAT == REQUANTIZE:  # noqa: SIM102 - the outer if is the compiler's
+        if first_m + first_n == 0:
+            leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
+
+
+@jit(do_not_specialize=["site", "bias_site", "query", "packed", "rows"])
+def int8_linear_kernel(
+    x_ptr, w_ptr, b_ptr, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr, key_ptr,
+    acc_ptr, peak_ptr, out_ptr, exponent_ptr, site, bias_site, query, packed, rows, N, K,
+    x_group, x_row, x_k, w_group, w_n, w_k, b_n,
+    SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    WHAT: tl.constexpr, ROUNDING: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """SIGNS: 2 for the pair, else the sign. The grid is (tiles of rows, tiles of N, queries, or groups without a sign).
+
+    Programs that share a tile of W are neighbours, so that it stays in L2.
+    """
+    first_m, first_n = tl.program_id(0) * BM, tl.program_id(1) * BN
+    q = tl.program_id(2)
+    rm, rn, rk = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
+    # rows beyond the end are read again from the last one and never stored: no mask in the loop
+    xm, wn = tl.minimum(rm, rows - 1).to(tl.int64), tl.minimum(rn, N - 1).to(tl.int64)
+    k64 = rk.to(tl.int64)
+    group = q * 2 if SIGNS == 2 else q
+    # x of one group for all has a stride of zero
+    x_at = x_ptr + group.to(tl.int64) * x_group + xm[:, None] * x_row + k64[None, :] * x_k
+    w_at = w_ptr + q.to(tl.int64) * w_group + wn[:, None] * w_n + k64[None, :] * w_k
+    x_step = tl.full((), BK, tl.int64) * x_k
+    w_step = tl.full((), BK, tl.int64) * w_k
+    counter_rows, units = rn.to(tl.uint32)[:, None], (tl.arange(0, BK // 4) * 4)[None, :]
+    k0, k1 = load_key(key_ptr)
+    if SWAP:
+        acc = tl.zeros((BN, BM), tl.int32)
+        other = tl.zeros((BN, BM), tl.int32)
+    else:
+        acc = tl.zeros((BM, BN), tl.int32)
+        other = tl.zeros((BM, BN), tl.int32)
+    for k in range(0, K, BK):
+        if EVEN_K:
+            x = tl.load(x_at)
+            w = tl.load(w_at)
+        else:
+            inside = (rk < K - k)[None, :]
+            x = tl.load(x_at, mask=inside, other=0)
+            w = tl.load(w_at, mask=inside, other=0)
+        if SIGNS == 0:
+            acc = _multiply(w, x, acc, SWAP)
+        else:
+            # beyond K z is not zero, but x is
+            z = sparse_int8_units(
+                k0, k1, site, query + q, counter_rows, (k + units).to(tl.uint32), ROUNDS, ASM, packed
+            )  # fmt: skip
+            plus, minus = perturb_tile(w, z)
+            if SIGNS == 2:
+                if SHARED:
+                    y = x
+                elif EVEN_K:
+                    y = tl.load(x_at + x_group)
+                else:
+                    y = tl.load(x_at + x_group, mask=inside, other=0)
+                acc = _multiply(plus, x, acc, SWAP)
+                other = _multiply(minus, y, other, SWAP)
+            elif SIGNS == 1:
+                acc = _multiply(plus, x, acc, SWAP)
+            else:
+                acc = _multiply(minus, x, acc, SWAP)
+        x_at += x_step
+        w_at += w_step
+    plus, minus = rn, rn
+    if BIAS:
+        plus, minus = perturbed_bias(
+            b_ptr, b_n, rn, rn < N, k0, k1, bias_site, query + q, packed, SIGNS, ROUNDS, ASM
+        )  # fmt: skip
+    own = group * 0 if SHARED else group
+    _finish(
+        acc, plus, group, own, first_m, first_n, rm, rn, rows, N, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
+        acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING,
+    )  # fmt: skip
+    if SIGNS == 2:
+        own = group * 0 if SHARED else group + 1
+        _finish(
+            other, minus, group + 1, own, first_m, first_n, rm, rn, rows, N,
+            x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
+            acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING,
+        )  # fmt: skip
+
+
+def constexprs(tile, signs: int, shared: bool, bias: bool, even_k: bool, what: int, rounding: str, rounds: int) -> dict:
+    """Everything that :func:`int8_linear_kernel` is compiled for."""
+    return {
+        **{"SIGNS": signs, "SHARED": bool(shared), "BIAS": bias, "EVEN_K": even_k, "WHAT": what},
+        **{"ROUNDING": ROUNDINGS.index(rounding), "SWAP": tile.swap, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
+        **{"ROUNDS": rounds, "ASM": ASM},
+    }
+
+
+def _launch(
+    name, x, x_strides, w, w_strides, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, query,
+    repeats, signs, rows, noise, acc, peak, out, exponent,
+) -> None:  # fmt: skip
+    """One grid over (tiles of rows, tiles of outputs, ``repeats``); strides are (group, row, column)."""
+    n, k = w.shape[-2:]
+    tile = int8_tile(rows, n, k, architecture(x.device))
+    tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
+    if max(n + tile.bn, k + tile.bk, rows + tile.bm) >= 1 << 31:
+        raise NotImplementedError(f"{name}: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
+    check_grid(name, tiles_n, repeats)
+    with torch.cuda.device_of(x):
+        int8_linear_kernel[(tiles_m, tiles_n, repeats)](
+            x, w, or_dummy(b, w), x_exponent, w_exponent, or_dummy(b_exponent, w_exponent), key, acc, peak, out, exponent,
+            signed32(site), signed32(bias_site), query, noise_args(noise)[0], rows, n, k, *x_strides, *w_strides,
+            1 if b is None else b.stride(0),
+            **constexprs(tile, signs, not x_strides[0], b is not None, k % tile.bk == 0, what, rounding, noise.rounds),
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def launch_linear(
+    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding,
+    query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
+) -> None:  # fmt: skip
+    """Write what is asked for of every group; arguments as ``ezo::int8_linear``, x contiguous, all checked there."""
+    require()
+    k = w.shape[1]
+    rows = x.numel() // (k * x_exponent.numel())
+    sign = 2 if len(signs) == 2 else signs[0]
+    _launch(
+        "int8_linear", x, (rows * k if x_exponent.numel() > 1 else 0, k, 1), w, (0, *w.stride()), b,
+        x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, query,
+        queries if sign else peak.numel(), sign, rows, Noise("sparse_int8", rounds, p_zero, r_max),
+        acc, peak, out, exponent,
+    )  # fmt: skip
+
+
+def launch_gemm(x, w, acc, peak) -> None:
+    """acc[g] = x[g] w[g]^T and its largest magnitude; arguments as ``ezo::int8_gemm``."""
+    require()
+    groups, rows, _ = x.shape
+    x_group = x.stride(0) if groups > 1 else 0
+    w_group = w.stride(0) if len(w) > 1 else 0
+    _launch(
+        "int8_gemm", x, (x_group, *x.stride()[1:]), w, (w_group, *w.stride()[1:]), None, peak, peak, None, peak, 0, 0, 0,
+        "nearest", 0, groups, 0, rows, Noise("sparse_int8"), acc, peak, acc, peak,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- variants
+
+_POINTERS = {
+    **dict.fromkeys(("x_ptr", "w_ptr", "b_ptr", "out_ptr"), "*i8"),
+    **dict.fromkeys(("x_exponent_ptr", "w_exponent_ptr", "b_exponent_ptr", "key_ptr"), "*i32"),
+    **dict.fromkeys(("acc_ptr", "peak_ptr", "exponent_ptr"), "*i32"),
+}
+_INTEGERS = ("site", "bias_site", "query", "packed", "rows", "N", "K", "x_group", "x_row", "w_group", "w_n")
+
+
+def _variant(rows: int, how: str, what: int, rounding: str, archs: tuple[int, ...], tested: bool) -> Variant:
+    tile = int8_tile(rows, 4096, 4100 if how in ("tail", "gemm") else 4096, archs[0])
+    signs = {"plus": 1, "plain": 0, "gemm": 0}.get(how, 2)
+    ones = ("x_k", "w_k", "b_n")
+    if how == "gemm":  # both operands transposed, as in the gradient of a weight
+        ones = ("x_row", "w_n", "b_n")
+    names = [name for name in (*_INTEGERS, "x_k", "w_k") if name not in ones]
+    return Variant(
+        kernel=int8_linear_kernel,
+        name=f"int8_linear/{rows}/{how}/{('store', 'peak', 'requantize')[what]}/{rounding}"
+        + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
+        signature={**_POINTERS, **dict.fromkeys(names, "i32")},
+        constexprs={
+            **dict.fromkeys(ones, 1),
+            **constexprs(tile, signs, how == "shared", how != "gemm", how not in ("tail", "gemm"), what, rounding, 7),
+            "ASM": True,
+        },
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        archs=archs,
+        expects=("integer mma", "no float", *(("multiply",) if signs else ())),
+        z_per_loop=tile.bn * tile.bk if signs else 0,
+        divisible=tuple(name for name in names if name not in ("site", "bias_site", "query", "packed", "rows"))
+        if how not in ("tail", "gemm") else (),
+        representative=tested,
+    )  # fmt: skip
+
+
+def variants():
+    """A layer of 4096 by 4096 at few and at many rows, for the static report and the compile tests."""
+    require()
+    large = tuple(arch for arch in ARCHS if arch in LARGE)
+    small = tuple(arch for arch in ARCHS if arch not in LARGE)
+    for rows in (16, 64, 2048):
+        for archs in (large, small) if rows > 64 else (ARCHS,):
+            yield _variant(rows, "pair", 1, "nearest", archs, True)
+            yield _variant(rows, "pair", 2, "nearest", archs, rows != 64)
+            yield _variant(rows, "pair", 0, "nearest", archs, False)
+            yield _variant(rows, "pair", 2, "pseudo", archs, False)
+            yield _variant(rows, "shared", 1, "nearest", archs, rows == 16)
+            yield _variant(rows, "tail", 1, "nearest", archs, rows == 16)
+            yield _variant(rows, "plus", 1, "nearest", archs, False)
+            yield _variant(rows, "plain", 2, "nearest", archs, rows == 2048)
+            yield _variant(rows, "gemm", 0, "nearest", archs, rows == 64)

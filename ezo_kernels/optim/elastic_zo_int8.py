@@ -1,0 +1,437 @@
+"""ElasticZO-INT8: training in integers only (arXiv 2501.04287; the head as NITI, arXiv 2009.13108).
+
+For each query q, with integer losses L of the two groups (q, +) and (q, -), whose weights are clamp(w +- z_q):
+
+    g_q = sign(L+ - L-)
+    trunk: w <- clamp(w - round(sum_q g_q z_q / 2^shift))         head: NITI's update with gradients summed over the groups
+
+Nothing between the int8 input and the int8 weights is a floating-point number, so a run is the same bit for bit on every device
+(docs/numerics.md, section Integers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .._nvtx import ranges
+from ..nn.arena import ArenaPlan
+from ..nn.context import group_pass
+from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_parameters
+from ..nn.cut import in_head
+from ..nn.int8_layers import _Int8Layer
+from ..nn.tape import Tape
+from ..ops._constants import INT8_VERSION, MOST_FRACTION_BITS, MOST_TERMS
+from ..ops._perturbation import PassError
+from ..ops.int8_loss import FRACTION_BITS, int8_cross_entropy, int8_cross_entropy_gradient, int8_squared_error, nats
+from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding
+from ..ops.int8_tensor import Int8Tensor
+from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_head_update_, int8_update_, sum_groups, update_shift
+from ..ops.noise import Noise, check_index, fold_key, rng_version
+from .int8_state import Int8State
+from .passes import HEAD_GRADS
+
+LOSSES = ("cross_entropy", "float_cross_entropy", "squared_error")
+MODES = ("stacked", "sequential")
+STRATEGIES = ("auto", "buffer", "twice")
+
+
+class ElasticZOInt8(Int8State, torch.optim.Optimizer):
+    """Trains a model that ``convert_(model, head=..., precision="int8")`` converted.
+
+    ``param_groups[0]`` is the trunk (``bits``, ``r_max``, ``p_zero``), ``param_groups[1]`` the head (``bits``); all hold Python
+    numbers, which may be changed between steps (:class:`ezo_kernels.optim.IntegerSchedule`). A step never waits for the device,
+    except the first with an input of a new shape, which checks the model and plans its memory.
+
+    Args:
+        model: converted, on its device.
+        r_max: z is uniform in [-r_max, r_max]; 1 to 127.
+        p_zero: fraction of zeros of z.
+        bits: width of the trunk's update, -8 to 7: z is shifted right by (bits of r_max) - ``bits``. The learning rate of the
+            trunk, in powers of two; with stochastic rounding a shift that leaves less than one unit moves a weight now and then.
+        head_bits: width of the head's update, -8 to 7: NITI's learning rate.
+        queries: directions a step; two forwards each.
+        seed: base seed, [0, 2^64).
+        loss: ``cross_entropy`` in integers (the paper's INT8*), ``float_cross_entropy`` of the dequantised logits for the sign
+            of g (its INT8), or ``squared_error`` against an Int8Tensor.
+        fraction_bits: of the integer cross-entropy, 0 (the paper's rule) to 8.
+        head_grad: the head learns from the groups ``mean``, ``plus`` or ``minus``.
+        rounding, head_rounding: of the updates: ``stochastic``, ``pseudo`` or ``nearest``.
+        activation_rounding: ``nearest`` or ``pseudo``.
+        mode: ``stacked`` runs all groups as one batch, ``sequential`` one by one.
+        strategy: ``buffer`` keeps int32 accumulators in the arena, ``twice`` multiplies twice instead; ``auto`` takes the
+            second for the layers whose accumulators would make the arena larger.
+        rounds: Philox rounds, 7 or 10.
+        nvtx: push NVTX ranges by phase.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, naming it; a model that is not converted so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        r_max: int = 3,
+        p_zero: float = 0.9,
+        bits: int = 1,
+        head_bits: int = 1,
+        queries: int = 1,
+        seed: int = 0,
+        *,
+        loss: str = "cross_entropy",
+        fraction_bits: int = FRACTION_BITS,
+        head_grad: str = "mean",
+        rounding: str = "stochastic",
+        head_rounding: str = "stochastic",
+        activation_rounding: str = "nearest",
+        mode: str = "stacked",
+        strategy: str = "auto",
+        rounds: int = 7,
+        nvtx: bool = False,
+    ) -> None:
+        self.zo = context_of(model)
+        if not is_int8(model):
+            raise ValueError("the model is converted for floats: convert_(model, head=..., precision='int8')")
+        self.model, self.arena = model, model.__dict__["_ezo_arena"]
+        for name, value, allowed in (
+            ("loss", loss, LOSSES), ("head_grad", head_grad, HEAD_GRADS), ("mode", mode, MODES),
+            ("strategy", strategy, STRATEGIES), ("activation_rounding", activation_rounding, ("nearest", "pseudo")),
+        ):  # fmt: skip
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.loss, self.head_grad, self.mode, self.strategy = loss, head_grad, mode, strategy
+        self.fraction_bits = check_index(fraction_bits, "fraction_bits", MOST_FRACTION_BITS + 1)
+        self.rounding, self.head_rounding = check_rounding(rounding), check_rounding(head_rounding)
+        self.queries = check_index(queries, "queries", 1 << 12)
+        if queries < 1:
+            raise ValueError(f"queries must be at least 1, got {queries}")
+        seed = check_index(seed, "seed", 1 << 64)
+        self.rounds = rounds
+        self.trunk, self.head = trunk_parameters(model), head_parameters(model)
+        if not self.trunk and not self.head:
+            raise ValueError("the model has no parameter to train: all are frozen")
+        devices = {p.device for p in (*self.trunk, *self.head)}
+        if len(devices) > 1:
+            raise ValueError(f"the model's parameters are on several devices: {sorted(map(str, devices))}")
+        self.device = devices.pop()
+        trunk = {"params": self.trunk, "bits": bits, "r_max": r_max, "p_zero": p_zero, "name": "trunk"}
+        head = {"params": self.head, "bits": head_bits, "r_max": None, "p_zero": None, "name": "head"}
+        for group in (trunk, head):
+            check_bits(group["bits"], "bits" if group is trunk else "head_bits")
+        Noise("sparse_int8", rounds, p_zero, r_max)
+        torch.optim.Optimizer.__init__(self, [trunk, head], {})
+        self._layers = [m for m in model.modules() if isinstance(m, _Int8Layer)]
+        for layer in self._layers:
+            layer.rounding = activation_rounding
+        plan = plan_of(model)
+        names = [n for n, _ in model.named_parameters() if in_head(n, plan.head) and n not in plan.frozen]
+        self._head = dict(zip(names, self.head, strict=True))
+        self._phase = ranges(nvtx)
+        self._update_plan: Int8UpdatePlan | None = None
+        self._sites = tuple(s.site for s in self.zo.manifest)
+        self._layouts = tuple(s.layout for s in self.zo.manifest)
+        self._checked = False
+
+        def scalar(value, dtype, shape=(1,)):
+            return torch.full(shape, value, dtype=dtype, device=self.device)
+
+        self._seed = scalar(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.int64)
+        self._step = scalar(0, torch.int64)
+        self._key = scalar(0, torch.int32, (2,))
+        self._shift, self._head_bits = scalar(0, torch.int32), scalar(0, torch.int32)
+        self._filled: dict = {}
+        self.skipped = scalar(0, torch.int64, ())
+        self.g = scalar(0, torch.int32, (self.queries,))
+        self.losses = scalar(0, torch.int64, (self._groups,))
+        self._rows = 1
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    @property
+    def step_count(self) -> torch.Tensor:
+        """int64[1] on the device: steps taken."""
+        return self._step
+
+    @property
+    def _groups(self) -> int:
+        return 2 * self.queries if self.trunk else 1
+
+    @property
+    def rng_version(self) -> str:
+        """The noise contract's version."""
+        return rng_version(self.rounds)
+
+    @property
+    def numerics_version(self) -> str:
+        """The version of the integer arithmetic; runs of another are other runs."""
+        return INT8_VERSION
+
+    @property
+    def mean_loss(self) -> torch.Tensor:
+        """Mean over the last step's groups and rows, fp64 on the device, in nats (or squared units): for people."""
+        mean = self.losses.double().mean()
+        return nats(mean, self._rows, self.fraction_bits) if self.loss == "cross_entropy" else mean / self._rows
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the intermediates of the largest pass so far: planned, measured, all at once (the paper's tally), live."""
+        plans = list(self.arena.plans.values())
+        if not plans:
+            raise ValueError("no step was taken yet")
+        largest = max(plans, key=lambda plan: plan.planned_bytes)
+        return {
+            "planned_bytes": largest.planned_bytes,
+            "measured_bytes": self.arena.measured_bytes,
+            "all_at_once_bytes": largest.all_at_once_bytes,
+            "live_bytes": largest.live_bytes,
+            "parameter_bytes": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def _fill_scalars(self) -> Noise:
+        trunk, head = self.param_groups
+        noise = Noise("sparse_int8", self.rounds, trunk["p_zero"], trunk["r_max"])
+        values = {
+            "_shift": update_shift(check_bits(trunk["bits"], "bits"), noise.r_max),
+            "_head_bits": check_bits(head["bits"], "head_bits"),
+        }
+        for name, value in values.items():
+            if self._filled.get(name) != value:
+                getattr(self, name).fill_(value)
+                self._filled[name] = value
+        return noise
+
+    def _input(self, x) -> Int8Tensor:
+        if isinstance(x, torch.Tensor) and x.dtype == torch.int8:
+            x = Int8Tensor(x, torch.zeros(1, dtype=torch.int32, device=x.device))
+        if not isinstance(x, Int8Tensor):
+            raise TypeError(
+                f"x must be an Int8Tensor or int8, got {getattr(x, 'dtype', type(x).__name__)}: quantise it with "
+                "ezo_kernels.quantize(x), or images with ezo_kernels.data.quantize_images"
+            )
+        if x.groups != 1 or not x.dim() or not x.shape[0]:
+            raise ValueError(f"x must be a batch of one group with at least one row, got {tuple(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"x is on {x.device} and the model on {self.device}")
+        return x
+
+    # ------------------------------------------------------------------------------------------------------ memory
+
+    def _record(self, x: Int8Tensor, p) -> ArenaPlan:
+        """The plan of a pass, from a trial on the meta device."""
+        trial = Int8Tensor(x.values.to("meta"), x.exponent.to("meta"), self.arena)
+        with self.arena.recording() as found, self._running(p):
+            y = self.model(trial)
+            if not isinstance(y, Int8Tensor):
+                raise TypeError(f"the model must return an Int8Tensor, got {type(y).__name__}")
+            del y, trial
+        return found[0]
+
+    def _plan(self, x: Int8Tensor, p) -> ArenaPlan:
+        key = (tuple(x.shape), 1 if p is None else p.groups)
+        plan = self.arena.plans.get(key)
+        if plan is not None:
+            return plan
+        if self.arena.plans or self.strategy != "auto":
+            if self.strategy != "auto":
+                for layer in self._layers:
+                    layer.strategy = self.strategy
+            plan = self._record(x, p)
+        else:
+            for layer in self._layers:
+                layer.strategy = "buffer"
+            plan = self._record(x, p)
+            while owners := plan.at_the_peak():
+                for layer in owners:
+                    layer.strategy = "twice"
+                smaller = self._record(x, p)
+                if smaller.planned_bytes >= plan.planned_bytes:
+                    for layer in owners:
+                        layer.strategy = "buffer"
+                    break
+                plan = smaller
+        self.arena.plans[key] = plan
+        return plan
+
+    @contextlib.contextmanager
+    def _running(self, p):
+        self.zo.tape = Tape() if self.head else None
+        try:
+            with self.zo.running(p) if p is not None else contextlib.nullcontext():
+                yield self.zo.tape
+        finally:
+            self.zo.tape = None
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    @torch.no_grad()
+    def train_step(self, x, y, loss_fn=None) -> torch.Tensor:
+        """One step on a batch.
+
+        Args:
+            x: :class:`ezo_kernels.Int8Tensor` [B, ...] of one group, or int8 (an exponent of 0).
+            y: int64 [B] labels; for ``squared_error`` an Int8Tensor of the model's output shape.
+            loss_fn: for a float loss only: ``loss_fn(logits, y)`` of a group's dequantised logits; cross-entropy by default.
+
+        Returns:
+            int64 on the device: the losses of all groups, summed (:attr:`mean_loss` is for people). Float losses are summed as
+            floats.
+
+        Raises:
+            TypeError: a float tensor. ValueError: an empty batch, a layer that the forward does not call, int32's limit.
+            A call that raises changes nothing.
+        """
+        if loss_fn is not None and self.loss != "float_cross_entropy":
+            raise ValueError(f"loss_fn goes with loss='float_cross_entropy'; this one is {self.loss!r}, in integers")
+        x = self._input(x)
+        rows = x.shape[0]
+        if self.head and rows * self._groups > MOST_TERMS:
+            raise ValueError(
+                f"{rows} rows in {self._groups} groups: a gradient of the head sums {rows * self._groups} products, and int32 "
+                f"holds {MOST_TERMS}; use fewer rows or queries"
+            )
+
+        def run(p):
+            return self._run(x, y, p, loss_fn)
+
+        return self._take(run, rows)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> torch.Tensor:
+        """One step of pure zeroth order by torch's contract: ``closure()`` runs the model and returns a loss of one element.
+
+        It is called once a group with the weights of that group; only the sign of the difference counts, so the loss may be an
+        integer or a float.
+        """
+        if closure is None:
+            raise ValueError("ElasticZOInt8.step needs a closure that returns the loss; or call train_step(x, y)")
+        if self.head:
+            raise ValueError(
+                "step(closure) cannot see the labels that the head's integer backward needs: train_step(x, y)"
+            )
+
+        def run(p):
+            with self._running(p), self._phase("perturbed forward"):
+                loss = closure()
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                raise ValueError("the closure must return a tensor of one element")
+            return loss.detach().reshape(1), {}
+
+        return self._take(run, 1, sequential=True)
+
+    def _run(self, x: Int8Tensor, y, p, loss_fn):
+        """Losses of the groups of one pass, and the head's gradients."""
+        plan = self._plan(x, p)
+        x = dataclasses.replace(x, memory=self.arena)
+        with self.arena.running(plan, self.device), self._running(p) as tape:
+            with self._phase("perturbed forward"):
+                out = self.model(x)
+            if not isinstance(out, Int8Tensor):
+                raise TypeError(f"the model must return an Int8Tensor, got {type(out).__name__}")
+            with self._phase("loss"):
+                losses, error = self._losses_of(out, y, loss_fn)
+            used = self._used(p)
+            if tape is not None and used is not None:
+                with self._phase("head"):
+                    self._backward(tape, out, y, error, used)
+            gradients = {} if tape is None else dict(tape.gradients)
+            del out, x
+        return losses, gradients
+
+    def _losses_of(self, out: Int8Tensor, y, loss_fn):
+        if self.loss == "squared_error":
+            found = int8_squared_error(out, y, gradient=bool(self.head))
+            return found if self.head else (found, None)
+        if self.loss == "cross_entropy":
+            return int8_cross_entropy(out, y, fraction_bits=self.fraction_bits), None
+        logits = out.dequantize().chunk(out.groups)
+        return torch.stack([(loss_fn or F.cross_entropy)(part, y).reshape(()) for part in logits]), None
+
+    def _used(self, p) -> slice | None:
+        """The groups of this pass that the head learns from."""
+        if self.head_grad == "mean" or p is None:
+            return slice(None)
+        sign = 1 if self.head_grad == "plus" else -1
+        if len(p.signs) == 1:
+            return slice(None) if p.signs[0] == sign else None
+        return slice(0 if sign == 1 else 1, None, 2)
+
+    def _backward(self, tape: Tape, out: Int8Tensor, y, error, used: slice) -> None:
+        exponent = torch.zeros_like(out.exponent)
+        if error is None:
+            error = int8_cross_entropy_gradient(out, y, self._key, rounds=self.rounds)
+        tape.backward(out, error, exponent, used)
+        missing = [n for n in self._head if n not in tape.gradients]
+        if missing:
+            raise ValueError(
+                f"the output does not depend on {', '.join(map(repr, missing))} of the head: freeze or use them"
+            )
+
+    def _take(self, run, rows: int, sequential: bool = False) -> torch.Tensor:
+        noise = self._fill_scalars()
+        fold_key(self._seed, self._step, self._key)
+        passes: list = [None]
+        if self.trunk:
+            p = IntegerPerturbation(self._key, noise, 0, self.queries)
+            one_by_one = sequential or self.mode == "sequential"
+            passes = [group_pass(p, g) for g in range(p.groups)] if one_by_one else [p]
+        gradients = defaultdict(list)
+        losses = []
+        try:
+            self.zo.visited = None if self._checked else set()
+            for p in passes:
+                own, grads = run(p)
+                losses.append(own)
+                for name, parts in grads.items():
+                    gradients[name] += parts
+            self._check_visits()
+        except PassError as error:
+            names = [s.names[0].rpartition(".")[0] for s in self.zo.manifest if s.site == error.site]
+            raise ValueError(f"{names[0]}: {error}" if names and names[0] else str(error)) from error
+        finally:
+            self.zo.visited = None
+        self._checked, self._rows = True, rows
+        self.losses = torch.cat(losses)
+        self._opt_called = True
+        if self.trunk:
+            self.g = torch.sign(self.losses[0::2] - self.losses[1::2]).to(torch.int32)
+            with self._phase("update"):
+                self._update(noise)
+        if gradients:
+            with self._phase("head"):
+                self._update_head(gradients)
+        self._step += 1
+        return self.losses.sum()
+
+    def _check_visits(self) -> None:
+        if self._checked or self.zo.visited is None:
+            return
+        missing = sorted(s.names[0] for s in self.zo.manifest if s.site not in self.zo.visited)
+        if missing:
+            raise ValueError(
+                f"not visited by the forward, so never perturbed: {', '.join(map(repr, missing))}. Freeze them "
+                "(requires_grad_(False) before convert_), put them in the head, or call their module"
+            )
+
+    def _update(self, noise: Noise) -> None:
+        if self._update_plan is None or not self._update_plan.fits(self.trunk):
+            self._update_plan = Int8UpdatePlan.build(self.trunk, self._sites, self._layouts)
+        int8_update_(
+            self.trunk, self._key, self.g, self._shift, sites=self._sites, layouts=self._layouts, noise=noise,
+            rounding=self.rounding, plan=self._update_plan,
+        )  # fmt: skip
+
+    def _update_head(self, gradients: dict) -> None:
+        for i, (name, w) in enumerate(self._head.items()):
+            parts = gradients.get(name)
+            if not parts:
+                continue
+            acc = torch.cat([a for a, _ in parts])
+            total, peak = sum_groups(acc, torch.cat([e for _, e in parts]))
+            int8_head_update_(
+                w, total.view(w.shape), peak, self._head_bits, key=self._key, site=GRADIENT_SITE - 1 - i,
+                rounding=self.head_rounding, rounds=self.rounds,
+            )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Saving and loading an integer optimiser, and the schedule of its bit widths."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops.int8_update import check_bits
+from ..ops.noise import Noise
+
+
+class Int8State:
+    """state_dict and load_state_dict of :class:`ezo_kernels.ElasticZOInt8`."""
+
+    def _identity(self) -> dict:
+        """What a state must share with the run that goes on from it."""
+        return {
+            "rng_version": self.rng_version,
+            "numerics_version": self.numerics_version,
+            "queries": self.queries,
+            "loss": self.loss,
+            "fraction_bits": self.fraction_bits,
+            "head_grad": self.head_grad,
+            "rounding": [self.rounding, self.head_rounding],
+            "manifest": [[s.site, list(s.names), list(s.shape), s.layout, s.z_dtype] for s in self.zo.manifest],
+            "head": list(self._head),
+        }
+
+    def state_dict(self) -> dict:
+        """Everything a run needs to go on bit for bit, beside the model's own state_dict."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        tensors = {"seed": self._seed.clone(), "step": self._step.clone()}
+        return {**self._identity(), **tensors, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: a state of another contract, arithmetic, recipe, model or cut; nothing is changed then.
+        """
+        own = self._identity()
+        missing = sorted(({*own, "seed", "step", "param_groups"}) - set(state_dict))
+        if missing:
+            raise ValueError(f"this is no state of ElasticZOInt8: it lacks {', '.join(missing)}")
+        for name, mine in own.items():
+            theirs = state_dict[name]
+            if name == "manifest":
+                theirs = [[*row[:1], list(row[1]), list(row[2]), *row[3:]] for row in theirs]
+            if theirs != mine:
+                shown = "" if name in ("manifest", "head") else f" ({theirs!r} is not {mine!r})"
+                raise ValueError(f"the state is of another run: {name} differs{shown}")
+        with torch.no_grad():
+            self._seed.copy_(state_dict["seed"])
+            self._step.copy_(state_dict["step"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+
+    def add_param_group(self, param_group: dict) -> None:
+        if len(getattr(self, "param_groups", [])) >= 2:
+            raise NotImplementedError(
+                "ElasticZOInt8 trains what convert_ decided: convert the model again to change the cut"
+            )
+        super().add_param_group(param_group)
+
+
+class IntegerSchedule:
+    """Changes bit widths and noise at given steps: what a learning-rate schedule is to integers.
+
+    Args:
+        optimizer: an :class:`ezo_kernels.ElasticZOInt8`.
+        milestones: step -> what changes there, of ``bits``, ``r_max``, ``p_zero`` and ``head_bits``. Call :meth:`step` after each
+            step of the optimizer.
+
+    Raises:
+        TypeError, ValueError: an unknown name, a value out of range.
+    """
+
+    _TRUNK = ("bits", "r_max", "p_zero")
+
+    def __init__(self, optimizer, milestones: dict[int, dict]) -> None:
+        self.optimizer, self.milestones, self.last_step = optimizer, dict(milestones), 0
+        for at, changes in self.milestones.items():
+            unknown = set(changes) - {*self._TRUNK, "head_bits"}
+            if unknown or not isinstance(at, int) or at < 0:
+                raise ValueError(
+                    f"a milestone is a step and any of bits, r_max, p_zero, head_bits; got {at}: {changes}"
+                )
+            for name in ("bits", "head_bits"):
+                if name in changes:
+                    check_bits(changes[name], name)
+            noise = {k: changes[k] for k in ("r_max", "p_zero") if k in changes}
+            Noise("sparse_int8", **noise)
+        self._apply()
+
+    def _apply(self) -> None:
+        trunk, head = self.optimizer.param_groups
+        for at in sorted(self.milestones):
+            if at <= self.last_step:
+                changes = self.milestones[at]
+                trunk.update({k: v for k, v in changes.items() if k in self._TRUNK})
+                if "head_bits" in changes:
+                    head["bits"] = changes["head_bits"]
+
+    def step(self) -> None:
+        """One step of the optimizer was taken."""
+        self.last_step += 1
+        if self.last_step in self.milestones:
+            self._apply()
+
+    def state_dict(self) -> dict:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.last_step = state_dict["last_step"]
+        self._apply()
