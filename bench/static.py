@@ -35,7 +35,9 @@ INTEGER_MATRIX = re.compile(r"^(?:IMMA|IGMMA|UTCIMMA)$")
 WIDE = re.compile(r"^U?IMAD\.(?:WIDE|HI)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)([^;]*)")
 #: Opcodes that work on floats, or convert from or to them. FLO, which looks for a leading one, is none.
-FLOAT = re.compile(r"^U?(?:[DFH](?:ADD|MUL|FMA|SET|SETP|MNMX|SEL|CHK|SWZADD)[0-9]*|MUFU|FRND|[FI]2[FI]P?|[DH]MMA|[HQ]GMMA|UTC[HQ]MMA)$")
+FLOAT = re.compile(
+    r"^U?(?:[DFH](?:ADD|MUL|FMA|SET|SETP|MNMX|SEL|CHK|SWZADD)[0-9]*|MUFU|FRND|[FI]2[FI]P?|[DH]MMA|[HQ]GMMA|UTC[HQ]MMA)$"
+)
 #: A half-precision multiply-add of zeros: how ptxas loads a constant through a unit that has nothing else to do.
 CONSTANT = re.compile(r"\bR[Z0-9]+, -RZ, RZ, ")
 LABEL = re.compile(r"^\s*(\.L_x?_?\w+):")
@@ -233,7 +235,9 @@ def measure(variant: Variant, arch: int) -> Row:
         multiplies=sum(1 for o in opcodes if WIDE.match(o)),
         philox_multiplies=philox_multiplies(instructions),
         calls=sum(map(is_call, instructions)),
-        float_instructions=dict(sorted(collections.Counter(i[0].split(".")[0] for i in instructions if is_float(i)).items())),
+        float_instructions=dict(
+            sorted(collections.Counter(i[0].split(".")[0] for i in instructions if is_float(i)).items())
+        ),
         instructions=len(opcodes),
         loop_instructions=len(body),
         instructions_per_z=round(counted * 32 * variant.num_warps / z, 2) if z else None,
@@ -277,9 +281,20 @@ def read_budgets() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(BUDGETS.read_text())
 
 
-def write_budgets(rows: list[Row]) -> None:
-    """Record bounds on registers and shared memory: what was counted, and a little slack."""
-    budgets: dict[str, dict[str, dict[str, int]]] = {}
+def merge(path: pathlib.Path, rows: list[dict]) -> list[dict]:
+    """The rows of an earlier report that were not counted again, and these."""
+    counted = {(row["variant"], row["arch"]) for row in rows}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in old if (row["variant"], row["arch"]) not in counted] + rows
+
+
+def write_budgets(rows: list[Row], keep: bool = False) -> None:
+    """Record bounds on registers and shared memory: what was counted, and a little slack.
+
+    Args:
+        keep: leave those of rows that were not counted as they are.
+    """
+    budgets = read_budgets() if keep else {}
     for row in rows:
         budgets.setdefault(row.variant, {})[str(row.arch)] = {
             "registers": min(255, row.registers + REGISTER_SLACK),
@@ -295,6 +310,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, help="only these architectures")
     parser.add_argument("--kernel", metavar="NAME", help="only variants whose name contains NAME")
+    parser.add_argument("--only", metavar="NAME", help="as --kernel, and other rows of FILE and of the bounds stay")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--tested", action="store_true", help="only what the compile tests build")
     parser.add_argument("--write-budgets", action="store_true", help="record the bounds that the tests hold")
@@ -304,11 +320,8 @@ def run(args: argparse.Namespace) -> int:
     import triton
 
     jobs = tested() if args.tested or args.write_budgets else [(n, a) for n, v in variants().items() for a in v.archs]
-    jobs = [
-        (name, arch)
-        for name, arch in jobs
-        if (not args.arch or arch in args.arch) and (not args.kernel or args.kernel in name)
-    ]
+    part = args.only or args.kernel or ""
+    jobs = [(name, arch) for name, arch in jobs if (not args.arch or arch in args.arch) and part in name]
     rows, faulty = [], 0
     for row in measure_all(jobs, args.jobs):
         rows.append(row)
@@ -322,9 +335,10 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
     if args.json:
-        report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
-        pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        path, counted = pathlib.Path(args.json), [asdict(row) for row in rows]
+        report = {"triton": triton.__version__, "rows": merge(path, counted) if args.only else counted}
+        path.write_text(json.dumps(report, indent=1) + "\n")
     if args.write_budgets:
-        write_budgets(rows)
+        write_budgets(rows, keep=bool(args.only))
     print(f"{len(rows)} rows, {faulty} with faults", file=sys.stderr)
     return 1 if faulty else 0

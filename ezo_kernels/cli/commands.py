@@ -8,25 +8,26 @@ import sys
 import torch
 
 from ..data import download, load
+from ..nn import convert_
 from . import checkpoint as ckpt
 from . import outputs, system
 from .recipe import Recipe
-from .run import DTYPES, accuracy, build_model
+from .run import accuracy, build_model, inputs
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """``ezo eval``: accuracy of a checkpoint on the validation or the test images."""
-    from ..data import standardize
-
     outputs.check_writable("--json", args.json)
     contents = ckpt.read(args.checkpoint)
     recipe: Recipe = contents["recipe"]
     device = system.pick_device(args.device)
     model = build_model(recipe, device)
+    if recipe.integer:
+        convert_(model, head=recipe.head_argument, precision="int8")
     ckpt.load_model(model, contents, args.checkpoint)
     data = load(recipe.data, args.data_dir)
     short = {"validation": "valid", "test": "test"}[args.split]
-    x = standardize(getattr(data, f"x_{short}"), data.name, DTYPES[recipe.precision]).to(device)
+    x = inputs(getattr(data, f"x_{short}"), data.name, recipe.precision).to(device)
     value = accuracy(model, x, torch.from_numpy(getattr(data, f"y_{short}")).to(device))
     print(f"{recipe.model} on {data.name}, {len(x)} {args.split} images: accuracy {100 * value:.2f}%")
     if args.json:
@@ -46,13 +47,13 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """``ezo info``: what runs here, and how each layer of a model would be trained."""
-    from ..nn import convert_, summary
+    from ..nn import summary
     from ..ops.noise import rng_version
 
     device = system.pick_device(args.device)
     recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head)
     model = build_model(recipe, device)
-    convert_(model, head=recipe.head_argument)
+    convert_(model, head=recipe.head_argument, precision=args.precision)
     for name, version in system.versions().items():
         print(f"{name:12} {version}")
     print(f"{'noise':12} {rng_version(7)}")

@@ -6,7 +6,7 @@ import torch
 
 from ..nn import convert_
 from ..ops.noise import rng_version
-from ..optim import ElasticZO
+from ..optim import ElasticZO, ElasticZOInt8
 from .recipe import Recipe
 
 
@@ -16,7 +16,15 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
     Raises:
         ValueError: whatever of the recipe it cannot take: an unknown noise, a head that does not exist, eps <= 0, ...
     """
-    noise = {"noise": recipe.noise, "p_zero": recipe.p_zero, "rounds": recipe.rounds}
+    if recipe.integer:
+        convert_(model, head=recipe.head_argument, precision="int8")
+        return ElasticZOInt8(
+            model, recipe.r_max, recipe.zeros, recipe.integers_at(0, 1)[0]["bits"], recipe.integers_at(0, 1)[1]["bits"],
+            recipe.queries, recipe.seed, rounds=recipe.rounds, fraction_bits=recipe.fraction_bits,
+            loss="cross_entropy" if recipe.loss == "integer" else "float_cross_entropy",
+            mode="stacked" if recipe.mode == "auto" else recipe.mode,
+        )  # fmt: skip
+    noise = {"noise": recipe.noise, "p_zero": recipe.zeros, "rounds": recipe.rounds}
     zo = {"lr": recipe.lr, "eps": recipe.eps, "clip": recipe.clip, "queries": recipe.queries, "seed": recipe.seed}
     if recipe.method == "elastic":
         convert_(model, head=recipe.head_argument)

@@ -41,9 +41,18 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="fc2,fc3|N|0|all",
         shown="fc2,fc3; 0 for mezo, all for bp",
     )
-    option("precision", "dtype of weights and activations; 16-bit trunks round stochastically", choices=R.PRECISIONS)
+    option(
+        "precision",
+        "dtype of weights and activations; 16-bit trunks round stochastically; int8 is integers only",
+        choices=R.PRECISIONS,
+    )
     option("noise", "distribution of the perturbation, by name", metavar="NAME")
-    option("p_zero", "fraction of zeros of the noise sparse", type=float, metavar="P")
+    option("p_zero", "fraction of zeros of the noise sparse, and of int8's; for int8 P,P@F: from fraction F of the run on")
+    option("r_max", "int8: largest magnitude of the noise", type=int, metavar="N")
+    option("bits", "int8: bits of the trunk's update, its learning rate in powers of two", metavar="N,N@F")
+    option("head_bits", "int8: bits of the head's update", metavar="N,N@F")
+    option("loss", "int8: loss whose sign is g, in integers or in floats", choices=R.LOSSES)
+    option("fraction_bits", "int8: bits behind the point of the integer loss; 0 is the paper's rule", type=int, metavar="N")
     option("rounds", "Philox rounds, 7 or 10", type=int, metavar="N")
     option("queries", "directions a step", type=int, metavar="N")
     option("mode", "all groups of a step in one pass, or one by one", choices=R.MODES)
@@ -105,6 +114,7 @@ def build() -> Parser:
     info.add_argument("--model", choices=R.MODELS, default="lenet5", help="(default: lenet5)")
     info.add_argument("--hidden", default="256,128", metavar="N,N", help="widths of the MLP's hidden layers")
     info.add_argument("--head", default="fc2,fc3", metavar="fc2,fc3|N|0|all", help="(default: fc2,fc3)")
+    info.add_argument("--precision", choices=("float", "int8"), default="float", help="(default: float)")
     add_device(info)
 
     data = commands.add_parser("data", help="get a data set into the cache, with its checksum compared")

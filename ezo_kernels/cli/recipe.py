@@ -10,10 +10,33 @@ DATA = ("mnist", "fashion_mnist", "digits")
 METHODS = ("elastic", "mezo", "bp", "frozen")
 SCHEDULES = ("cosine", "constant")
 MODES = ("auto", "stacked", "sequential")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+LOSSES = ("integer", "float")
+#: options of one kind of precision that are refused with the other
+FLOAT_ONLY = ("noise", "lr", "eps", "clip", "head_lr", "schedule")
+INT8_ONLY = ("r_max", "bits", "head_bits", "loss", "fraction_bits")
 
 #: the head when none is named, by method
 DEFAULT_HEAD = {"elastic": "fc2,fc3", "mezo": "0", "bp": "all", "frozen": "fc2,fc3"}
+
+
+def parse_schedule(text: str, name: str, kind: type) -> list[tuple[float, float | int]]:
+    """``"1,0@0.5,-1@0.75"`` as [(0, 1), (0.5, 0), (0.75, -1)]: from which fraction of the run on a value holds.
+
+    Raises:
+        ValueError: not of that form, or the fractions do not rise from 0.
+    """
+    out: list[tuple[float, float | int]] = []
+    try:
+        for i, part in enumerate(str(text).split(",")):
+            value, _, start = part.partition("@")
+            out.append((float(start) if start or i else 0.0, kind(value)))
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: {kind.__name__}s such as 1,0@0.5 are needed") from None
+    starts = [start for start, _ in out]
+    if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
+        raise ValueError(f"{name} is {text!r}: the first value starts at 0, the others at rising fractions below 1")
+    return out
 
 
 @dataclass(frozen=True)
@@ -30,7 +53,7 @@ class Recipe:
     head: str = ""
     precision: str = "fp32"
     noise: str = "gaussian"
-    p_zero: float = 0.0
+    p_zero: str = "0"
     rounds: int = 7
     queries: int = 1
     mode: str = "auto"
@@ -41,6 +64,11 @@ class Recipe:
     clip: float = 5.0
     head_lr: float = 0.05
     schedule: str = "cosine"
+    r_max: int = 1
+    bits: str = "1"
+    head_bits: str = "1"
+    loss: str = "integer"
+    fraction_bits: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,9 +79,16 @@ class Recipe:
             ("schedule", SCHEDULES),
             ("mode", MODES),
             ("precision", PRECISIONS),
+            ("loss", LOSSES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: there are {', '.join(allowed)}")
+        if self.integer and self.method != "elastic":
+            raise ValueError(f"precision int8 goes with method elastic, not {self.method}")
+        for name, kind in (("bits", int), ("head_bits", int), ("p_zero", float)):
+            values = parse_schedule(getattr(self, name), name, kind)
+            if name == "p_zero" and len(values) > 1 and not self.integer:
+                raise ValueError(f"p_zero is {self.p_zero!r}: a schedule of it needs precision int8")
         for name in ("queries", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
@@ -74,6 +109,25 @@ class Recipe:
         if self.head.isdigit():
             return int(self.head)
         return [name.strip() for name in self.head.split(",") if name.strip()]
+
+    @property
+    def integer(self) -> bool:
+        """Whether the run is in integers only."""
+        return self.precision == "int8"
+
+    @property
+    def zeros(self) -> float:
+        """p_zero at the first step."""
+        return parse_schedule(self.p_zero, "p_zero", float)[0][1]
+
+    def integers_at(self, step: int, steps: int) -> tuple[dict, dict]:
+        """What the two parameter groups of an integer run hold at a step: a function of it, so that resuming needs no state."""
+
+        def at(name: str, kind: type):
+            schedule = parse_schedule(getattr(self, name), name, kind)
+            return [value for start, value in schedule if start * steps <= step][-1]
+
+        return {"bits": at("bits", int), "p_zero": at("p_zero", float)}, {"bits": at("head_bits", int)}
 
     @property
     def hidden_widths(self) -> list[int]:
@@ -100,6 +154,8 @@ class Recipe:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"options that this version does not know: {', '.join(sorted(unknown))}")
+        if "p_zero" in values:  # a number in the first checkpoints
+            values = {**values, "p_zero": str(values["p_zero"])}
         return cls(**values)
 
     def difference(self, other: Recipe) -> str:

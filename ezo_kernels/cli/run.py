@@ -8,12 +8,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..data import Batches, Dataset, standardize
+from ..data import Batches, Dataset, quantize_images, standardize
 from ..models import MLP, LeNet5
+from ..ops.int8_tensor import Int8Tensor
 from .methods import make_optimizer
 from .recipe import Recipe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: of the weights that a run starts from: an int8 run quantises fp32 ones
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 #: rows of an evaluation's batch: large enough to be fast, and a bounded amount of memory
 EVALUATION_ROWS = 1000
 
@@ -33,14 +35,23 @@ def loss_fn(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), y)
 
 
+def inputs(images, name: str, precision: str):
+    """Images uint8 [n, 28, 28] as what a model of this precision takes."""
+    return quantize_images(images, name) if precision == "int8" else standardize(images, name, DTYPES[precision])
+
+
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """The fraction of rows of x whose largest logit is at the label."""
+def accuracy(model: torch.nn.Module, x, y: torch.Tensor) -> float:
+    """The fraction of rows of x whose largest logit is at the label.
+
+    An int8 model has one exponent for each batch of :data:`EVALUATION_ROWS`, so that number is part of the result.
+    """
     training = model.training
     model.eval()
     hits = torch.zeros((), dtype=torch.int64, device=x.device)
     for rows, labels in zip(x.split(EVALUATION_ROWS), y.split(EVALUATION_ROWS), strict=True):
-        hits += (model(rows).argmax(1) == labels).sum()
+        logits = model(rows)
+        hits += ((logits.values if isinstance(logits, Int8Tensor) else logits).argmax(1) == labels).sum()
     model.train(training)
     return hits.item() / len(x)
 
@@ -56,11 +67,10 @@ class Run:
 
     def __init__(self, recipe: Recipe, data: Dataset, device: torch.device) -> None:
         self.recipe, self.data, self.device = recipe, data, device
-        self.dtype = DTYPES[recipe.precision]
         self.model = build_model(recipe, device)
         self.optimizer = make_optimizer(recipe, self.model)
         # The schedule is a factor on what the optimizer was given.
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.base_lrs = [group.get("lr") for group in self.optimizer.param_groups]
         x, y = self.tensors("train")
         # drop_last: every step has the same shape, as a captured one needs. Each epoch leaves out other images.
         self.batches = Batches(x, y, recipe.batch, recipe.seed, drop_last=True)
@@ -71,9 +81,9 @@ class Run:
         self.timed_seconds, self.timed_steps = 0.0, 0
         self._warm, self._epoch_start = False, 0.0
 
-    def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(self, split: str):
         """Images and labels of a split, on the device, in the dtype of the weights."""
-        x = standardize(getattr(self.data, f"x_{split}"), self.data.name, self.dtype)
+        x = inputs(getattr(self.data, f"x_{split}"), self.data.name, self.recipe.precision)
         y = torch.from_numpy(getattr(self.data, f"y_{split}"))
         return x.to(self.device), y.to(self.device)
 
@@ -123,7 +133,16 @@ class Run:
                 return False
         return True
 
-    def _take_step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _take_step(self, x, y: torch.Tensor) -> None:
+        if self.recipe.integer:
+            for group, values in zip(
+                self.optimizer.param_groups, self.recipe.integers_at(self.step, self.steps), strict=True
+            ):
+                group.update(values)
+            self.optimizer.train_step(x, y)
+            self.losses[self.step % len(self.batches)].copy_(self.optimizer.mean_loss)
+            self.step += 1
+            return
         factor = self.recipe.lr_factor(self.step, self.steps)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor

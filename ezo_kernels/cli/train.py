@@ -18,7 +18,7 @@ from ..data import Dataset, DownloadError, load
 from . import checkpoint as ckpt
 from . import outputs, system
 from .methods import noise_version
-from .recipe import Recipe
+from .recipe import FLOAT_ONLY, INT8_ONLY, Recipe
 from .run import Run
 
 #: where Ctrl-C leaves the run if no --checkpoint was given
@@ -160,6 +160,10 @@ def train(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     resumed = ckpt.read(args.resume) if args.resume else None
     recipe = ckpt.merge(given, resumed, args.resume)
+    strangers = [name for name in (FLOAT_ONLY if recipe.integer else INT8_ONLY) if name in given]
+    if strangers:
+        options = ", ".join("--" + name.replace("_", "-") for name in strangers)
+        raise ValueError(f"{options}: no meaning with --precision {recipe.precision}")
     if resumed:
         ckpt.check_rng(noise_version(recipe), resumed, args.resume)
     device = system.pick_device(args.device)

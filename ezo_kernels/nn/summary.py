@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .convert import context_of, plan_of
+from .convert import context_of, is_int8, plan_of
 from .cut import in_head
 
 
@@ -45,7 +45,10 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """One row for each module of a converted model that holds parameters."""
     plan, zo = plan_of(model), context_of(model)
+    integer = is_int8(model)
     fused_backend = {"cuda": "triton, z in the kernel", "cpu": "reference (numba + torch)"}
+    if integer:
+        fused_backend = {"cuda": "triton int8, z in the kernel", "cpu": "int8 reference (numba + torch)"}
     kinds = {name: s for s in zo.manifest for name in s.names}
     rows, seen = [], set()
     for name, module in model.named_modules():
@@ -62,7 +65,7 @@ def summary(model: nn.Module) -> Summary:
         if all(n in plan.frozen for n in own):
             row = ("frozen", "torch", plan.frozen[first])
         elif in_head(name, plan.head):
-            row = ("BP", "torch autograd", "in the head")
+            row = ("BP", "integer backward" if integer else "torch autograd", "in the head")
         elif name in plan.fused:
             reason = f"tied to {tied}" if tied else "a fused layer exists"
             row = ("ZO", fused_backend.get(device, f"none for {device}"), reason)

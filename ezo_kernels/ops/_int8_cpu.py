@@ -217,7 +217,7 @@ def finish_conv2d(sums, bias, height, width, pitch, what, acc, first, total, n_s
 
 @_jit()
 def pad(x, first, pad_h, pad_w, out):
-    """out int8 [images, C, H + 2 pad_h, W + 2 pad_w] = channels ``first`` ... of x int8 [images, channels, H, W], with zeros."""
+    """out int8 [images, C, H + 2 pad_h, W + 2 pad_w] = channels ``first`` ... of x int8 [images, channels, H, W], in zeros."""
     images, channels, height, width = out.shape
     flat, to = x.reshape(-1), out.reshape(-1)
     to[:] = 0

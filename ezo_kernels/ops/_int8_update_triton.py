@@ -1,5 +1,7 @@
 """Integer updates on the GPU: w <- clamp(w - round(sum_q g_q z_q / 2^shift)), one launch over all parameters; the head's.
 
+A weight whose sum is zero keeps its bits, those of -128 too.
+
 | tensor | shape |
 |---|---|
 | params | int8, contiguous, any shapes |
@@ -67,7 +69,7 @@ def int8_update_kernel(
     touched = 0
     for q in range(queries):
         g = tl.load(g_ptr + q)
-        # g of zero leaves every bit alone, that of -128 too
+        # a sum of zero leaves every bit alone, those of -128 too
         if g != 0:
             total += sparse_int8_units(k0, k1, site, query + q, counter_rows, units, ROUNDS, ASM, packed) * g
             touched = 1
@@ -85,12 +87,12 @@ def int8_update_kernel(
             at = tl.multiple_of(base, 16) + (r.to(tl.int64) * wide + c)
             inside = (r < rows) & (c < wide)
             w = tl.load(at, mask=inside, other=0).to(tl.int32)
-            tl.store(at, clamp8(w - step).to(tl.int8), mask=inside)
+            tl.store(at, tl.where(total != 0, clamp8(w - step), w).to(tl.int8), mask=inside)
         else:
             offset, channel = _place(entry_ptr, r, c)
             inside = (r < rows) & (c < columns) & (channel < channels)
             w = tl.load(base + offset, mask=inside, other=0).to(tl.int32)
-            tl.store(base + offset, clamp8(w - step).to(tl.int8), mask=inside)
+            tl.store(base + offset, tl.where(total != 0, clamp8(w - step), w).to(tl.int8), mask=inside)
 
 
 @jit(do_not_specialize=["groups"])
@@ -131,7 +133,8 @@ def int8_head_update_kernel(
         if ROUNDING == STOCHASTIC:
             lanes = rounding_lanes(key_ptr, site, site * 0, r, first, C, ROUNDS, ASM)
         w = tl.load(w_ptr + at, mask=inside, other=0).to(tl.int64)
-        tl.store(w_ptr + at, clamp8(w - round_shift(grad, n, lanes, ROUNDING)).to(tl.int8), mask=inside)
+        moved = clamp8(w - round_shift(grad, n, lanes, ROUNDING))
+        tl.store(w_ptr + at, tl.where(grad != 0, moved, w).to(tl.int8), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------- launchers

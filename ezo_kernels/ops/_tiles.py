@@ -81,13 +81,21 @@ def linear_tile(
     return LinearTile(64, 64, 32, 4, 2, False)
 
 
-def int8_tile(rows: int, n: int, k: int, arch: int) -> LinearTile:
-    """Tile of an integer product of ``rows`` rows a group, ``n`` outputs and ``k`` inputs; ``arch`` as above."""
-    bk = 32 if k <= 32 else 64  # 32 is the least that an integer matrix instruction takes
+def int8_tile(rows: int, n: int, k: int, aligned: bool, arch: int) -> LinearTile:
+    """Tile of an integer product of ``rows`` rows a group, ``n`` outputs and ``k`` inputs.
+
+    Args:
+        aligned: rows of both operands are contiguous, and begin and end at multiples of 16 bytes.
+        arch: compute capability.
+    """
+    # 32 is the least that an integer matrix instruction takes; what is read in single bytes needs registers for each
+    bk = 64 if aligned and k > 32 else 32
+    stages = 2 if aligned else 1
     if rows <= 64:
-        # as in the float layer: W's bytes or its noise decide; rows of single bytes need a register for each address
-        bk = 128 if k >= 512 and k % 16 == 0 else bk
-        return LinearTile(16 if rows <= 16 else 32 if rows <= 32 else 64, 64 if n >= 8192 else 32, bk, 4, 3, True)
-    if arch in LARGE:
-        return LinearTile(128, 128, bk, 8, 2, False)
-    return LinearTile(64, 64, bk, 4, 2, False)
+        # as in the float layer: W's bytes or its noise decide
+        few = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        bk, stages = (128 if aligned and k >= 512 else bk), 3 if aligned else 1
+        return LinearTile(few, 64 if n >= 8192 else 32, bk, 4, stages, True)
+    if arch in LARGE and (aligned or arch == 90):
+        return LinearTile(128, 64, bk, 8, stages, False)
+    return LinearTile(64, 64, bk, 4 if aligned else 8, stages, False)

@@ -1,6 +1,6 @@
 """Integer losses and the head's first error.
 
-    cross-entropy of a row, in bits:  log2 sum_j 2^(A_j) - A_label,   A = 47274 2^-15 logit      (47274 2^-15 = 1.44269 = log2 e)
+    cross-entropy of a row, in bits:  log2 sum_j 2^(A_j) - A_label,   A = 47274 2^-15 logit   (47274 2^-15 = 1.44269 = log2 e)
 
 in fixed point with ``fraction`` bits behind the point: A rounded down, sums of 2^(A_j - max) in 2^-30, log2 rounded down. With
 no such bit it is the paper's rule, floor(log2 sum). The loss of a group is the sum over its rows, int64; g is the sign of the

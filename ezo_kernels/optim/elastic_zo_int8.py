@@ -44,7 +44,7 @@ STRATEGIES = ("auto", "buffer", "twice")
 class ElasticZOInt8(Int8State, torch.optim.Optimizer):
     """Trains a model that ``convert_(model, head=..., precision="int8")`` converted.
 
-    ``param_groups[0]`` is the trunk (``bits``, ``r_max``, ``p_zero``), ``param_groups[1]`` the head (``bits``); all hold Python
+    ``param_groups[0]`` is the trunk (``bits``, ``r_max``, ``p_zero``), ``param_groups[1]`` the head (``bits``); all are Python
     numbers, which may be changed between steps (:class:`ezo_kernels.optim.IntegerSchedule`). A step never waits for the device,
     except the first with an input of a new shape, which checks the model and plans its memory.
 
@@ -53,7 +53,7 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
         r_max: z is uniform in [-r_max, r_max]; 1 to 127.
         p_zero: fraction of zeros of z.
         bits: width of the trunk's update, -8 to 7: z is shifted right by (bits of r_max) - ``bits``. The learning rate of the
-            trunk, in powers of two; with stochastic rounding a shift that leaves less than one unit moves a weight now and then.
+            trunk, in powers of two; by stochastic rounding, what is left of less than one unit moves a weight now and then.
         head_bits: width of the head's update, -8 to 7: NITI's learning rate.
         queries: directions a step; two forwards each.
         seed: base seed, [0, 2^64).

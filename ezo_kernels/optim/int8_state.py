@@ -67,8 +67,8 @@ class IntegerSchedule:
 
     Args:
         optimizer: an :class:`ezo_kernels.ElasticZOInt8`.
-        milestones: step -> what changes there, of ``bits``, ``r_max``, ``p_zero`` and ``head_bits``. Call :meth:`step` after each
-            step of the optimizer.
+        milestones: step -> what changes there, of ``bits``, ``r_max``, ``p_zero`` and ``head_bits``. Call :meth:`step` after
+            each step of the optimizer.
 
     Raises:
         TypeError, ValueError: an unknown name, a value out of range.

@@ -73,7 +73,9 @@ def _division_kernel(n_ptr, out_ptr, multiplier, shift, bits_ptr, BLOCK: tl.cons
     tl.store(bits_ptr + at, _int8_triton.bit_length(n))
 
 
-@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 12, 127, 128, 12345, 65537, (1 << 30) - 1, (1 << 30) + 1, (1 << 31) - 1])
+@pytest.mark.parametrize(
+    "divisor", [1, 2, 3, 5, 7, 12, 127, 128, 12345, 65537, (1 << 30) - 1, (1 << 30) + 1, (1 << 31) - 1]
+)
 def test_division_and_bits(divisor):
     edges = [0, 1, (1 << 31) - 1, (1 << 31) - 2]
     edges += [v for i in range(1, 20) for v in (i * divisor - 1, i * divisor, (1 << i) - 1) if 0 <= v < 1 << 31]
@@ -111,8 +113,8 @@ def test_linear_signs_and_queries(on_cpu, key, signs, shared, strategy):
     groups = 1 if shared else p.groups
     x = tensor(groups * 4, 2, 40, groups=groups)
     w = torch.where(ints(9, 40, seed=3) > 100, -128, ints(9, 40, seed=1)).to(torch.int8)
-    linear(on_cpu, x, w, ints(9, seed=2), p, strategy=strategy, rounding="pseudo" if shared else "nearest")
-    linear(on_cpu, x, w, None, p, strategy=strategy)
+    b = None if (strategy == "twice") == shared else ints(9, seed=2)
+    linear(on_cpu, x, w, b, p, strategy=strategy, rounding="pseudo" if shared else "nearest")
 
 
 def test_linear_without_a_pass_takes_any_groups(on_cpu):
@@ -125,7 +127,7 @@ def test_linear_noises(on_cpu, key, p_zero, r_max, rounds):
     linear(on_cpu, tensor(12, 70, groups=4), ints(5, 70, seed=1), ints(5, seed=2), p)
 
 
-@pytest.mark.parametrize("b_exponent", [-64, -36, -23, -22, -21, -20, -18, -14, -7, 8, 9, 64])
+@pytest.mark.parametrize("b_exponent", [-64, -22, -21, -20, -16, -14, -7, 8, 9, 64])
 @pytest.mark.parametrize("signs", [(1, -1), (0,)], ids=str)
 def test_bias_alignment(on_cpu, key, b_exponent, signs):
     """Accumulators in units of 2^-14 and 2^-13: shifts by more than everything, halves, and past the limit of 22 bits."""
@@ -138,9 +140,9 @@ def test_bias_alignment(on_cpu, key, b_exponent, signs):
 @pytest.mark.parametrize("exponents", [(-64, 64), (64, -64)])
 @pytest.mark.parametrize("fill", [0, -128, 127])
 def test_linear_extremes(on_cpu, key, exponents, fill):
-    x = Int8Tensor(torch.full((4, 600), fill, dtype=torch.int8), torch.tensor(exponents, dtype=torch.int32))
-    for of_w in (0, -128):
-        w = torch.full((3, 600), of_w, dtype=torch.int8)
+    x = Int8Tensor(torch.full((4, 200), fill, dtype=torch.int8), torch.tensor(exponents, dtype=torch.int32))
+    for of_w in (0, -128) if fill else (-128,):
+        w = torch.full((3, 200), of_w, dtype=torch.int8)
         linear(on_cpu, x, w, None, make_pass(key), w_exponent=64)
         linear(on_cpu, x, w, torch.full((3,), of_w, dtype=torch.int8), make_pass(key, (0,)), strategy="twice")
 
@@ -156,11 +158,12 @@ TILES = [(16, 32, 32, True), (64, 16, 64, True), (32, 64, 32, False), (16, 128, 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_linear_tiles(monkeypatch, on_cpu, key, tile):
-    chosen = dataclasses.replace(int8_tile(40, 33, 100, 90), **dict(zip(("bm", "bn", "bk", "swap"), tile, strict=True)))
+    chosen = dataclasses.replace(
+        int8_tile(40, 33, 100, True, 90), **dict(zip(("bm", "bn", "bk", "swap"), tile, strict=True))
+    )
     monkeypatch.setattr(_int8_matmul_triton, "int8_tile", lambda *_: chosen)
-    x, w, b = tensor(66, 100, groups=2), ints(33, 100, seed=1), ints(33, seed=2)
+    x, w, b = tensor(66, 70, groups=2), ints(33, 70, seed=1), ints(33, seed=2)
     linear(on_cpu, x, w, b, make_pass(key))
-    linear(on_cpu, tensor(33, 100), w, b, make_pass(key), strategy="twice")
 
 
 def test_the_pair_is_its_two_signs(key):
@@ -210,9 +213,9 @@ CONVS = {
 
 
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("strategy", ["buffer", "twice"])
-def test_conv_shapes(on_cpu, key, name, strategy):
+def test_conv_shapes(on_cpu, key, name):
     shape, weight, options = CONVS[name]
+    strategy = "twice" if name in ("lenet2", "odd", "one") else "buffer"
     x = tensor(4, *shape, groups=2, exponents=[-7, -3])
     conv(on_cpu, x, ints(*weight, seed=1), ints(weight[0], seed=2), make_pass(key), strategy=strategy, **options)
 
@@ -224,8 +227,10 @@ def test_conv_signs_and_queries(on_cpu, key, signs, shared):
     groups = 1 if shared else p.groups
     x = tensor(3 * groups, 5, 6, 6, groups=groups, low=-128)
     w = ints(7, 5, 3, 3, seed=1, low=-128)
-    conv(on_cpu, x, w, ints(7, seed=2), p, groups=1, strategy="twice", rounding="pseudo")
-    conv(on_cpu, x, w.to(memory_format=torch.channels_last), None, p, padding=1, strategy="buffer")
+    if shared:
+        conv(on_cpu, x, w, ints(7, seed=2), p, strategy="twice", rounding="pseudo")
+    else:
+        conv(on_cpu, x, w.to(memory_format=torch.channels_last), None, p, padding=1, strategy="buffer")
 
 
 @pytest.mark.parametrize("cut", [(16, 16, 32, 4), (32, 64, 64, 8), (64, 32, 32, 32)], ids=str)
@@ -277,10 +282,10 @@ def test_pool(on_cpu, kind, kernel, stride, padding):
     compare(on_cpu, int8_pointwise.int8_pool2d, x, kind, kernel, stride, padding)
 
 
-@pytest.mark.parametrize("apart", [-128, -17, -16, -9, -8, -1, 0, 1, 7, 8, 9, 16, 17, 23, 24, 25, 128])
+@pytest.mark.parametrize("apart", [-128, -17, -16, -1, 0, 8, 16, 17, 24, 25])
 def test_add(on_cpu, apart):
-    a = tensor(6, 401, groups=2, low=-128, exponents=[-64, -60])
-    b = tensor(6, 401, groups=2, low=-128, seed=1, exponents=[-64 + apart, -60 + apart])
+    a = tensor(6, 71, groups=2, low=-128, exponents=[-64, -60])
+    b = tensor(6, 71, groups=2, low=-128, seed=1, exponents=[-64 + apart, -60 + apart])
     compare(on_cpu, int8_pointwise.int8_add, a, b)
     one = Int8Tensor(b.values[:3], b.exponent[:1])
     compare(on_cpu, int8_pointwise.int8_add, a, one)
@@ -292,11 +297,15 @@ def test_add(on_cpu, apart):
 
 @pytest.mark.parametrize("fraction", range(9))
 def test_cross_entropy(on_cpu, fraction):
-    exponents = [-64, -30, -20, -12, -9, -7, -6, -5, -3, -1, 0, 3, 10, 64]
-    for classes in (2, 10):
+    exponents = [-64, -30, -20, -12, -7, -5, -3, 0, 3, 10, 64]
+    for classes in (2, 10) if fraction in (0, 8) else (10,):
         x = tensor(3 * len(exponents), classes, low=-128, exponents=exponents, seed=fraction)
         compare(
-            on_cpu, int8_loss.int8_cross_entropy, x, ints(3, low=0, high=classes, dtype=torch.int64), fraction_bits=fraction
+            on_cpu,
+            int8_loss.int8_cross_entropy,
+            x,
+            ints(3, low=0, high=classes, dtype=torch.int64),
+            fraction_bits=fraction,
         )
 
 
@@ -311,7 +320,7 @@ def test_cross_entropy_shapes(on_cpu, rows, classes):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_squared_error(on_cpu, gradient):
-    exponents = [-64, -30, -9, -8, -7, -3, 0, 1, 2, 13, 14, 40]
+    exponents = [-64, -9, -8, -7, 0, 1, 13, 14, 40]
     y = tensor(3 * len(exponents), 5, 81, low=-128, exponents=exponents)
     for of_target in (-7, 0):
         target = tensor(3, 5, 81, low=-128, seed=1, exponents=[of_target])
@@ -321,7 +330,7 @@ def test_squared_error(on_cpu, gradient):
 @pytest.mark.parametrize(("rows", "classes"), [(33, 10), (1, 1), (3, 1300)])
 def test_gradient(on_cpu, key, rows, classes):
     """Both branches, and what is beyond the second's limit of -24."""
-    exponents = [-64, -30, -25, -24, -16, -8, -7, -6, -5, -2, 0, 1, 7, 40] if classes == 10 else [-8, -5]
+    exponents = [-64, -25, -24, -16, -8, -7, -6, -1, 0, 1, 40] if classes == 10 else [-8, -5]
     x = tensor(rows * len(exponents), classes, low=-128, exponents=exponents)
     labels = ints(rows, low=0, high=classes, dtype=torch.int64)
     compare(on_cpu, int8_loss.int8_cross_entropy_gradient, x, labels, key, rounds=7)

@@ -1,0 +1,167 @@
+"""ElasticZO-INT8 on genuine data, beside its fp32 twin, backpropagation and the tuned frozen trunk.
+
+    python -m bench.int8_training --data mnist --data-dir DIR --out bench/results/int8_mnist.json
+
+One file a data set; a run that is in it is not run again. Recipes were chosen on the validation split (docs/recipes.md), which is
+all that is printed; the test set is read once, at the end of a run. An integer run also counts, at every step, whether the integer
+loss of each kind has the sign of the float loss of the same int8 logits; ties count as disagreement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import ezo_kernels as ezo
+from bench.frozen_trunk import _errors, _lenet, frozen
+from ezo_kernels.data import Batches, load, quantize_images, standardize
+from ezo_kernels.ops import int8_cross_entropy
+from ezo_kernels.optim import IntegerSchedule
+from ezo_kernels.optim.baselines import BackpropSGD
+
+EPOCHS, BATCH = {"pure": 40, "fc3": 10, "fc2,fc3": 10}, 32
+#: data -> arm -> options of ElasticZOInt8, and its schedule by fraction of the run.
+INT8: dict = {}
+#: data -> arm -> options of ElasticZO.
+FP32 = {
+    name: {
+        "pure": {"lr": 1e-4, "eps": 1e-3, "clip": 5.0},
+        "fc3": {"lr": 1e-4, "eps": 1e-3, "clip": 5.0, "head_lr": 0.05},
+        "fc2,fc3": {"lr": 1e-4, "eps": 1e-3, "clip": 5.0, "head_lr": 0.05},
+    }
+    for name in ("mnist", "fashion_mnist")
+}
+
+
+def head_of(arm: str):
+    return 0 if arm == "pure" else arm.split(",")
+
+
+class Counted(ezo.ElasticZOInt8):
+    """Counts how often the integer loss has the float loss's sign, by fraction bits."""
+
+    KINDS = (0, 2, 4, 8)
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.agreed = {bits: 0 for bits in self.KINDS}
+        self.pairs = 0
+
+    def _losses_of(self, out, y, loss_fn):
+        exact = [F.cross_entropy(part, y, reduction="sum") for part in out.dequantize(torch.float64).chunk(out.groups)]
+        sign = torch.sign(torch.stack(exact[0::2]) - torch.stack(exact[1::2]))
+        self.pairs += len(sign)
+        for bits in self.KINDS:
+            own = int8_cross_entropy(out, y, fraction_bits=bits)
+            ours = torch.sign(own[0::2] - own[1::2])
+            self.agreed[bits] += int(((ours == sign) & (ours != 0)).sum())
+        return super()._losses_of(out, y, loss_fn)
+
+
+def int8_errors(model, x, y) -> float:
+    """Share of wrong labels, by batches of 1000 with an exponent each."""
+    return sum(int((model(a).values.argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True)) / len(y)
+
+
+def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
+    options, milestones = INT8[data][arm]
+    model = ezo.convert_(_lenet(seed), head=head_of(arm), precision="int8")
+    opt = Counted(model, seed=seed, **options)
+    batches = Batches(*images["train"], BATCH, seed)
+    total = epochs * len(batches)
+    schedule = IntegerSchedule(opt, {int(at * total): changes for at, changes in milestones.items()})
+    start, curve = time.perf_counter(), []
+    for _ in range(epochs):
+        for x, y in batches:
+            opt.train_step(x, y)
+            schedule.step()
+        curve.append(int8_errors(model, *images["valid"]))
+    return {
+        "recipe": options, "schedule": {str(k): v for k, v in milestones.items()}, "steps": int(opt.step_count),
+        "seconds": time.perf_counter() - start, "validation_curve": curve, "validation_error": curve[-1],
+        "test_error": int8_errors(model, *images["test"]), "rng_version": opt.rng_version,
+        "numerics_version": opt.numerics_version, "memory": opt.memory(), "pairs": opt.pairs,
+        "agreement": {str(bits): n / max(1, opt.pairs) for bits, n in opt.agreed.items()},
+    }  # fmt: skip
+
+
+def run_fp32(splits: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
+    options = FP32[data][arm]
+    model = ezo.convert_(_lenet(seed), head=head_of(arm))
+    opt = ezo.ElasticZO(model, seed=seed, **options)
+    return {"recipe": options, **_float_run(opt, model, splits, seed, epochs)}
+
+
+def run_bp(splits: dict, seed: int, epochs: int, lr: float = 0.05) -> dict:
+    model = _lenet(seed)
+    return {"recipe": {"lr": lr}, **_float_run(BackpropSGD(model, lr=lr), model, splits, seed, epochs)}
+
+
+def _float_run(opt, model, splits: dict, seed: int, epochs: int) -> dict:
+    batches = Batches(*splits["train"], BATCH, seed)
+    schedule = CosineAnnealingLR(opt, epochs * len(batches))
+    start, curve = time.perf_counter(), []
+    for _ in range(epochs):
+        for x, y in batches:
+            opt.train_step(x, y)
+            schedule.step()
+        curve.append(_errors(model, *splits["valid"]))
+    return {
+        "steps": epochs * len(batches), "seconds": time.perf_counter() - start, "validation_curve": curve,
+        "validation_error": curve[-1], "test_error": _errors(model, *splits["test"]),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=sorted(FP32), required=True)
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", default=list(EPOCHS))
+    parser.add_argument("--kinds", nargs="+", default=["int8", "fp32", "frozen", "bp"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=None, help="of every run, instead of its own")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load(args.data, args.data_dir)
+    if not data.genuine:
+        raise SystemExit(f"{args.data} from {data.source} is not the genuine set: no evidence is made of it")
+    labels = {k: torch.from_numpy(getattr(data, f"y_{k}")) for k in ("train", "valid", "test")}
+    splits = {k: (standardize(getattr(data, f"x_{k}"), args.data), y) for k, y in labels.items()}
+    images = {k: (quantize_images(getattr(data, f"x_{k}"), args.data), y) for k, y in labels.items()}
+    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    done = {(r["kind"], r["arm"], r["seed"], r["epochs"]) for r in runs}
+    for seed in args.seeds:
+        for arm in args.arms:
+            epochs = args.epochs or EPOCHS[arm]
+            for kind in args.kinds:
+                if (kind == "frozen") == (arm == "pure") and kind in ("frozen", "bp") or (kind == "bp" and arm != "fc2,fc3"):
+                    continue
+                if (kind, arm, seed, epochs) in done:
+                    continue
+                if kind == "int8":
+                    result = run_int8(images, args.data, arm, seed, epochs)
+                elif kind == "fp32":
+                    result = run_fp32(splits, args.data, arm, seed, epochs)
+                elif kind == "bp":
+                    result = run_bp(splits, seed, epochs)
+                else:
+                    result = frozen(splits, head_of(arm), seed, epochs, BATCH)
+                runs.append({"data": args.data, "kind": kind, "arm": arm, "seed": seed, "epochs": epochs, "batch": BATCH, **result})
+                environment = {"torch": torch.__version__, "device": "cpu", "ezo_kernels": ezo.__version__}
+                temporary = args.out.with_suffix(".tmp")
+                temporary.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1) + "\n")
+                os.replace(temporary, args.out)
+                # The validation split alone is shown while recipes are chosen; the test errors are in the file.
+                print(f"{args.data} {kind} {arm} seed {seed}, {epochs} epochs: validation {result['validation_error']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
