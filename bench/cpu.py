@@ -70,6 +70,20 @@ def step_against_mezo(head=0, noise: str | None = None, rows: int = 32, rounds: 
     return interleaved(lambda: ours.train_step(x, y), lambda: theirs.train_step(x, y), rounds, 5)
 
 
+def int8_step_against_fp32(head=0, strategy: str = "auto", rows: int = 32, rounds: int = 9) -> dict:
+    """Time of a LeNet-5 step of ElasticZO-INT8 over that of ElasticZO in fp32 with the same head."""
+
+    def lenet():
+        return ezo.models.LeNet5(generator=torch.Generator().manual_seed(0))
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(rows, 1, 28, 28, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
+    small = ezo.quantize(x)
+    ours = ezo.ElasticZOInt8(ezo.convert_(lenet(), head=head, precision="int8"), strategy=strategy)
+    theirs = ezo.ElasticZO(ezo.convert_(lenet(), head=head), clip=5.0)
+    return interleaved(lambda: ours.train_step(small, y), lambda: theirs.train_step(x, y), rounds, 5)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, required=True)
 
@@ -84,6 +98,10 @@ def run(args: argparse.Namespace) -> int:
         "LeNet-5 step against eager MeZO": {
             "pure ZO": step_against_mezo(0),
             "head fc2+fc3": step_against_mezo(["fc2", "fc3"]),
+        },
+        "LeNet-5 int8 step against fp32": {
+            "pure ZO": int8_step_against_fp32(0),
+            "head fc2+fc3": int8_step_against_fp32(["fc2", "fc3"]),
         },
     }
     temporary = args.json.with_suffix(".tmp")

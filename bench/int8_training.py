@@ -67,7 +67,9 @@ class Counted(ezo.ElasticZOInt8):
 
 def int8_errors(model, x, y) -> float:
     """Share of wrong labels, by batches of 1000 with an exponent each."""
-    return sum(int((model(a).values.argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True)) / len(y)
+    return sum(
+        int((model(a).values.argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True)
+    ) / len(y)
 
 
 def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
@@ -142,7 +144,11 @@ def main() -> None:
         for arm in args.arms:
             epochs = args.epochs or EPOCHS[arm]
             for kind in args.kinds:
-                if (kind == "frozen") == (arm == "pure") and kind in ("frozen", "bp") or (kind == "bp" and arm != "fc2,fc3"):
+                if (
+                    (kind == "frozen") == (arm == "pure")
+                    and kind in ("frozen", "bp")
+                    or (kind == "bp" and arm != "fc2,fc3")
+                ):
                     continue
                 if (kind, arm, seed, epochs) in done:
                     continue
@@ -154,13 +160,26 @@ def main() -> None:
                     result = run_bp(splits, seed, epochs)
                 else:
                     result = frozen(splits, head_of(arm), seed, epochs, BATCH)
-                runs.append({"data": args.data, "kind": kind, "arm": arm, "seed": seed, "epochs": epochs, "batch": BATCH, **result})
+                runs.append(
+                    {
+                        "data": args.data,
+                        "kind": kind,
+                        "arm": arm,
+                        "seed": seed,
+                        "epochs": epochs,
+                        "batch": BATCH,
+                        **result,
+                    }
+                )
                 environment = {"torch": torch.__version__, "device": "cpu", "ezo_kernels": ezo.__version__}
                 temporary = args.out.with_suffix(".tmp")
                 temporary.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1) + "\n")
                 os.replace(temporary, args.out)
                 # The validation split alone is shown while recipes are chosen; the test errors are in the file.
-                print(f"{args.data} {kind} {arm} seed {seed}, {epochs} epochs: validation {result['validation_error']:.4f}", flush=True)
+                print(
+                    f"{args.data} {kind} {arm} seed {seed}, {epochs} epochs: validation {result['validation_error']:.4f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -47,12 +47,16 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         choices=R.PRECISIONS,
     )
     option("noise", "distribution of the perturbation, by name", metavar="NAME")
-    option("p_zero", "fraction of zeros of the noise sparse, and of int8's; for int8 P,P@F: from fraction F of the run on")
+    option(
+        "p_zero", "fraction of zeros of the noise sparse, and of int8's; for int8 P,P@F: from fraction F of the run on"
+    )
     option("r_max", "int8: largest magnitude of the noise", type=int, metavar="N")
     option("bits", "int8: bits of the trunk's update, its learning rate in powers of two", metavar="N,N@F")
     option("head_bits", "int8: bits of the head's update", metavar="N,N@F")
     option("loss", "int8: loss whose sign is g, in integers or in floats", choices=R.LOSSES)
-    option("fraction_bits", "int8: bits behind the point of the integer loss; 0 is the paper's rule", type=int, metavar="N")
+    option(
+        "fraction_bits", "int8: bits behind the point of the integer loss; 0 is the paper's rule", type=int, metavar="N"
+    )
     option("rounds", "Philox rounds, 7 or 10", type=int, metavar="N")
     option("queries", "directions a step", type=int, metavar="N")
     option("mode", "all groups of a step in one pass, or one by one", choices=R.MODES)

@@ -490,7 +490,22 @@ def update(w, taps, total, n_shift, mode, lanes):
 
 
 @_jit()
-def add_aligned(total, part, n_shift):
-    """total += round(part / 2^n_shift) of flat int32 arrays."""
-    for i in range(part.size):
-        total[i] += i32(round_shift(i64(part[i]), n_shift, NEAREST, 0))
+def largest(x):
+    """Largest magnitude in a flat int32 array."""
+    peak = i32(0)
+    for i in range(x.size):
+        peak = max(peak, abs(x[i]))
+    return peak
+
+
+@_jit()
+def sum_aligned(parts, exponents, out):
+    """out int32 [n] = sum over groups of parts [G, n] at the largest exponent; the largest magnitude is returned."""
+    top = exponents.max()
+    out[:] = 0
+    for g in range(len(parts)):
+        shift = top - exponents[g]
+        for i in range(out.size):
+            v = i64(parts[g, i])
+            out[i] += i32(round_shift(v, shift, NEAREST, 0)) if shift > 0 else i32(v)
+    return largest(out)

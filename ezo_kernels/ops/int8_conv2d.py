@@ -14,6 +14,7 @@ import torch
 from ._library import register
 from .conv2d import output_size
 from .int8_matmul import (
+    _CHUNK_BYTES,
     PEAK,
     REQUANTIZE,
     STORE,
@@ -31,9 +32,6 @@ from .int8_matmul import (
 from .int8_pass import ROUNDINGS, SCHEMA, IntegerPerturbation, check_terms, pass_groups
 from .int8_tensor import Int8Tensor
 from .noise import Noise, check_index
-
-#: Bytes of the unfolded input that the CPU multiplies at a time: they stay in the second-level cache.
-_CHUNK_BYTES = 1 << 21
 
 
 def _conv2d_cpu(
@@ -58,14 +56,15 @@ def _conv2d_cpu(
     outs = out.view(shape).numpy() if what == TWICE else out.new_empty(groups, 1, 0, 0).numpy()
     most = max(1, _CHUNK_BYTES // (k * height * pitch))
     mode = ROUNDINGS.index(rounding)
+    x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
     pairs = list(zip(weights, biases, strict=True))
     # groups that share x are multiplied at once: (groups, their part of x)
     together = [(range(groups), parts[0])] if len(parts) == 1 else [([g], part) for g, part in enumerate(parts)]
     for own, part in together:
-        exponents = x_exponent[min(own[0], len(parts) - 1)]
+        x_scale = x_exponents[min(own[0], len(parts) - 1)]
         many = [pairs[g][0].view(conv_groups, per, k) for g in own]
         stacked = many[0] if len(many) == 1 else torch.cat(many, 1)
-        bias = [aligned_bias(pairs[g][1], b_exponent, exponents, w_exponent, outputs) for g in own]
+        bias = [aligned_bias(pairs[g][1], b_exponent, x_scale, w_scale, outputs) for g in own]
         largest, shifts = [0] * len(own), [0] * len(own)
         once = len(part) <= most and conv_groups == 1  # then the second time finds the sums still there
         for phase in (PEAK, REQUANTIZE) if what == TWICE else (STORE,):
@@ -92,9 +91,9 @@ def _conv2d_cpu(
                         largest[i] = max(largest[i], int(top))
             shifts = [shift_of(v) for v in largest]
         for i, g in enumerate(own):
-            peak[g] = largest[i]
+            peaks[g] = largest[i]
             if what == TWICE:
-                exponent[g] = exponents + w_exponent[0] + shifts[i]
+                exponents[g] = x_scale + w_scale + shifts[i]
 
 
 def _conv2d_cuda(*args) -> None:

@@ -59,6 +59,10 @@ def aligned_bias(b, b_exponent, x_exponent, w_exponent, outputs: int):
     return out
 
 
+#: Bytes of what the CPU unfolds or sums at a time: they stay in the second-level cache.
+_CHUNK_BYTES = 1 << 21
+
+
 @functools.cache
 def library_multiplies() -> bool:
     """Whether torch's own int8 product (oneDNN's, many times faster than ours) is exact on this CPU.
@@ -111,22 +115,30 @@ def _linear_cpu(
     # an output that is not written still needs a shape to be compiled for
     accs = acc.view(groups, -1, n) if what == STORE else acc.new_empty(groups, 0, 0)
     outs = out.view(groups, -1, n) if what == TWICE else out.new_empty(groups, 0, 0)
-    mode = ROUNDINGS.index(rounding)
+    mode, rows = ROUNDINGS.index(rounding), parts.shape[1]
+    x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
+    most = rows if what == STORE else max(1, _CHUNK_BYTES // (4 * n))
     for g, (w_g, b_g) in enumerate(zip(weights, biases, strict=True)):
         own = min(g, len(parts) - 1)
-        bias = aligned_bias(b_g, b_exponent, x_exponent[own], w_exponent, n)
-        if what == STORE:
-            sums = accs[g]
-        else:  # a bounded number of rows would do; those of a training batch are few
-            sums = torch.from_numpy(K.workspace("rows", parts.shape[1] * n, np.int32).reshape(-1, n))
-        product_cpu(parts[own], w_g.t(), sums)
-        to = (accs[g].numpy(), 0, mode, outs[g].numpy())
-        largest = int(K.finish_linear(sums.numpy(), bias, STORE if what == STORE else PEAK, *to))
-        peak[g] = largest
-        if what == TWICE:
+        bias = aligned_bias(b_g, b_exponent, x_exponents[own], w_scale, n)
+        largest = shift = 0
+        for phase in (PEAK, REQUANTIZE) if what == TWICE else (STORE,):
+            for first in range(0, rows, most):
+                some = parts[own][first : first + most]
+                if what == STORE:
+                    sums = accs[g]
+                else:
+                    sums = torch.from_numpy(K.workspace("rows", len(some) * n, np.int32).reshape(-1, n))
+                if phase != REQUANTIZE or rows > most:  # else the sums of the first time are still there
+                    product_cpu(some, w_g.t(), sums)
+                top = K.finish_linear(
+                    sums.numpy(), bias, phase, accs[g].numpy(), shift, mode, outs[g][first : first + most].numpy()
+                )
+                largest = max(largest, int(top))
             shift = shift_of(largest)
-            K.finish_linear(sums.numpy(), bias, REQUANTIZE, to[0], shift, *to[2:])
-            exponent[g] = x_exponent[own] + w_exponent[0] + shift
+        peaks[g] = largest
+        if what == TWICE:
+            exponents[g] = x_exponents[own] + w_scale + shift
 
 
 def launch_phases(launch, args, at: int) -> None:
@@ -155,10 +167,12 @@ def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, out, exponent) 
     from . import _int8_cpu as K
 
     groups = peak.numel()
-    for g, (a, o) in enumerate(zip(acc.view(groups, -1), out.view(groups, -1), strict=True)):
-        shift = shift_of(peak[g])
-        K.requantize(a.numpy(), shift, ROUNDINGS.index(rounding), o.numpy())
-        exponent[g] = x_exponent[min(g, x_exponent.numel() - 1)] + w_exponent[0] + shift
+    x_exponents, w_scale, exponents = x_exponent.tolist(), int(w_exponent), exponent.numpy()
+    accs, outs = acc.view(groups, -1).numpy(), out.view(groups, -1).numpy()
+    for g, largest in enumerate(peak.tolist()):
+        shift = shift_of(largest)
+        K.requantize(accs[g], shift, ROUNDINGS.index(rounding), outs[g])
+        exponents[g] = x_exponents[min(g, len(x_exponents) - 1)] + w_scale + shift
 
 
 def _requantize_cuda(*args) -> None:
@@ -297,9 +311,12 @@ def _of_activations(rounding: str) -> str:
 
 
 def _gemm_cpu(x, w, acc, peak) -> None:
-    for g in range(len(x)):
-        product_cpu(x[g], w[min(g, len(w) - 1)].t(), acc[g])
-        peak[g] = acc[g].abs().max()
+    from . import _int8_cpu as K
+
+    peaks = peak.numpy()
+    for g, own in enumerate(acc):
+        product_cpu(x[g], w[min(g, len(w) - 1)].t(), own)
+        peaks[g] = K.largest(own.view(-1).numpy())
 
 
 def _gemm_cuda(x, w, acc, peak) -> None:

@@ -114,7 +114,6 @@ def int8_relu(x: Int8Tensor) -> Int8Tensor:
     """max(x, 0), the same exponents."""
     check_input(x, "int8_relu")
     y = new(x, x.shape)
-    y.exponent.copy_(x.exponent)
     if y.values.numel() and not x.values.is_meta:
         _relu(x.values.contiguous(), y.values)
     return y
@@ -174,7 +173,6 @@ def int8_pool2d(x: Int8Tensor, kind: str, kernel, stride=None, padding=0) -> Int
     if min(size) < 1:
         raise ValueError(f"int8_pool2d: the window {kernel} is larger than the padded x {tuple(x.shape)}")
     y = new(x, (*x.shape[:2], *size))
-    y.exponent.copy_(x.exponent)
     if y.values.numel() and not x.values.is_meta:
         _pool(x.values.contiguous(), kind, kernel, stride, padding, y.values)
     return y
@@ -196,16 +194,17 @@ def _add_cpu(a, b, a_exponent, b_exponent, what, peak, out, exponent) -> None:
 
     groups, none = peak.numel(), np.empty(0, np.int8)
     parts, others = a.view(a_exponent.numel(), -1), b.view(b_exponent.numel(), -1)
+    peaks, exponents = peak.numpy(), exponent.numpy()
     for g in range(groups):
         i, j = min(g, len(parts) - 1), min(g, len(others) - 1)
         a_shift, b_shift, low = add_shifts(int(a_exponent[i]), int(b_exponent[j]))
-        shift = shift_of(peak[g]) if what == REQUANTIZE else 0
+        shift = shift_of(peaks[g]) if what == REQUANTIZE else 0
         to = out.view(groups, -1)[g].numpy() if what == REQUANTIZE else none
         largest = K.add(parts[i].numpy(), others[j].numpy(), a_shift, b_shift, what, shift, to)
         if what == REQUANTIZE:
-            exponent[g] = low + shift
+            exponents[g] = low + shift
         else:
-            peak[g] = int(largest)
+            peaks[g] = largest
 
 
 def _add_cuda(*args) -> None:

@@ -141,9 +141,8 @@ class Int8Tensor:
 
 
 def new(like: Int8Tensor, shape, groups: int | None = None) -> Int8Tensor:
-    """An uninitialised tensor in ``like``'s memory."""
-    groups = like.groups if groups is None else groups
-    exponent = torch.empty(groups, dtype=torch.int32, device=like.device)
+    """An uninitialised tensor in ``like``'s memory: of ``groups`` groups, or of like's own exponents."""
+    exponent = like.exponent if groups is None else torch.empty(groups, dtype=torch.int32, device=like.device)
     if like.memory is None:
         values, block = torch.empty(shape, dtype=torch.int8, device=like.device), None
     else:

@@ -180,11 +180,8 @@ def int8_update_(
 def _sum_groups_cpu(acc, exponent, out, peak) -> None:
     from . import _int8_cpu as K
 
-    out.zero_()
-    top = int(exponent.max())
-    for part, own in zip(acc, exponent.tolist(), strict=True):
-        K.add_aligned(out.view(-1).numpy(), part.reshape(-1).numpy(), top - own)
-    peak.fill_(int(out.abs().max()))
+    flat = out.view(-1).numpy()
+    peak.numpy()[0] = K.sum_aligned(acc.view(len(acc), -1).numpy(), exponent.numpy(), flat)
 
 
 def _sum_groups_cuda(*args) -> None:

@@ -65,7 +65,7 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
         activation_rounding: ``nearest`` or ``pseudo``.
         mode: ``stacked`` runs all groups as one batch, ``sequential`` one by one.
         strategy: ``buffer`` keeps int32 accumulators in the arena, ``twice`` multiplies twice instead; ``auto`` takes the
-            second for the layers whose accumulators would make the arena larger.
+            second for the layers whose accumulators would make the arena larger, and on a CPU for all, where it costs nothing.
         rounds: Philox rounds, 7 or 10.
         nvtx: push NVTX ranges by phase.
 
@@ -235,10 +235,13 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
         plan = self.arena.plans.get(key)
         if plan is not None:
             return plan
-        if self.arena.plans or self.strategy != "auto":
-            if self.strategy != "auto":
+        strategy = self.strategy
+        if strategy == "auto" and self.device.type == "cpu":
+            strategy = "twice"  # the CPU keeps what it can of the first time: see docs/numerics.md
+        if self.arena.plans or strategy != "auto":
+            if strategy != "auto":
                 for layer in self._layers:
-                    layer.strategy = self.strategy
+                    layer.strategy = strategy
             plan = self._record(x, p)
         else:
             for layer in self._layers:
