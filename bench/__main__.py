@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import cpu, estimate, gpu, report, static
+from . import cpu, estimate, gpu, memory, report, static
 
-COMMANDS = {"cpu": cpu, "estimate": estimate, "gpu": gpu, "report": report, "static": static}
+COMMANDS = {"cpu": cpu, "estimate": estimate, "gpu": gpu, "memory": memory, "report": report, "static": static}
 
 
 def main(argv: list[str] | None = None) -> int:

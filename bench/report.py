@@ -61,6 +61,53 @@ def training() -> str:
     return "\n".join(lines)
 
 
+def integers() -> str:
+    """ElasticZO-INT8 beside its fp32 twin, backpropagation and the frozen trunk."""
+    lines = [
+        "| LeNet-5, CPU | trained by BP | epochs | seeds | int8, % | fp32, % | frozen trunk, % | all by BP, % "
+        "| sign, paper's rule | sign, ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for data in ("mnist", "fashion_mnist"):
+        record = _read(f"int8_{data}.json")
+        runs = record["runs"] if record else []
+        cells = sorted(
+            {(r["arm"], r["epochs"]) for r in runs if r["kind"] == "int8"}, key=lambda c: (c[0] != "pure", c)
+        )
+
+        def errors(kind: str, arm: str, epochs: int, runs=runs) -> str:
+            found = [r["test_error"] for r in runs if (r["kind"], r["arm"], r["epochs"]) == (kind, arm, epochs)]
+            return _spread(found) if found else ""
+
+        for arm, epochs in cells:
+            own = [r for r in runs if (r["kind"], r["arm"], r["epochs"]) == ("int8", arm, epochs)]
+            signs = [f"{100 * statistics.mean(r['agreement'][bits] for r in own):.1f}%" for bits in ("0", "8")]
+            head = "none" if arm == "pure" else arm.replace(",", ", ")
+            lines.append(
+                f"| {data} | {head} | {epochs} | {len(own)} | {errors('int8', arm, epochs)} | {errors('fp32', arm, epochs)} | "
+                f"{errors('frozen', arm, epochs)} | {errors('bp', arm, epochs)} | {' | '.join(signs)} |"
+            )
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """Bytes of a step of LeNet-5."""
+    record = _read("memory.json")
+    if not record:
+        return "`python -m bench memory` has not been run."
+    lines = [
+        "| LeNet-5, pure ZO, stacked | batch | int8 planned | int8 measured | int8 all at once | fp32 measured "
+        "| fp32 / int8 | paper's tally, ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| strategy {row['strategy']} | {row['batch']} | {row['planned_bytes']:,} | {row['measured_bytes']:,} | "
+            f"{row['all_at_once_bytes']:,} | {row['fp32_bytes']:,} | {row['ratio']:.2f} | {row['tally_ratio']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def speed() -> str:
     """The CPU's ratios and, where there are files of one, a GPU's figures."""
     lines = ["| CPU, one thread | microseconds | over the baseline's time |", "|---|---|---|"]
@@ -101,7 +148,10 @@ def static() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"README.md": {"results": training}, "docs/performance.md": {"speed": speed, "static": static}}
+TABLES = {
+    "README.md": {"results": training, "integers": integers},
+    "docs/performance.md": {"speed": speed, "memory": memory, "static": static},
+}
 
 
 def between(text: str, name: str, table: str) -> str:

@@ -143,7 +143,7 @@ def test_methods(train, method, tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["head"] == head
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "int8"])
 def test_precisions(train, precision, tmp_path):
     code, _, err = train("--precision", precision, "--max-steps", 3, "--checkpoint", tmp_path / "a.pt")
     assert (code, err) == (0, "")
@@ -170,7 +170,7 @@ def test_options_reach_the_run(train, options, tmp_path):
     assert (code, err) == (0, "")
     recipe = json.loads((tmp_path / "a.json").read_text())["recipe"]
     for name, value in zip(options[::2], options[1::2], strict=True):
-        assert recipe[name[2:].replace("-", "_")] == value
+        assert str(recipe[name[2:].replace("-", "_")]) == str(value)
 
 
 def test_the_schedule_reaches_the_optimizer(folder):
@@ -207,6 +207,48 @@ def test_a_resumed_run_is_the_run(train, tmp_path, method, at):
     assert (code, err) == (0, "")
     assert same_state(ckpt.read(whole), ckpt.read(end))
     assert not same_state(a["model"], ckpt.read(end)["model"])
+
+
+INT8 = ("--precision", "int8", "--p-zero", "0.5,0.9@0.5", "--bits", "2,1@0.5", "--head-bits", "3,1@0.25", "--r-max", 15)
+
+
+def test_a_resumed_integer_run_is_the_run(ezo, folder, tmp_path):
+    def train(*argv):
+        return ezo("train", "--data-dir", folder, "--batch", 16, "--epochs", 2, "--seed", 3, *argv)
+
+    whole, part, end, record = (tmp_path / name for name in ("whole.pt", "part.pt", "end.pt", "a.json"))
+    assert train(*INT8, "--checkpoint", whole, "--json", record)[0] == 0
+    assert train(*INT8, "--checkpoint", part, "--max-steps", 5)[0] == 0
+    assert train("--resume", part, "--checkpoint", end)[::2] == (0, "")
+    a, b = ckpt.read(whole), ckpt.read(end)
+    assert same_state(a, b) and not same_state(ckpt.read(part)["model"], b["model"])
+    assert {v.dtype for v in b["model"].values()} == {torch.int8, torch.int32}
+    groups = b["optimizer"]["param_groups"]
+    assert [g["bits"] for g in groups] == [1, 1] and groups[0]["p_zero"] == 0.9 and groups[0]["r_max"] == 15
+    result = json.loads(record.read_text())
+    assert result["precision"] == "int8" and result["numerics_version"] == "ezo-int8-1"
+    code, out, _ = ezo("eval", end, "--data-dir", folder, "--split", "validation")
+    assert code == 0 and f"{100 * result['validation_accuracy']:.2f}%" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--precision", "int8", "--lr", 0.1), "--lr: no meaning with --precision int8"),
+        (("--precision", "int8", "--noise", "gaussian"), "--noise"),
+        (("--bits", "1"), "--bits: no meaning with --precision fp32"),
+        (("--precision", "int8", "--bits", "1,0@0.7,2@0.5"), "rising fractions"),
+        (("--precision", "int8", "--bits", "a"), "'a'"),
+        (("--precision", "int8", "--bits", "9"), "got 9"),
+        (("--precision", "int8", "--p-zero", "1"), "got 1.0"),
+        (("--precision", "int8", "--r-max", 200), "got 200"),
+        (("--precision", "int8", "--method", "bp"), "method elastic"),
+        (("--precision", "int8", "--fraction-bits", 9), "fraction_bits"),
+        (("--p-zero", "0,0.5@0.5", "--noise", "sparse"), "needs precision int8"),
+    ],
+)
+def test_bad_integer_options_are_refused_before_training(ezo, folder, untrained, options, said):
+    refused(ezo("train", "--data-dir", folder, *options), said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

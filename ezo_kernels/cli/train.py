@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..data import Dataset, DownloadError, load
+from ..ops._constants import INT8_VERSION
 from . import checkpoint as ckpt
 from . import outputs, system
 from .methods import noise_version
@@ -138,6 +139,7 @@ def record(run: Run, asked: str, validation: float, test: float | None, history:
         "skipped_steps": run.skipped,
         "seed": recipe.seed,
         "rng_version": noise_version(recipe),
+        "numerics_version": INT8_VERSION if recipe.integer else None,
         "device": run.device.type,
         "device_name": system.device_name(run.device),
         "recipe": recipe.as_dict(),

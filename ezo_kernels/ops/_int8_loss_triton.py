@@ -109,7 +109,9 @@ def int8_cross_entropy_kernel(
         )
         s += tl.sum(tl.where(inside, e, 0).to(tl.int64), axis=1)[:, None]
     label = tl.load(labels_ptr + r, mask=inside_r, other=0)
-    own = _logit(tl.load(at + label, mask=inside_r, other=0).to(tl.int32), exponent, FRACTION)
+    # a label that is none reads nothing: what it gives is undefined, where it reads is not
+    known = inside_r & (label >= 0) & (label < classes)
+    own = _logit(tl.load(at + label, mask=known, other=0).to(tl.int32), exponent, FRACTION)
     loss = top - own + (log2_fraction(tl.where(inside_r, s, 1), FRACTION) - (30 << FRACTION))
     tl.atomic_add(losses_ptr + group, tl.sum(tl.where(inside_r, loss, 0)), sem="relaxed")
 
@@ -173,12 +175,12 @@ def _quotient(w, total):
     return q
 
 
-@jit(do_not_specialize=["site"])
+@jit(do_not_specialize=["site", "query"])
 def int8_gradient_kernel(
-    logits_ptr, exponent_ptr, labels_ptr, key_ptr, out_ptr, site, rows, classes,
+    logits_ptr, exponent_ptr, labels_ptr, key_ptr, out_ptr, site, query, rows, classes,
     R: tl.constexpr, C: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The grid is (blocks of rows, groups); a group is a query of the rounding words."""
+    """The grid is (blocks of rows, groups); a group is a query of the rounding words, the first one ``query``."""
     group = tl.program_id(1)
     r = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
     c = tl.arange(0, C)[None, :]
@@ -206,7 +208,7 @@ def int8_gradient_kernel(
         v = tl.load(at + (first + c), mask=inside, other=0).to(tl.int32)
         q = _quotient(_niti_weights(v, top, exponent), total)
         q = tl.where(label == first + c, q - given, q)
-        lanes = rounding_lanes(key_ptr, site, group, r, first, C, ROUNDS, ASM)
+        lanes = rounding_lanes(key_ptr, site, query + group, r, first, C, ROUNDS, ASM)
         y = clamp8(round_shift(q, tl.full((), 4, tl.int32), lanes, STOCHASTIC)).to(tl.int8)
         tl.store(out_ptr + row_at + (first + c), y, mask=inside)
 
@@ -256,14 +258,14 @@ def launch_squared_error(y, exponent, target, target_exponent, fraction, losses,
         )  # fmt: skip
 
 
-def launch_gradient(logits, exponent, labels, key, rounds, out) -> None:
-    """Write NITI's error of every group; contiguous tensors."""
+def launch_gradient(logits, exponent, labels, key, query, rounds, out) -> None:
+    """Write NITI's error of every group, the first of which rounds by the words of ``query``; contiguous tensors."""
     require()
     groups = exponent.numel()
     rows, blocks, r, c = _grid("int8_cross_entropy_gradient", logits, groups)
     with torch.cuda.device_of(logits):
         int8_gradient_kernel[(blocks, groups)](
-            logits, exponent, labels, key, out, signed32(GRADIENT_SITE), rows, logits.shape[1], R=r, C=c,
+            logits, exponent, labels, key, out, signed32(GRADIENT_SITE), query, rows, logits.shape[1], R=r, C=c,
             ROUNDS=rounds, ASM=ASM, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -284,7 +286,7 @@ def variants():
             )  # fmt: skip
         yield _variant(
             int8_gradient_kernel, f"int8_gradient/{classes}", {**kinds, "key_ptr": "i32", "out_ptr": "i8"},
-            ("site", "rows", "classes"), {**block, "ROUNDS": 7, "ASM": True}, expects=("multiply",),
+            ("site", "query", "rows", "classes"), {**block, "ROUNDS": 7, "ASM": True}, expects=("multiply",),
         )  # fmt: skip
     for gradient in (False, True):
         kinds = {

@@ -29,11 +29,19 @@ from .noise import check_index
 FRACTION_BITS = 8
 
 
+def _check_labels(labels: torch.Tensor, classes: int) -> None:
+    """Where it costs no wait: on a CPU."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must be in [0, {classes}), got {low if low < 0 else high}")
+
+
 def _cross_entropy_cpu(logits, exponent, labels, fraction, losses) -> None:
     import numpy as np
 
     from . import _int8_cpu as K
 
+    _check_labels(labels, logits.shape[1])
     roots = np.array(C.ROOTS, np.int64)
     for g, part in enumerate(logits.chunk(losses.numel())):
         losses[g] = int(K.cross_entropy(part.numpy(), int(exponent[g]), labels.numpy(), fraction, roots))
@@ -70,7 +78,7 @@ def int8_cross_entropy(logits: Int8Tensor, labels: torch.Tensor, *, fraction_bit
 
     Args:
         logits: [groups * B, classes].
-        labels: int64 [B], each in [0, classes): not looked at on the host.
+        labels: int64 [B], each in [0, classes); looked at only on a CPU, a GPU gives an undefined loss.
         fraction_bits: 0 (the paper's rule) to 8.
 
     Returns:
@@ -161,15 +169,16 @@ def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = Fa
 # --------------------------------------------------------------------------------------------------------- the gradient
 
 
-def _gradient_cpu(logits, exponent, labels, key, rounds, out) -> None:
+def _gradient_cpu(logits, exponent, labels, key, query, rounds, out) -> None:
     import numpy as np
 
     from . import _int8_cpu as K
 
+    _check_labels(labels, logits.shape[1])
     groups = exponent.numel()
     scratch = np.empty(logits.shape[1], np.int64)
     for g, (part, to) in enumerate(zip(logits.chunk(groups), out.chunk(groups), strict=True)):
-        lanes = rounding_lanes(key, GRADIENT_SITE, *part.shape, g, rounds)
+        lanes = rounding_lanes(key, GRADIENT_SITE, *part.shape, query + g, rounds)
         K.cross_entropy_gradient(part.numpy(), int(exponent[g]), labels.numpy(), lanes, to.numpy(), scratch)
 
 
@@ -181,26 +190,36 @@ def _gradient_cuda(*args) -> None:
 
 _gradient = register(
     "int8_cross_entropy_gradient",
-    "(Tensor logits, Tensor exponent, Tensor labels, Tensor key, int rounds, Tensor(a!) out) -> ()",
+    "(Tensor logits, Tensor exponent, Tensor labels, Tensor key, int query, int rounds, Tensor(a!) out) -> ()",
     cpu=_gradient_cpu,
     cuda=_gradient_cuda,
 )
 
 
+#: Classes whose weights, below 2^50 each, add up in 64 bits with their sign and eleven bits to spare.
+_MOST_CLASSES = 1 << 12
+
+
 def int8_cross_entropy_gradient(
-    logits: Int8Tensor, labels: torch.Tensor, key: torch.Tensor, *, rounds: int = 7
+    logits: Int8Tensor, labels: torch.Tensor, key: torch.Tensor, *, query: int = 0, rounds: int = 7
 ) -> torch.Tensor:
     """NITI's integer softmax minus one-hot, times 2^7, stochastically rounded (arXiv 2009.13108; docs/numerics.md).
 
     Args:
         logits: [groups * B, classes].
         labels: int64 [B].
-        key: int32[2], of the step; the words are stream 4 of the last site, one query a group.
+        key: int32[2], of the step; the words are stream 4 of the last site.
+        query: number of the first group in its step: group g rounds by the words of ``query + g``.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, more than 4096 classes; on a CPU also a label that is no class.
 
     Returns:
         int8 [groups * B, classes]; a row sums to about zero.
     """
     _check_logits(logits, labels, "int8_cross_entropy_gradient")
+    if logits.shape[1] > _MOST_CLASSES:
+        raise ValueError(f"int8_cross_entropy_gradient: {logits.shape[1]} classes, {_MOST_CLASSES} is the most")
     out = torch.empty(logits.shape, dtype=torch.int8, device=logits.device)
-    _gradient(logits.values.contiguous(), logits.exponent, labels.contiguous(), key, rounds, out)
+    _gradient(logits.values.contiguous(), logits.exponent, labels.contiguous(), key, query, rounds, out)
     return out

@@ -339,7 +339,7 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
             used = self._used(p)
             if tape is not None and used is not None:
                 with self._phase("head"):
-                    self._backward(tape, out, y, error, used)
+                    self._backward(tape, out, y, error, used, p)
             gradients = {} if tape is None else dict(tape.gradients)
             del out, x
         return losses, gradients
@@ -362,10 +362,11 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
             return slice(None) if p.signs[0] == sign else None
         return slice(0 if sign == 1 else 1, None, 2)
 
-    def _backward(self, tape: Tape, out: Int8Tensor, y, error, used: slice) -> None:
+    def _backward(self, tape: Tape, out: Int8Tensor, y, error, used: slice, p) -> None:
         exponent = torch.zeros_like(out.exponent)
         if error is None:
-            error = int8_cross_entropy_gradient(out, y, self._key, rounds=self.rounds)
+            first = 0 if p is None or len(p.signs) == 2 else 2 * p.query + (p.signs[0] == -1)
+            error = int8_cross_entropy_gradient(out, y, self._key, query=first, rounds=self.rounds)
         tape.backward(out, error, exponent, used)
         missing = [n for n in self._head if n not in tape.gradients]
         if missing:
