@@ -100,8 +100,10 @@ def run(args: argparse.Namespace) -> int:
             "head fc2+fc3": step_against_mezo(["fc2", "fc3"]),
         },
         "LeNet-5 int8 step against fp32": {
-            "pure ZO": int8_step_against_fp32(0),
-            "head fc2+fc3": int8_step_against_fp32(["fc2", "fc3"]),
+            "pure ZO, twice": int8_step_against_fp32(0),
+            "pure ZO, buffer": int8_step_against_fp32(0, "buffer"),
+            "head fc2+fc3, twice": int8_step_against_fp32(["fc2", "fc3"]),
+            "head fc2+fc3, buffer": int8_step_against_fp32(["fc2", "fc3"], "buffer"),
         },
     }
     temporary = args.json.with_suffix(".tmp")

@@ -286,7 +286,6 @@ class Run:
     rounding: str = "stochastic"
     head_rounding: str = "stochastic"
     activation_rounding: str = "nearest"
-    stacked: bool = True
     rounds: int = 7
     step: int = 0
     losses: list[int] = field(default_factory=list)
@@ -361,7 +360,7 @@ class Run:
             if sign not in {"mean": (1, 0, -1), "plus": (1, 0), "minus": (-1, 0)}[self.head_grad]:
                 continue
             if len(trunk) < len(self.parameters):
-                error = error_rows(y, s_y, labels, self.key, number if self.stacked else 0, self.rounds)
+                error = error_rows(y, s_y, labels, self.key, number, self.rounds)
                 for name, found in self.backward(notes, error).items():
                     gradients.setdefault(name, []).append(found)
         self.g = [

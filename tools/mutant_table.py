@@ -20,6 +20,7 @@ _NOISE = "tests/test_noise.py"
 _UPDATE = "tests/test_update.py"
 _GRADIENT = "tests/test_gradient.py"
 _LINEAR = "tests/test_ops.py -k linear"
+_INT8_STEP = "tests/test_int8_step.py -k oracle"
 _MASK = "tests/test_noise.py -k 'mask or sparse'"
 
 MUTANTS = (
@@ -185,5 +186,76 @@ MUTANTS = (
         "        if self.zo.p is None:\n            return super().forward",
         "        if self.zo.p is None or isinstance(self, GroupedBatchNorm):\n            return super().forward",
         "tests/test_others.py -k 'losses_equal or batch_norm'",
+    ),
+    # integers
+    Mutant(
+        "bit width by a logarithm",
+        _OPS + "int8_matmul.py",
+        "return max(0, int(peak).bit_length() - 7)",
+        "return max(0, (int(peak) - 1).bit_length() - 7)",
+        _INT8_STEP,
+    ),
+    Mutant(
+        "an integer weight saturates at its own rail",
+        _OPS + "_int8_cpu.py",
+        "out[at + c] = i8(min(max(i32(w[at + c]) + k * i32(flat[from_z + c]), i32(-127)), i32(127)))",
+        "out[at + c] = i8(w[at + c] + k * i32(flat[from_z + c]))",
+        _INT8_STEP,
+    ),
+    Mutant(
+        "sign of the integer update",
+        _OPS + "_int8_cpu.py",
+        "w[i] = i8(clamp8(i64(w[i]) - round_shift(",
+        "w[i] = i8(clamp8(i64(w[i]) + round_shift(",
+        _INT8_STEP,
+    ),
+    Mutant(
+        "pseudo-stochastic rounding without the odd bit",
+        _OPS + "_int8_cpu.py",
+        "if n & 1:",
+        "if n < 0:",
+        "tests/test_int8_ops.py -k 'pseudo or golden'",
+    ),
+    Mutant(
+        "all groups at the first one's exponent",
+        _OPS + "int8_matmul.py",
+        "exponents[g] = x_exponents[own] + w_scale + shift",
+        "exponents[g] = x_exponents[0] + w_scale + shift",
+        "tests/test_int8_step.py tests/test_int8_ops.py -k 'oracle or linear'",
+    ),
+    Mutant(
+        "the bias in the weight's unit",
+        _OPS + "_int8_cpu.py",
+        "k = exponent - x_exponent - w_exponent",
+        "k = exponent - w_exponent",
+        _INT8_STEP,
+    ),
+    Mutant(
+        "the label's logit added",
+        _OPS + "_int8_cpu.py",
+        "top - _logit(logits[r, labels[r]]",
+        "top + _logit(logits[r, labels[r]]",
+        "tests/test_int8_ops.py -k entropy",
+    ),
+    Mutant(
+        "the head's error through a dead unit",
+        _NN + "tape.py",
+        "note.y.groups, used) <= 0",
+        "note.y.groups, used) < 0",
+        _INT8_STEP,
+    ),
+    Mutant(
+        "intermediates that overlap",
+        _NN + "arena.py",
+        "apart = other.end <= i.start or i.end <= other.start",
+        "apart = True",
+        "tests/test_int8_step.py -k 'arena or memory or plan'",
+    ),
+    Mutant(
+        "one key for all integer steps",
+        "ezo_kernels/optim/elastic_zo_int8.py",
+        "fold_key(self._seed, self._step, self._key)",
+        "fold_key(self._seed, self._step * 0, self._key)",
+        _INT8_STEP,
     ),
 )

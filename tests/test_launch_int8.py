@@ -1,0 +1,87 @@
+"""Integer launches on a GPU that is not there; what tests/test_launch.py says holds here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ezo_kernels import ops  # noqa: E402
+from ezo_kernels.ops import Int8Tensor, Int8UpdatePlan, IntegerPerturbation, Noise  # noqa: E402
+from ezo_kernels.ops._int8_update_triton import update_table  # noqa: E402
+from ezo_kernels.ops.int8_update import sum_groups  # noqa: E402
+from ezo_kernels.ops.noise import key_tensor  # noqa: E402
+from tests.test_launch import launches  # noqa: E402, F401 - the fixture
+
+pytestmark = pytest.mark.compile
+
+
+def int8(*shape) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.int8)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def tensor(groups: int, *shape) -> Int8Tensor:
+    return Int8Tensor(int8(*shape), torch.zeros(groups, dtype=torch.int32))
+
+
+def options(**more) -> dict:
+    return {"weight_exponent": int32(-8), "bias_exponent": int32(-9), "site": 0xFFFFFFFF, "bias_site": 1, **more}
+
+
+def pass_of(signs=(1, -1)) -> IntegerPerturbation:
+    return IntegerPerturbation(key_tensor(1, 2), Noise("sparse_int8", 7, 0.5, 3), signs=signs)
+
+
+@pytest.mark.parametrize("strategy", ["buffer", "twice"])
+def test_lenet(launches, strategy):  # noqa: F811
+    """The shapes that training begins with: a product and a requantisation, or two products."""
+    p, how = pass_of(), options(strategy=strategy)
+    ops.int8_conv2d(tensor(1, 32, 1, 28, 28), int8(6, 1, 5, 5), int8(6), p, padding=2, **how)
+    ops.int8_conv2d(tensor(2, 64, 6, 14, 14), int8(16, 6, 5, 5), int8(16), p, padding=2, **how)
+    ops.int8_linear(tensor(2, 64, 784), int8(120, 784), int8(120), p, **how)
+    ops.int8_linear(tensor(2, 64, 84), int8(10, 84), int8(10), None, **how)
+    assert len(launches) == 8
+
+
+@pytest.mark.parametrize(("signs", "groups"), [((1, -1), 2), ((1, -1), 1), ((0,), 1)])
+def test_everything_is_one(launches, signs, groups):  # noqa: F811
+    """Arguments that are one are constants of the kernel."""
+    p = pass_of(signs)
+    ops.int8_linear(tensor(groups, groups, 1), int8(1, 1), int8(1), p, **options())
+    ops.int8_conv2d(tensor(groups, groups, 1, 1, 1), int8(1, 1, 1, 1), None, p, **options(strategy="twice"))
+    assert len(launches) == 4
+
+
+@pytest.mark.parametrize("size", [1, 33])
+def test_between_the_products(launches, size):  # noqa: F811
+    key, x, image = key_tensor(1, 2), tensor(2, 2 * size, size), tensor(1, size, 1, 3, 3)
+    labels = torch.zeros(size, dtype=torch.int64)
+    ops.int8_relu(x)
+    ops.int8_add(x, x)
+    ops.int8_pool2d(image, "max", 2)
+    ops.int8_pool2d(image, "avg", 3, 1, 1)
+    ops.int8_cross_entropy(x, labels)
+    ops.int8_cross_entropy_gradient(x, labels, key)
+    ops.int8_squared_error(x, tensor(1, size, size), gradient=True)
+    ops.round_shift(torch.ones(size, size, dtype=torch.int32), 9, "stochastic", key=key)
+    assert len(launches) == 9
+
+
+@pytest.mark.parametrize("shapes", [[(1,)], [(5, 7), (8, 8, 3, 3), (64,), (64, 64)]], ids=str)
+def test_updates(launches, shapes):  # noqa: F811
+    params, sites = [int8(*s) for s in shapes], list(range(1, len(shapes) + 1))
+    layouts = ["conv" if len(s) == 4 else "matrix" for s in shapes]
+    where = tuple(map(Int8UpdatePlan._address, params))
+    plan = Int8UpdatePlan(tuple(sites), tuple(layouts), where, update_table(params, sites, layouts))
+    key = key_tensor(1, 2)
+    ops.int8_update_(params, key, int32(1, -1), int32(3), sites=sites, layouts=layouts, plan=plan)
+    w = params[-1]
+    acc, _ = ops.int8_gemm(w.view(1, w.shape[0], -1).transpose(1, 2), w.view(1, w.shape[0], -1).transpose(1, 2))
+    sum_groups(acc, int32(0))
+    ops.int8_head_update_(w, torch.ones(w.shape, dtype=torch.int32), int32(5), int32(1), key=key, site=7)
+    assert len(launches) == 4
