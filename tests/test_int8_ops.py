@@ -250,20 +250,14 @@ def test_linear_in_chunks_is_the_same(bytes_, monkeypatch):
         check_linear(given(2, 7, 12), randint(5, 12, seed=1), randint(5, seed=2), a_pass(), how)
 
 
-THIN = pytest.mark.xfail(
-    int8_matmul.library_multiplies(), strict=True,
-    reason="torch._int_mm misreads a matrix of strides (1, 1) that has one row or one column",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("library", [pytest.param(True, marks=THIN), False], ids=["library", "numba"])
+@pytest.mark.parametrize("library", [True, False], ids=["library", "numba"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_linear_of_one_input(rows, library, monkeypatch):
     monkeypatch.setattr(int8_matmul, "library_multiplies", lambda: library)
     check_linear(given(2, rows, 1), randint(10, 1, seed=1), randint(10, seed=2), a_pass())
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=THIN), False], ids=["library", "numba"])
+@pytest.mark.parametrize("library", [True, False], ids=["library", "numba"])
 @pytest.mark.parametrize("k", [1, 7])
 def test_gradients_of_a_layer_with_one_output(k, library, monkeypatch):
     """As the head makes them: e^T x and the sum of e, over a batch of five."""
@@ -643,11 +637,10 @@ def test_cross_entropy_of_ties_one_class_and_one_row(device):
     assert loss([[1, 2, 3], [3, 1, 2]], [0, 1]) == loss([[1, 2, 3]], [0]) + loss([[3, 1, 2]], [1])
 
 
-@pytest.mark.xfail(strict=True, reason="int64 wraps: 47274 255 2^32 a row at an exponent of 39 and more")
 def test_losses_of_extreme_exponents_do_not_wrap():
     y = Int8Tensor(torch.tensor([[127, -128]] * 400, dtype=torch.int8), exponents(64))
     one = ops.int8_cross_entropy(y[:1], torch.ones(1, dtype=torch.int64)).item()
-    assert ops.int8_cross_entropy(y, torch.ones(400, dtype=torch.int64)).item() >= 2**62 > one
+    assert ops.int8_cross_entropy(y, torch.ones(400, dtype=torch.int64)).item() == 400 * one > 2**48
 
 
 @pytest.mark.parametrize("apart", [-40, -9, -8, -1, 0, 3, 16, 17, 60])

@@ -198,18 +198,13 @@ def test_a_frozen_parameter_is_neither_perturbed_nor_updated():
 
 
 @pytest.mark.parametrize("leaf", ["bias", "weight"])
-@pytest.mark.xfail(strict=True, reason="a layer with one frozen parameter perturbs it with the z of site 0")
-def test_half_a_frozen_layer_is_not_perturbed_there(leaf):
-    how = dict(r_max=40, p_zero=0.3, bits=2)
+def test_half_a_frozen_layer_is_refused_by_name(leaf):
     plain = Tiny()
     getattr(plain.fc1, leaf).requires_grad_(False)
-    model = overwrite(ezo.convert_(plain, precision="int8"), {**TINY_EXPONENTS, "fc1.bias_exponent": -6})
-    opt = ezo.ElasticZOInt8(model, seed=5, **how)
-    run = oracle_of(model, opt, 5, **how)
-    x, y = tiny_batch()
-    opt.train_step(x, y)
-    run.train_step([row.flatten().tolist() for row in x.values], -5, y.tolist())
-    assert opt.losses.tolist() == run.losses
+    with pytest.raises(NotImplementedError, match="fc1 .Linear. is frozen in half"):
+        ezo.convert_(plain, precision="int8")
+    assert type(plain.fc1) is nn.Linear and plain.fc1.weight.dtype == torch.float32
+    ezo.convert_(plain, head=["fc1", "fc2"], precision="int8")  # in the head each parameter is on its own
 
 
 def test_the_head_alone_is_the_oracles():
@@ -305,17 +300,16 @@ def test_strategies_agree_bitwise():
         opt = ezo.ElasticZOInt8(model, strategy=strategy)
         steps(opt, 3)
         runs.append({**state(model), "losses": opt.losses})
-        assert {layer.strategy for layer in opt._layers} == {"buffer" if strategy == "buffer" else "twice"}
+        assert set(opt._strategies.values()) == {"buffer" if strategy == "buffer" else "twice"}
     assert same(runs[0], runs[1]) and same(runs[0], runs[2])
 
 
-@pytest.mark.xfail(strict=True, reason="the arena keeps the first optimiser's plan, and with it the layers' strategy")
 def test_a_second_optimizer_has_its_own_strategy():
     model = lenet()
     for strategy in ("buffer", "twice"):
         opt = ezo.ElasticZOInt8(model, strategy=strategy)
         steps(opt, 1)
-    assert {layer.strategy for layer in opt._layers} == {"twice"}
+    assert set(opt._strategies.values()) == {"twice"}
 
 
 def test_a_direction_of_zeros_gives_equal_losses_and_moves_nothing():
@@ -678,7 +672,6 @@ class Changing(nn.Module):
         return y if kept is None else y + kept
 
 
-@pytest.mark.xfail(strict=True, reason="a place is handed out by size and order, though what is in it still lives")
 def test_a_forward_that_changes_stays_correct():
     x, y = Int8Tensor(ints((8, 64), 3), torch.tensor([-5], dtype=torch.int32)), torch.arange(8)
     found = []
@@ -702,7 +695,7 @@ def test_an_input_of_another_size_gets_a_plan_of_its_own():
         alone = ezo.ElasticZOInt8(plain)
         alone._step.fill_(i)
         alone.train_step(*lenet_batch(rows, i))
-    assert same(state(model), state(plain)) and len(opt.arena.plans) == 3
+    assert same(state(model), state(plain)) and len(opt._plans) == 3
     assert opt.memory()["planned_bytes"] == opt.memory()["measured_bytes"]
 
 
@@ -808,7 +801,7 @@ def test_unconvert_gives_exact_floats_in_the_original_classes(dtype):
             ezo.convert_(Tiny().to(dtype), precision="int8")
         return
     plain = Tiny().to(dtype)
-    plain.fc1.bias.requires_grad_(False)
+    plain.fc2.bias.requires_grad_(False)
     parameters = dict(plain.named_parameters())
     model = ezo.convert_(plain, head=["fc2"], precision="int8")
     want = {n: p.double() * 2.0 ** model.get_buffer(n + "_exponent").item() for n, p in model.named_parameters()}
@@ -817,9 +810,9 @@ def test_unconvert_gives_exact_floats_in_the_original_classes(dtype):
     assert set(model.state_dict()) == set(want) and not dict(model.named_buffers())
     for name, p in model.named_parameters():
         assert p is parameters[name] and p.dtype == dtype and torch.equal(p.double(), want[name])
-        assert p.requires_grad == (name != "fc1.bias")
+        assert p.requires_grad == (name != "fc2.bias")
     assert model(torch.zeros(1, 2, 6, 6, dtype=dtype)).dtype == dtype
-    ezo.convert_(model, precision="int8")
+    ezo.convert_(model, head=["fc2"], precision="int8")
     assert all(torch.equal(p.double() * 2.0 ** model.get_buffer(n + "_exponent").item(), want[n])
                for n, p in model.named_parameters())  # fmt: skip
 
@@ -835,12 +828,10 @@ def test_conversion_rounds_to_the_least_exponent():
     assert model[0].bias.tolist() == [0] and model[0].bias_exponent.tolist() == [-6]
 
 
-@pytest.mark.xfail(strict=True, reason="the trace of a lone layer goes into it and refuses F.linear")
 def test_a_lone_layer_is_a_model():
     assert ezo.convert_(nn.Linear(4, 1), precision="int8").weight.dtype == torch.int8
 
 
-@pytest.mark.xfail(strict=True, reason="the conversion allows the method add, which an Int8Tensor does not have")
 def test_methods_that_the_conversion_allows_are_there():
     class Added(nn.Module):
         def __init__(self) -> None:
@@ -990,7 +981,6 @@ def test_the_longest_sum_is_accepted():
     opt.train_step(torch.full((1, 99_336), -128, dtype=torch.int8), torch.zeros(1, dtype=torch.int64))
 
 
-@pytest.mark.xfail(strict=True, reason="nn.Dropout(0) is converted, and its forward calls F.dropout, which has no form")
 def test_a_dropout_of_rate_zero_is_no_obstacle():
     """The advice for another rate is to set it to zero."""
     model = ezo.convert_(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 2)), precision="int8")
@@ -1025,7 +1015,6 @@ def test_arguments_out_of_range_are_refused_by_name(arguments, error, match):
 TINY = tiny(("fc2",))
 
 
-@pytest.mark.xfail(strict=True, reason="a fraction goes through, and the first step fails on it with an AttributeError")
 def test_an_r_max_that_is_no_integer_is_refused():
     with pytest.raises(TypeError, match="r_max"):
         ezo.ElasticZOInt8(TINY, r_max=1.5)
@@ -1156,28 +1145,25 @@ def test_a_model_that_returns_a_float_is_refused():
 def test_more_rows_than_a_gradient_of_the_head_can_sum_are_refused():
     model = overwrite(ezo.convert_(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), head=["1"], precision="int8"))
     opt, before = ezo.ElasticZOInt8(model), state(model)
-    with pytest.raises(ValueError, match="49669 rows in 2 groups.*99338.*99336"):
+    with pytest.raises(ValueError, match="1.weight: its gradient sums 99338 products over 2 groups.*99336"):
         opt.train_step(torch.zeros(49_669, 1, dtype=torch.int8), torch.zeros(49_669, dtype=torch.int64))
     assert same(before, state(model))
     opt.train_step(torch.zeros(49_668, 1, dtype=torch.int8), torch.zeros(49_668, dtype=torch.int64))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the check counts rows, and a layer sees rows times what lies between them and K"
-)
 def test_more_terms_than_a_gradient_of_the_head_can_sum_are_refused():
     """[B, T, K]: the gradient sums B T groups products."""
 
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(1, 1), nn.Linear(1, 1)
+            self.a, self.b, self.c = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(30_000, 2)
 
         def forward(self, x):
-            return self.b(self.a(x)).flatten(1)
+            return self.c(self.b(self.a(x)).flatten(1))
 
-    model = overwrite(ezo.convert_(Tokens(), head=["b"], precision="int8"))
-    with pytest.raises(ValueError, match="120000"):
+    model = overwrite(ezo.convert_(Tokens(), head=["b", "c"], precision="int8"))
+    with pytest.raises(ValueError, match="b.weight.*120000 products"):
         ezo.ElasticZOInt8(model).train_step(
             torch.ones(2, 30_000, 1, dtype=torch.int8), torch.zeros(2, dtype=torch.int64)
         )
@@ -1196,22 +1182,11 @@ BAD_STATES = {
     "a stranger's": (lambda s: s.clear(), "lacks"),
     "groups": (lambda s: s["param_groups"].pop(), None),
     "bits": (lambda s: s["param_groups"][0].update(bits=99), "99"),
-    "activations": (lambda s: s.update(activation_rounding="pseudo"), "activation_rounding"),
-}
-NOT_YET = {
-    "groups": "the step is written before the groups are looked at",
-    "bits": "a width out of range is found at the next step",
-    "activations": "the state does not say how activations are rounded",
+    "activations": (lambda s: s["rounding"].__setitem__(2, "pseudo"), "rounding"),
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=NOT_YET[c])) if c in NOT_YET else c
-        for c in BAD_STATES
-    ],
-)
+@pytest.mark.parametrize("case", BAD_STATES)
 def test_a_state_of_another_run_is_refused_and_changes_nothing(case):
     spoil, match = BAD_STATES[case]
     opt = ezo.ElasticZOInt8(tiny(("fc2",)))

@@ -104,7 +104,6 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self.plans: dict = {}
         self.owner = None
         self.buffer: torch.Tensor | None = None
         self.measured_bytes = 0
@@ -113,7 +112,7 @@ class Arena:
         self._plan: ArenaPlan | None = None
         self._recorded: list[Interval] = []
         self._clock = self._next = self._outside = 0
-        self._live: set[int] = set()
+        self._live: dict[int, tuple[int, int]] = {}
 
     def reset_measured(self) -> None:
         self.measured_bytes = 0
@@ -145,7 +144,7 @@ class Arena:
     def _start(self, mode: str) -> None:
         if self._mode is not None:
             raise RuntimeError("a pass is already running in this arena")
-        self._mode, self._recorded, self._live = mode, [], set()
+        self._mode, self._recorded, self._live = mode, [], {}
         self._clock = self._next = self._outside = 0
         self._pass += 1
 
@@ -162,14 +161,16 @@ class Arena:
         if self._mode is None:
             raise RuntimeError("no pass is running in this arena")
         intervals = self._plan.intervals
-        if index >= len(intervals) or intervals[index].size != size:
+        fits = index < len(intervals) and intervals[index].size == size
+        offset = intervals[index].offset if fits else 0
+        end = offset + _padded(size)
+        if not fits or any(first < end and offset < last for first, last in self._live.values()):
             # A forward that does not do the same each time: correct, at the price of memory that is not planned.
             self._outside += _padded(size)
             self._measure(self._plan.planned_bytes)
             return torch.empty(shape, dtype=dtype, device=self.buffer.device), None
-        offset = intervals[index].offset
-        self._live.add(index)
-        self._measure(offset + _padded(size))
+        self._live[index] = (offset, end)
+        self._measure(end)
         return self.buffer[offset : offset + size].view(dtype).view(shape), _Block(self, index)
 
     def _measure(self, end: int) -> None:
@@ -182,4 +183,4 @@ class Arena:
             self._clock += 1
             self._recorded[index].end = self._clock
         else:
-            self._live.discard(index)
+            self._live.pop(index, None)

@@ -89,9 +89,21 @@ def _refuse(model: nn.Module, head: tuple[str, ...]) -> None:
         if parameter in names:
             problems.append(f"{names[parameter]!r} and {name!r} are one parameter: untie them")
         names[parameter] = name
-    problems += _functions_without_form(model)
+    problems += _half_frozen(model, head) + _functions_without_form(model)
     if problems:
         raise NotImplementedError("this model has no integer form: " + "; ".join(problems))
+
+
+def _half_frozen(model: nn.Module, head: tuple[str, ...]) -> list[str]:
+    """Layers of the trunk of which one parameter is frozen: a kernel perturbs both or none."""
+    found = []
+    for name, module in model.named_modules():
+        states = {p.requires_grad for p in module._parameters.values() if p is not None}
+        if type(module) in WEIGHT_LAYERS and len(states) == 2 and not in_head(name, head):
+            found.append(
+                f"{name or 'the model'} ({type(module).__name__}) is frozen in half: freeze its weight and bias, or neither"
+            )
+    return found
 
 
 def _functions_without_form(model: nn.Module) -> list[str]:
@@ -103,6 +115,8 @@ def _functions_without_form(model: nn.Module) -> list[str]:
                 type(module) in WEIGHT_LAYERS or isinstance(module, PLAIN[:6]) or super().is_leaf_module(module, name)
             )
 
+    if type(model) in WEIGHT_LAYERS:
+        return []
     try:
         graph = Tracer().trace(model)
     except Exception:  # a forward with control flow: its first step finds out

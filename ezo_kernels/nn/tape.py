@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops._constants import MOST_TERMS
 from ..ops.int8_matmul import int8_gemm, requantize
 from ..ops.int8_pointwise import int8_add
 from ..ops.int8_tensor import Int8Tensor
@@ -34,11 +35,15 @@ class Note:
 class Tape:
     """What the layers of the head did in one pass.
 
+    Args:
+        groups: of the whole step, over which a gradient is summed.
+
     Attributes:
         gradients: parameter's qualified name -> list of (int32 [G, *shape], int32 [G] exponents), filled by :meth:`backward`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
+        self.groups = groups
         self.notes: list[Note] = []
         self.gradients: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
@@ -73,7 +78,12 @@ class Tape:
         values = _groups(x.values, x.groups, used if x.groups > 1 else slice(None))
         of_y, of_x = e.values.view(e.groups, -1, n), values.view(min(x.groups, e.groups), -1, k)
         x_exponent = x.exponent[used] if x.groups > 1 else x.exponent
-        names = layer.head_names
+        names, terms = layer.head_names, of_y.shape[1] * self.groups
+        if terms > MOST_TERMS:
+            raise ValueError(
+                f"{next(iter(names.values()))}: its gradient sums {terms} products over {self.groups} groups, and int32 holds "
+                f"{MOST_TERMS}; use fewer rows or queries"
+            )
         if "weight" in names:
             acc, _ = int8_gemm(of_y.transpose(1, 2), of_x.transpose(1, 2))
             self.gradients[names["weight"]].append((acc, e.exponent + x_exponent))

@@ -61,6 +61,8 @@ INT8_VERSION = "ezo-int8-1"
 LOG2_E, LOG2_E_BITS = 47274, 15
 #: A bias that meets an accumulator, and the larger of two summands, are shifted left at most so far.
 BIAS_SHIFT, ADD_SHIFT = 22, 16
+#: A logit with its fraction bits is shifted left at most so far: a row's loss then stays below 2^44.
+LOGIT_SHIFT = 20
 #: ROOTS[k] = round(2^(30 - 2^-k)): factors of the integer exponential, one for each bit of a fraction.
 ROOTS = (1 << 30, 759250125, 902905651, 984625594, 1028218693, 1050733751, 1062175491, 1067942999, 1070838486)
 MOST_FRACTION_BITS = len(ROOTS) - 1

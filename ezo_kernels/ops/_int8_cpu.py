@@ -11,7 +11,7 @@ import threading
 import numpy as np
 from numba import njit
 
-from ._constants import ADD_SHIFT, BIAS_SHIFT, LOG2_E, LOG2_E_BITS
+from ._constants import ADD_SHIFT, BIAS_SHIFT, LOG2_E, LOG2_E_BITS, LOGIT_SHIFT
 
 i8, i32, i64, u16, u64 = np.int8, np.int32, np.int64, np.uint16, np.uint64
 
@@ -382,7 +382,7 @@ def _logit(v, exponent, fraction):
     """log2(e) v 2^exponent with ``fraction`` bits behind the point, rounded down."""
     k = exponent - LOG2_E_BITS + fraction
     t = i64(v) * LOG2_E
-    return t << min(k, 32) if k >= 0 else t >> min(-k, 62)
+    return t << min(k, LOGIT_SHIFT) if k >= 0 else t >> min(-k, 62)
 
 
 @_jit()

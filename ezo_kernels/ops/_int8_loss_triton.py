@@ -23,7 +23,7 @@ from ._noise_triton import ASM, signed32
 from ._triton import constexpr, jit, require, tl
 from .int8_pass import GRADIENT_SITE
 
-_LOG2_E, _LOG2_E_BITS = constexpr(K.LOG2_E), constexpr(K.LOG2_E_BITS)
+_LOG2_E, _LOG2_E_BITS, _LOGIT_SHIFT = map(constexpr, (K.LOG2_E, K.LOG2_E_BITS, K.LOGIT_SHIFT))
 _R1, _R2, _R3, _R4, _R5, _R6, _R7, _R8 = map(constexpr, K.ROOTS[1:])
 _WARPS, _BLOCK = 4, 1024
 
@@ -32,7 +32,7 @@ _WARPS, _BLOCK = 4, 1024
 def _logit(v, exponent, FRACTION: tl.constexpr):
     """log2(e) v 2^exponent with FRACTION bits behind the point, rounded down, int64; v int32."""
     k = exponent + (FRACTION - _LOG2_E_BITS)
-    t = (v * _LOG2_E).to(tl.int64) << tl.minimum(tl.maximum(k, 0), 32)
+    t = (v * _LOG2_E).to(tl.int64) << tl.minimum(tl.maximum(k, 0), _LOGIT_SHIFT)
     return t >> tl.minimum(tl.maximum(-k, 0), 62)
 
 

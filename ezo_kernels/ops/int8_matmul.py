@@ -87,7 +87,8 @@ def product_cpu(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out int32 [M, N] = a int8 [M, K] b int8 [K, N], exactly; out contiguous."""
     from . import _int8_cpu as K
 
-    if library_multiplies():
+    # torch._int_mm takes a matrix of one row or column for its transpose
+    if library_multiplies() and 1 not in (*a.shape, *b.shape):
         torch._int_mm(a, b, out=out)
     else:
         K.gemm(a.contiguous().numpy(), b.contiguous().numpy(), out.numpy())

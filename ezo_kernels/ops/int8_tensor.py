@@ -136,8 +136,10 @@ class Int8Tensor:
 
     reshape = view
 
-    def __add__(self, other) -> Int8Tensor:
+    def add(self, other) -> Int8Tensor:
         return torch.add(self, other)
+
+    __add__ = add
 
 
 def new(like: Int8Tensor, shape, groups: int | None = None) -> Int8Tensor:

@@ -67,6 +67,8 @@ class Noise:
             raise ValueError(f"p_zero must be in [0, 1) and at most 65535/65536, got {self.p_zero}")
         if self.p_zero and not self.name.startswith("sparse"):
             raise ValueError(f"p_zero={self.p_zero} has no meaning for noise {self.name!r}; use 'sparse'")
+        if isinstance(self.r_max, bool) or not isinstance(self.r_max, int):
+            raise TypeError(f"r_max must be an int, got {type(self.r_max).__name__}")
         if not 1 <= self.r_max <= 127:
             raise ValueError(f"r_max must be in 1..127, got {self.r_max}")
 

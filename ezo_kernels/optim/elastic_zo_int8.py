@@ -26,7 +26,7 @@ from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_pa
 from ..nn.cut import in_head
 from ..nn.int8_layers import _Int8Layer
 from ..nn.tape import Tape
-from ..ops._constants import INT8_VERSION, MOST_FRACTION_BITS, MOST_TERMS
+from ..ops._constants import INT8_VERSION, MOST_FRACTION_BITS
 from ..ops._perturbation import PassError
 from ..ops.int8_loss import FRACTION_BITS, int8_cross_entropy, int8_cross_entropy_gradient, int8_squared_error, nats
 from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding
@@ -125,9 +125,10 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
             check_bits(group["bits"], "bits" if group is trunk else "head_bits")
         Noise("sparse_int8", rounds, p_zero, r_max)
         torch.optim.Optimizer.__init__(self, [trunk, head], {})
-        self._layers = [m for m in model.modules() if isinstance(m, _Int8Layer)]
-        for layer in self._layers:
-            layer.rounding = activation_rounding
+        self.activation_rounding = activation_rounding
+        layers = [m for m in model.modules() if isinstance(m, _Int8Layer)]
+        self._strategies = dict.fromkeys(layers, "buffer")
+        self._plans: dict[tuple, ArenaPlan] = {}
         plan = plan_of(model)
         names = [n for n, _ in model.named_parameters() if in_head(n, plan.head) and n not in plan.frozen]
         self._head = dict(zip(names, self.head, strict=True))
@@ -179,7 +180,7 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
 
     def memory(self) -> dict[str, int]:
         """Bytes of the intermediates of the largest pass so far: planned, measured, all at once (the paper's tally), live."""
-        plans = list(self.arena.plans.values())
+        plans = list(self._plans.values())
         if not plans:
             raise ValueError("no step was taken yet")
         largest = max(plans, key=lambda plan: plan.planned_bytes)
@@ -232,36 +233,32 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
 
     def _plan(self, x: Int8Tensor, p) -> ArenaPlan:
         key = (tuple(x.shape), 1 if p is None else p.groups)
-        plan = self.arena.plans.get(key)
+        plan = self._plans.get(key)
         if plan is not None:
             return plan
         strategy = self.strategy
         if strategy == "auto" and self.device.type == "cpu":
             strategy = "twice"  # the CPU keeps what it can of the first time: see docs/numerics.md
-        if self.arena.plans or strategy != "auto":
-            if strategy != "auto":
-                for layer in self._layers:
-                    layer.strategy = strategy
-            plan = self._record(x, p)
-        else:
-            for layer in self._layers:
-                layer.strategy = "buffer"
-            plan = self._record(x, p)
-            while owners := plan.at_the_peak():
-                for layer in owners:
-                    layer.strategy = "twice"
-                smaller = self._record(x, p)
-                if smaller.planned_bytes >= plan.planned_bytes:
-                    for layer in owners:
-                        layer.strategy = "buffer"
-                    break
-                plan = smaller
-        self.arena.plans[key] = plan
+        if strategy != "auto":
+            self._strategies = dict.fromkeys(self._strategies, strategy)
+        plan = self._record(x, p)
+        # the first shape decides; what it decided holds for all
+        while strategy == "auto" and not self._plans and (owners := plan.at_the_peak()):
+            before = dict(self._strategies)
+            self._strategies.update(dict.fromkeys(owners, "twice"))
+            smaller = self._record(x, p)
+            if smaller.planned_bytes >= plan.planned_bytes:
+                self._strategies = before
+                break
+            plan = smaller
+        self._plans[key] = plan
         return plan
 
     @contextlib.contextmanager
     def _running(self, p):
-        self.zo.tape = Tape() if self.head else None
+        for layer, strategy in self._strategies.items():  # another optimizer of the same model may want others
+            layer.strategy, layer.rounding = strategy, self.activation_rounding
+        self.zo.tape = Tape(self._groups) if self.head else None
         try:
             with self.zo.running(p) if p is not None else contextlib.nullcontext():
                 yield self.zo.tape
@@ -291,11 +288,6 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
             raise ValueError(f"loss_fn goes with loss='float_cross_entropy'; this one is {self.loss!r}, in integers")
         x = self._input(x)
         rows = x.shape[0]
-        if self.head and rows * self._groups > MOST_TERMS:
-            raise ValueError(
-                f"{rows} rows in {self._groups} groups: a gradient of the head sums {rows * self._groups} products, and int32 "
-                f"holds {MOST_TERMS}; use fewer rows or queries"
-            )
 
         def run(p):
             return self._run(x, y, p, loss_fn)

@@ -20,7 +20,7 @@ class Int8State:
             "loss": self.loss,
             "fraction_bits": self.fraction_bits,
             "head_grad": self.head_grad,
-            "rounding": [self.rounding, self.head_rounding],
+            "rounding": [self.rounding, self.head_rounding, self.activation_rounding],
             "manifest": [[s.site, list(s.names), list(s.shape), s.layout, s.z_dtype] for s in self.zo.manifest],
             "head": list(self._head),
         }
@@ -48,10 +48,18 @@ class Int8State:
             if theirs != mine:
                 shown = "" if name in ("manifest", "head") else f" ({theirs!r} is not {mine!r})"
                 raise ValueError(f"the state is of another run: {name} differs{shown}")
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups) or any(
+            set(g) != set(m) - {"params"} for g, m in zip(groups, self.param_groups, strict=True)
+        ):
+            raise ValueError("the state's param_groups are not those of ElasticZOInt8: the trunk's and the head's")
+        for group in groups:
+            check_bits(group["bits"], "bits")
+        Noise("sparse_int8", self.rounds, groups[0]["p_zero"], groups[0]["r_max"])
         with torch.no_grad():
             self._seed.copy_(state_dict["seed"])
             self._step.copy_(state_dict["step"])
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(saved)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -89,6 +97,8 @@ class IntegerSchedule:
                     check_bits(changes[name], name)
             noise = {k: changes[k] for k in ("r_max", "p_zero") if k in changes}
             Noise("sparse_int8", **noise)
+        trunk, head = optimizer.param_groups
+        self._first = {**{name: trunk[name] for name in self._TRUNK}, "head_bits": head["bits"]}
         self._apply()
 
     def _apply(self) -> None:
@@ -111,4 +121,7 @@ class IntegerSchedule:
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.last_step = state_dict["last_step"]
+        trunk, head = self.optimizer.param_groups
+        trunk.update({name: self._first[name] for name in self._TRUNK})
+        head["bits"] = self._first["head_bits"]
         self._apply()
