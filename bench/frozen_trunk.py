@@ -86,7 +86,7 @@ def frozen(splits: dict, head: list[str], seed: int, epochs: int, batch: int) ->
     return best
 
 
-def elastic(splits: dict, head: list[str], seed: int, epochs: int, batch: int, recipe: dict) -> dict:
+def elastic(splits: dict, head: list[str] | int, seed: int, epochs: int, batch: int, recipe: dict) -> dict:
     """ElasticZO with ``recipe``."""
     model = ezo.convert_(_lenet(seed), head=head)
     opt = ezo.ElasticZO(model, seed=seed, **recipe)

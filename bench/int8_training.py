@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import ezo_kernels as ezo
-from bench.frozen_trunk import _errors, _lenet, frozen
+from bench.frozen_trunk import _errors, _lenet, elastic, frozen
 from ezo_kernels.data import Batches, load, quantize_images, standardize
 from ezo_kernels.ops import int8_cross_entropy
 from ezo_kernels.optim import IntegerSchedule
@@ -132,30 +132,20 @@ def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
     }  # fmt: skip
 
 
-def run_fp32(splits: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
-    options = FP32[data][arm]
-    model = ezo.convert_(_lenet(seed), head=head_of(arm))
-    opt = ezo.ElasticZO(model, seed=seed, **options)
-    return {"recipe": options, **_float_run(opt, model, splits, seed, epochs)}
-
-
 def run_bp(splits: dict, seed: int, epochs: int, lr: float = 0.05) -> dict:
+    """All of the network by backpropagation and SGD, with a cosine."""
     model = _lenet(seed)
-    return {"recipe": {"lr": lr}, **_float_run(BackpropSGD(model, lr=lr), model, splits, seed, epochs)}
-
-
-def _float_run(opt, model, splits: dict, seed: int, epochs: int) -> dict:
+    opt = BackpropSGD(model, lr=lr)
     batches = Batches(*splits["train"], BATCH, seed)
     schedule = CosineAnnealingLR(opt, epochs * len(batches))
-    start, curve = time.perf_counter(), []
+    start = time.perf_counter()
     for _ in range(epochs):
         for x, y in batches:
             opt.train_step(x, y)
             schedule.step()
-        curve.append(_errors(model, *splits["valid"]))
     return {
-        "steps": epochs * len(batches), "seconds": time.perf_counter() - start, "validation_curve": curve,
-        "validation_error": curve[-1], "test_error": _errors(model, *splits["test"]),
+        "recipe": {"lr": lr}, "steps": epochs * len(batches), "seconds": time.perf_counter() - start,
+        "validation_error": _errors(model, *splits["valid"]), "test_error": _errors(model, *splits["test"]),
     }  # fmt: skip
 
 
@@ -193,7 +183,7 @@ def main() -> None:
                 if kind == "int8":
                     result = run_int8(images, args.data, arm, seed, epochs)
                 elif kind == "fp32":
-                    result = run_fp32(splits, args.data, arm, seed, epochs)
+                    result = elastic(splits, head_of(arm), seed, epochs, BATCH, FP32[args.data][arm])
                 elif kind == "bp":
                     result = run_bp(splits, seed, epochs)
                 else:

@@ -209,7 +209,18 @@ def test_a_resumed_run_is_the_run(train, tmp_path, method, at):
     assert not same_state(a["model"], ckpt.read(end)["model"])
 
 
-INT8 = ("--precision", "int8", "--p-zero", "0.5,0.9@0.5", "--bits", "2,1@0.5", "--head-bits", "3,1@0.25", "--r-max", 15)
+INT8 = (
+    "--precision",
+    "int8",
+    "--p-zero",
+    "0.5,0.9@0.5",
+    "--bits",
+    "2,1@0.5",
+    "--head-bits",
+    "3,1@0.25",
+    "--r-max",
+    "7,15@0.5",
+)
 
 
 def test_a_resumed_integer_run_is_the_run(ezo, folder, tmp_path):

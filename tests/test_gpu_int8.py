@@ -13,7 +13,7 @@ import ezo_kernels as ezo
 from ezo_kernels import ops
 from ezo_kernels.ops import Int8Tensor, IntegerPerturbation, Noise, _int8_conv2d_triton, _int8_matmul_triton
 from ezo_kernels.ops.noise import key_tensor
-from tests.test_int8_step import LENET_HEADS, ints, lenet, lenet_batch, same, state
+from tests.int8_models import LENET_HEADS, ints, lenet, lenet_batch, same, state
 
 pytestmark = pytest.mark.gpu
 

@@ -214,7 +214,7 @@ MUTANTS = (
         _OPS + "_int8_cpu.py",
         "if n & 1:",
         "if n < 0:",
-        "tests/test_int8_ops.py -k 'pseudo or golden'",
+        "tests/test_int8_arithmetic.py -k 'pseudo or golden'",
     ),
     Mutant(
         "all groups at the first one's exponent",
@@ -232,10 +232,10 @@ MUTANTS = (
     ),
     Mutant(
         "the label's logit added",
-        _OPS + "_int8_cpu.py",
+        _OPS + "_int8_loss_cpu.py",
         "top - _logit(logits[r, labels[r]]",
         "top + _logit(logits[r, labels[r]]",
-        "tests/test_int8_ops.py -k entropy",
+        "tests/test_int8_arithmetic.py -k entropy",
     ),
     Mutant(
         "the head's error through a dead unit",
@@ -249,7 +249,7 @@ MUTANTS = (
         _NN + "arena.py",
         "apart = other.end <= i.start or i.end <= other.start",
         "apart = True",
-        "tests/test_int8_step.py -k 'arena or memory or plan'",
+        "tests/test_int8_memory.py",
     ),
     Mutant(
         "one key for all integer steps",

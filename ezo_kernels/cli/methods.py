@@ -18,11 +18,12 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
     """
     if recipe.integer:
         convert_(model, head=recipe.head_argument, precision="int8")
+        trunk, head = recipe.integers_at(0, 1)
+        loss = "cross_entropy" if recipe.loss == "integer" else "float_cross_entropy"
+        mode = "stacked" if recipe.mode == "auto" else recipe.mode
         return ElasticZOInt8(
-            model, recipe.r_max, recipe.zeros, recipe.integers_at(0, 1)[0]["bits"], recipe.integers_at(0, 1)[1]["bits"],
-            recipe.queries, recipe.seed, rounds=recipe.rounds, fraction_bits=recipe.fraction_bits,
-            loss="cross_entropy" if recipe.loss == "integer" else "float_cross_entropy",
-            mode="stacked" if recipe.mode == "auto" else recipe.mode,
+            model, **trunk, head_bits=head["bits"], queries=recipe.queries, seed=recipe.seed, rounds=recipe.rounds,
+            fraction_bits=recipe.fraction_bits, loss=loss, mode=mode,
         )  # fmt: skip
     noise = {"noise": recipe.noise, "p_zero": recipe.zeros, "rounds": recipe.rounds}
     zo = {"lr": recipe.lr, "eps": recipe.eps, "clip": recipe.clip, "queries": recipe.queries, "seed": recipe.seed}

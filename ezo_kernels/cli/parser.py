@@ -48,10 +48,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     option("noise", "distribution of the perturbation, by name", metavar="NAME")
     option(
-        "p_zero", "fraction of zeros of the noise sparse, and of int8's; for int8 P,P@F: from fraction F of the run on"
+        "p_zero",
+        "fraction of zeros of the noise sparse; of int8's, P,P@F: the second from fraction F of the run on",
+        metavar="P,P@F",
+        shown="0; int8: " + R.DEFAULT_P_ZERO[True],
     )
-    option("r_max", "int8: largest magnitude of the noise", type=int, metavar="N")
-    option("bits", "int8: bits of the trunk's update, its learning rate in powers of two", metavar="N,N@F")
+    option("r_max", "int8: largest magnitude of the noise", metavar="N,N@F")
+    option("bits", "int8: bits of the trunk's update; --bits=-1 for a negative one", metavar="N,N@F")
     option("head_bits", "int8: bits of the head's update", metavar="N,N@F")
     option("loss", "int8: loss whose sign is g, in integers or in floats", choices=R.LOSSES)
     option(

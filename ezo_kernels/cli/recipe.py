@@ -16,6 +16,8 @@ LOSSES = ("integer", "float")
 FLOAT_ONLY = ("noise", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "loss", "fraction_bits")
 
+#: p_zero when none is named: of int8, a rising one beside r_max's; else none
+DEFAULT_P_ZERO = {True: "0.97,0.98@0.3,0.99@0.6,0.9975@0.8", False: "0"}
 #: the head when none is named, by method
 DEFAULT_HEAD = {"elastic": "fc2,fc3", "mezo": "0", "bp": "all", "frozen": "fc2,fc3"}
 
@@ -53,7 +55,7 @@ class Recipe:
     head: str = ""
     precision: str = "fp32"
     noise: str = "gaussian"
-    p_zero: str = "0"
+    p_zero: str = ""
     rounds: int = 7
     queries: int = 1
     mode: str = "auto"
@@ -64,9 +66,9 @@ class Recipe:
     clip: float = 5.0
     head_lr: float = 0.05
     schedule: str = "cosine"
-    r_max: int = 1
-    bits: str = "1"
-    head_bits: str = "1"
+    r_max: str = "15,31@0.3,63@0.6,127@0.8"
+    bits: str = "0"
+    head_bits: str = "3,2@0.2,1@0.4,0@0.6,-1@0.8"
     loss: str = "integer"
     fraction_bits: int = 8
     seed: int = 0
@@ -85,10 +87,6 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: there are {', '.join(allowed)}")
         if self.integer and self.method != "elastic":
             raise ValueError(f"precision int8 goes with method elastic, not {self.method}")
-        for name, kind in (("bits", int), ("head_bits", int), ("p_zero", float)):
-            values = parse_schedule(getattr(self, name), name, kind)
-            if name == "p_zero" and len(values) > 1 and not self.integer:
-                raise ValueError(f"p_zero is {self.p_zero!r}: a schedule of it needs precision int8")
         for name in ("queries", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
@@ -96,10 +94,15 @@ class Recipe:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")
         # A frozen dataclass; the default of one field depends on another.
         object.__setattr__(self, "head", self.head or DEFAULT_HEAD[self.method])
+        object.__setattr__(self, "p_zero", self.p_zero or DEFAULT_P_ZERO[self.precision == "int8"])
         if self.method == "bp" and self.head != "all":
             raise ValueError(f"method bp trains every layer by backpropagation: --head all, not {self.head}")
         if self.method == "frozen" and self.head == "0":
             raise ValueError("method frozen with --head 0 would train nothing")
+        for name, kind in (("r_max", int), ("bits", int), ("head_bits", int), ("p_zero", float)):
+            values = parse_schedule(getattr(self, name), name, kind)
+            if name == "p_zero" and len(values) > 1 and not self.integer:
+                raise ValueError(f"p_zero is {self.p_zero!r}: a schedule of it needs precision int8")
 
     @property
     def head_argument(self) -> list[str] | int | str:
@@ -127,7 +130,8 @@ class Recipe:
             schedule = parse_schedule(getattr(self, name), name, kind)
             return [value for start, value in schedule if start * steps <= step][-1]
 
-        return {"bits": at("bits", int), "p_zero": at("p_zero", float)}, {"bits": at("head_bits", int)}
+        trunk = {"bits": at("bits", int), "r_max": at("r_max", int), "p_zero": at("p_zero", float)}
+        return trunk, {"bits": at("head_bits", int)}
 
     @property
     def hidden_widths(self) -> list[int]:

@@ -145,6 +145,15 @@ def load(
     return split(arrays, name, known is not None, source)
 
 
+def _check_images(images: np.ndarray, name: str) -> None:
+    if images.dtype != np.uint8:
+        raise TypeError(f"images are {images.dtype}, uint8 expected")
+    if images.ndim != 3:
+        raise ValueError(f"images have shape {list(images.shape)}, [n, height, width] expected")
+    if name not in STATISTICS:
+        raise ValueError(f"no mean and std are known for {name!r}, only for {', '.join(STATISTICS)}")
+
+
 def standardize(images: np.ndarray, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """(pixel / 255 - mean) / std, with the constants of the training images of ``name``.
 
@@ -160,12 +169,7 @@ def standardize(images: np.ndarray, name: str, dtype: torch.dtype = torch.float3
         TypeError: images that are not uint8.
         ValueError: unknown name, or another shape.
     """
-    if images.dtype != np.uint8:
-        raise TypeError(f"images are {images.dtype}, uint8 expected")
-    if images.ndim != 3:
-        raise ValueError(f"images have shape {list(images.shape)}, [n, height, width] expected")
-    if name not in STATISTICS:
-        raise ValueError(f"no mean and std are known for {name!r}, only for {', '.join(STATISTICS)}")
+    _check_images(images, name)
     mean, std = STATISTICS[name]
     x = torch.from_numpy(images.astype(np.float32))
     return x.mul_(1 / (255 * std)).sub_(mean / std).unsqueeze(1).to(dtype)
@@ -185,12 +189,7 @@ def quantize_images(images: np.ndarray, name: str) -> Int8Tensor:
         TypeError: images that are not uint8.
         ValueError: unknown name, or another shape.
     """
-    if images.dtype != np.uint8:
-        raise TypeError(f"images are {images.dtype}, uint8 expected")
-    if images.ndim != 3:
-        raise ValueError(f"images have shape {list(images.shape)}, [n, height, width] expected")
-    if name not in OFFSETS:
-        raise ValueError(f"no mean is known for {name!r}, only for {', '.join(OFFSETS)}")
+    _check_images(images, name)
     centred = torch.from_numpy(images.astype(np.int16)) - OFFSETS[name]
     values = torch.sign(centred) * ((centred.abs() + 1) >> 1)
     return Int8Tensor(values.to(torch.int8).unsqueeze(1), torch.tensor([-5], dtype=torch.int32))

@@ -110,6 +110,8 @@ class Arena:
         self._pass = 0
         self._mode: str | None = None
         self._plan: ArenaPlan | None = None
+        self._last: ArenaPlan | None = None
+        self._places: dict = {}  # tensors over the buffer, by what asked for them: making one costs more than a small kernel
         self._recorded: list[Interval] = []
         self._clock = self._next = self._outside = 0
         self._live: dict[int, tuple[int, int]] = {}
@@ -134,8 +136,11 @@ class Arena:
         if self._live or self.buffer is None or self.buffer.device != device or len(self.buffer) < plan.planned_bytes:
             # Whoever still holds an intermediate of an earlier pass keeps the earlier buffer, not us.
             self.buffer = torch.empty(plan.planned_bytes, dtype=torch.int8, device=device)
+            self._places = {}
+        elif plan is not self._last:
+            self._places = {}
         self._start("run")
-        self._plan = plan
+        self._plan = self._last = plan
         try:
             yield
         finally:
@@ -171,7 +176,11 @@ class Arena:
             return torch.empty(shape, dtype=dtype, device=self.buffer.device), None
         self._live[index] = (offset, end)
         self._measure(end)
-        return self.buffer[offset : offset + size].view(dtype).view(shape), _Block(self, index)
+        where = (index, dtype, tuple(shape))
+        place = self._places.get(where)
+        if place is None:
+            place = self._places[where] = self.buffer[offset : offset + size].view(dtype).view(shape)
+        return place, _Block(self, index)
 
     def _measure(self, end: int) -> None:
         self.measured_bytes = max(self.measured_bytes, end + self._outside)

@@ -32,11 +32,12 @@ class Grid:
     def columns(self) -> int:
         return self.taps * self.padded
 
-    def cube(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous parameter seen as [rows, taps, channels]."""
+    def array(self, tensor: torch.Tensor):
+        """A contiguous CPU parameter as a numpy array [rows, taps, channels] over the same memory."""
+        flat = tensor.detach().numpy()
         if self.taps == 1:
-            return tensor.view(self.rows, 1, self.channels)
-        return tensor.view(self.rows, self.channels, self.taps).transpose(1, 2)
+            return flat.reshape(self.rows, 1, self.channels)
+        return flat.reshape(self.rows, self.channels, self.taps).transpose(0, 2, 1)
 
     def view(self, buffer: torch.Tensor, shape) -> torch.Tensor:
         """``buffer`` [rows, columns] seen in the parameter's own shape."""

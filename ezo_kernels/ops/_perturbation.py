@@ -11,6 +11,15 @@ from .noise import Noise, check_index
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_directions(p) -> None:
+    """The signs, queries and first query of a pass, or ValueError."""
+    if tuple(p.signs) not in ((1, -1), (1,), (-1,), (0,)):
+        raise ValueError(f"signs must be (1, -1), (1,), (-1,) or (0,), got {tuple(p.signs)}")
+    if p.queries < 1:
+        raise ValueError(f"queries must be at least 1, got {p.queries}")
+    check_index(p.query, "query", (1 << 24) - p.queries + 1)
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """One pass: which directions, which signs, how far.
@@ -40,13 +49,9 @@ class Perturbation:
             raise TypeError(f"eps must be float32, got {self.eps.dtype}")
         if self.key.shape != (2,) or self.eps.shape != (1,):
             raise ValueError(f"key must be [2] and eps [1], got {tuple(self.key.shape)} and {tuple(self.eps.shape)}")
-        if tuple(self.signs) not in ((1, -1), (1,), (-1,), (0,)):
-            raise ValueError(f"signs must be (1, -1), (1,), (-1,) or (0,), got {tuple(self.signs)}")
         if self.noise.name == "sparse_int8":
             raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
-        if self.queries < 1:
-            raise ValueError(f"queries must be at least 1, got {self.queries}")
-        check_index(self.query, "query", (1 << 24) - self.queries + 1)
+        check_directions(self)
 
     @property
     def groups(self) -> int:

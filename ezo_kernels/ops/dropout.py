@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from . import _constants as C
+from . import _cpu
 from ._library import register
 from .noise import check_index, key_words
 
@@ -20,7 +21,7 @@ from .noise import check_index, key_words
 def _dropout_mask_cpu(out, key, site, query, rounds, threshold) -> None:
     import numpy as np
 
-    from . import _noise_cpu as N
+    N = _cpu.noises()
 
     rows, features = out.shape
     k0, k1 = key_words(key)

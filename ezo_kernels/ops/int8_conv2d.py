@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _cpu
 from ._library import register
 from .conv2d import output_size
 from .int8_matmul import (
@@ -40,7 +41,7 @@ def _conv2d_cpu(
 ) -> None:  # fmt: skip
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     noise = Noise("sparse_int8", rounds, p_zero, r_max)
     groups, outputs, k = peak.numel(), w.shape[0], w[0].numel()

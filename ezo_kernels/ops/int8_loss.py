@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from . import _constants as C
+from . import _cpu
 from ._library import register
 from .int8_matmul import check_input
 from .int8_pass import GRADIENT_SITE
@@ -39,7 +40,7 @@ def _check_labels(labels: torch.Tensor, classes: int) -> None:
 def _cross_entropy_cpu(logits, exponent, labels, fraction, losses) -> None:
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integer_losses()
 
     _check_labels(labels, logits.shape[1])
     roots = np.array(C.ROOTS, np.int64)
@@ -105,7 +106,7 @@ def nats(losses: torch.Tensor, rows: int, fraction_bits: int = FRACTION_BITS) ->
 def _squared_error_cpu(y, exponent, target, target_exponent, fraction, losses, error) -> None:
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integer_losses()
 
     groups = losses.numel()
     errors = error.view(groups, -1) if error.numel() else None
@@ -172,7 +173,7 @@ def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = Fa
 def _gradient_cpu(logits, exponent, labels, key, query, rounds, out) -> None:
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integer_losses()
 
     _check_labels(labels, logits.shape[1])
     groups = exponent.numel()

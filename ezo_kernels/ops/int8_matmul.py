@@ -17,6 +17,7 @@ import functools
 
 import torch
 
+from . import _cpu
 from ._layout import grid
 from ._library import register
 from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check_rounding, check_terms, pass_groups
@@ -30,7 +31,7 @@ STORE, PEAK, REQUANTIZE, TWICE = 0, 1, 2, 3
 
 def perturbed_weights(w, key, site: int, layout: str, groups: int, query, signs, noise: Noise):
     """Yield the int8 weight of each group, contiguous, in order (CPU)."""
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     w = w.detach().contiguous()
     if tuple(signs) == (0,):
@@ -50,7 +51,7 @@ def aligned_bias(b, b_exponent, x_exponent, w_exponent, outputs: int):
     """A bias in the unit of the accumulators, numpy int32 [outputs]; zeros without one."""
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     if b is None:
         return np.zeros(outputs, np.int32)
@@ -85,7 +86,7 @@ def library_multiplies() -> bool:
 
 def product_cpu(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out int32 [M, N] = a int8 [M, K] b int8 [K, N], exactly; out contiguous."""
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     # torch._int_mm takes a matrix of one row or column for its transpose
     if library_multiplies() and 1 not in (*a.shape, *b.shape):
@@ -105,7 +106,7 @@ def _linear_cpu(
 ) -> None:  # fmt: skip
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     noise = Noise("sparse_int8", rounds, p_zero, r_max)
     groups, (n, k) = peak.numel(), w.shape
@@ -165,7 +166,7 @@ _linear = register(
 
 
 def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, out, exponent) -> None:
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     groups = peak.numel()
     x_exponents, w_scale, exponents = x_exponent.tolist(), int(w_exponent), exponent.numpy()
@@ -312,7 +313,7 @@ def _of_activations(rounding: str) -> str:
 
 
 def _gemm_cpu(x, w, acc, peak) -> None:
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     peaks = peak.numpy()
     for g, own in enumerate(acc):

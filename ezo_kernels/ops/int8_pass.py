@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from . import _constants as C
-from ._perturbation import NotStackedError
-from .noise import Noise, check_index
+from ._perturbation import NotStackedError, check_directions
+from .noise import Noise
 
 ROUNDINGS = ("nearest", "pseudo", "stochastic")
 STRATEGIES = ("buffer", "twice")
@@ -43,11 +43,7 @@ class IntegerPerturbation:
             raise TypeError(f"key must be int32 [2], got {self.key.dtype} {tuple(self.key.shape)}")
         if self.noise.name != "sparse_int8":
             raise ValueError(f"integer layers take noise 'sparse_int8', got {self.noise.name!r}")
-        if tuple(self.signs) not in ((1, -1), (1,), (-1,), (0,)):
-            raise ValueError(f"signs must be (1, -1), (1,), (-1,) or (0,), got {tuple(self.signs)}")
-        if self.queries < 1:
-            raise ValueError(f"queries must be at least 1, got {self.queries}")
-        check_index(self.query, "query", (1 << 24) - self.queries + 1)
+        check_directions(self)
 
     @property
     def groups(self) -> int:

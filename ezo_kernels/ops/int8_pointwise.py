@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import _constants as C
+from . import _cpu
 from ._library import register
 from .int8_matmul import PEAK, REQUANTIZE, check_input, shift_of
 from .int8_pass import ROUNDINGS, check_rounding
@@ -20,7 +21,7 @@ def rounding_lanes(key: torch.Tensor, site: int, rows: int, columns: int, query:
     """Stream 4 of a site as numpy uint16 [rows, columns]."""
     import numpy as np
 
-    from . import _noise_cpu as N
+    N = _cpu.noises()
 
     k0, k1 = key_words(key)
     lanes = np.empty((rows, -(-columns // 8) * 8), np.uint16)
@@ -34,7 +35,7 @@ def rounding_lanes(key: torch.Tensor, site: int, rows: int, columns: int, query:
 def _round_cpu(x, shift, rounding, key, site, query, rounds, out) -> None:
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     mode = ROUNDINGS.index(rounding)
     columns = x.shape[-1] if x.dim() else 1
@@ -96,7 +97,7 @@ def round_shift(
 
 
 def _relu_cpu(x, out) -> None:
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     K.relu(x.view(-1).numpy(), out.view(-1).numpy())
 
@@ -120,7 +121,7 @@ def int8_relu(x: Int8Tensor) -> Int8Tensor:
 
 
 def _pool_cpu(x, kind, kernel, stride, padding, out) -> None:
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     run = K.max_pool2d if kind == "max" else K.avg_pool2d
     planes = x.shape[0] * x.shape[1]
@@ -190,7 +191,7 @@ def add_shifts(a_exponent: int, b_exponent: int) -> tuple[int, int, int]:
 def _add_cpu(a, b, a_exponent, b_exponent, what, peak, out, exponent) -> None:
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     groups, none = peak.numel(), np.empty(0, np.int8)
     parts, others = a.view(a_exponent.numel(), -1), b.view(b_exponent.numel(), -1)

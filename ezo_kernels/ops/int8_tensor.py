@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from dataclasses import dataclass, field
@@ -21,6 +22,13 @@ def check_exponent(exponent) -> int:
     if not LEAST_EXPONENT <= exponent <= MOST_EXPONENT:
         raise ValueError(f"an exponent must be in [{LEAST_EXPONENT}, {MOST_EXPONENT}], got {exponent}")
     return exponent
+
+
+@functools.cache
+def _functions() -> dict:
+    from .int8_functions import FUNCTIONS
+
+    return FUNCTIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,15 +123,13 @@ class Int8Tensor:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        from .int8_functions import FUNCTIONS
-
-        name = getattr(func, "__name__", str(func))
-        if func not in FUNCTIONS:
+        functions = _functions()
+        if func not in functions:
             raise TypeError(
-                f"{name} has no integer form: put the layer that calls it in a float model, or use one of "
-                f"{', '.join(sorted({f.__name__ for f in FUNCTIONS}))}"
+                f"{getattr(func, '__name__', func)} has no integer form: put the layer that calls it in a float model, or use "
+                f"one of {', '.join(sorted({f.__name__ for f in functions}))}"
             )
-        return FUNCTIONS[func](*args, **(kwargs or {}))
+        return functions[func](*args, **(kwargs or {}))
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Int8Tensor:
         return torch.flatten(self, start_dim, end_dim)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import _cpu
 from ._layout import LAYOUTS, default_layout, grid
 from ._library import register
 from .int8_pass import ROUNDINGS, check_rounding
@@ -87,7 +88,7 @@ class Int8UpdatePlan:
 def _update_cpu(params, key, g, shift, table, sites, layouts, query, rounding, rounds, p_zero, r_max) -> None:
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     noise, mode, n = Noise("sparse_int8", rounds, p_zero, r_max), ROUNDINGS.index(rounding), int(shift)
     signs = g.tolist()
@@ -178,7 +179,7 @@ def int8_update_(
 
 
 def _sum_groups_cpu(acc, exponent, out, peak) -> None:
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     flat = out.view(-1).numpy()
     peak.numpy()[0] = K.sum_aligned(acc.view(len(acc), -1).numpy(), exponent.numpy(), flat)
@@ -218,7 +219,7 @@ def sum_groups(acc: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor,
 def _head_update_cpu(w, grad, peak, bits, key, site, rounding, rounds) -> None:
     import numpy as np
 
-    from . import _int8_cpu as K
+    K = _cpu.integers()
 
     if not int(peak):
         return

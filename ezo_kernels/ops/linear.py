@@ -33,7 +33,10 @@ def _linear_cpu(
     weights = perturbed_cpu(w, *head, site, "matrix", *tail)
     biases = [None] * groups if b is None else perturbed_cpu(b, *head, bias_site, "matrix", *tail)
     for x_g, y_g, w_g, b_g in zip(group_slices(x, groups, shared), out.chunk(groups), weights, biases, strict=True):
-        y_g.copy_(F.linear(x_g, w_g.t() if transposed else w_g, b_g))
+        if x_g.dim() == 2 and b_g is not None:  # what F.linear calls, without a copy of its result
+            torch.addmm(b_g, x_g, w_g if transposed else w_g.t(), out=y_g)
+        else:
+            y_g.copy_(F.linear(x_g, w_g.t() if transposed else w_g, b_g))
 
 
 def _linear_cuda(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _constants as C
+from . import _cpu
 from ._layout import default_layout, grid
 from ._library import register
 
@@ -160,7 +161,7 @@ def fill_cpu(key: torch.Tensor, site: int, query: int, columns: int, noise: Nois
     """
     import numpy as np
 
-    from . import _noise_cpu as N
+    N = _cpu.noises()
 
     if not noise.portable:
         raise NotImplementedError(f"noise {noise.name!r} exists on CUDA only: use 'gaussian' or 'clt4' on the CPU")
@@ -189,13 +190,13 @@ def z_cpu(shape, key, site: int, query: int, noise: Noise, layout: str) -> torch
 
 def shift_cpu(outs, w: torch.Tensor, scales, key, site: int, query: int, noise: Noise, layout: str) -> None:
     """outs[i] = w + scales[i] * z, z made once; all fp32 and contiguous, an ``out`` may be ``w``."""
-    from . import _noise_cpu as N
+    N = _cpu.noises()
 
     where = grid(w.shape, layout, noise.segment)
     z = fill_cpu(key, site, query, where.columns, noise, row_ids(where.rows))
-    cube = where.cube(w.detach()).numpy()
+    source = where.array(w)
     for out, scale in zip(outs, scales, strict=True):
-        N.add_scaled(where.cube(out.detach()).numpy(), cube, z, N.f32(scale))
+        N.add_scaled(where.array(out), source, z, N.f32(scale))
 
 
 def _noise_cpu(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> None:
@@ -203,7 +204,7 @@ def _noise_cpu(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> N
 
 
 def _fold_key_cpu(seed, step, key) -> None:
-    from . import _noise_cpu as N
+    N = _cpu.noises()
 
     N.fold_key(seed.numpy().view("uint32"), step.numpy().view("uint32"), key.numpy().view("uint32"))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _constants as C
+from . import _cpu
 from ._layout import LAYOUTS, default_layout, grid
 from ._library import register
 from ._perturbation import FLOATS
@@ -90,7 +91,7 @@ def rounding_lanes(shape, key, site: int, where, rounds: int) -> torch.Tensor:
     """Stream 4 of one parameter as int32 of its shape."""
     import numpy as np
 
-    from . import _noise_cpu as N
+    N = _cpu.noises()
 
     k0, k1 = key_words(key)
     lanes = np.empty((where.rows, -(-where.columns // 8) * 8), np.uint16)

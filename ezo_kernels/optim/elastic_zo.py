@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._nvtx import ranges
-from ..nn.convert import context_of, head_parameters, plan_of, trunk_parameters
+from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_parameters
 from ..nn.grouped import update_batch_norms
 from ..ops import Noise, Perturbation, UpdatePlan, update_
 from ..ops._perturbation import NotStackedError, PassError
@@ -95,6 +95,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         nvtx: bool = False,
     ) -> None:
         self.zo = context_of(model)
+        if is_int8(model):
+            raise ValueError("the model is converted to int8: ElasticZOInt8 trains it")
         self.model = model
         lr, eps = _number(lr, "lr", least=0.0), _number(eps, "eps", least=0.0, strict=True)
         head_lr = _number(head_lr, "head_lr", least=0.0)

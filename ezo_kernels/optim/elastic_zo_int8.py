@@ -33,6 +33,7 @@ from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding
 from ..ops.int8_tensor import Int8Tensor
 from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_head_update_, int8_update_, sum_groups, update_shift
 from ..ops.noise import Noise, check_index, fold_key, rng_version
+from .int8_memory import Int8Memory
 from .int8_state import Int8State
 from .passes import HEAD_GRADS
 
@@ -41,7 +42,7 @@ MODES = ("stacked", "sequential")
 STRATEGIES = ("auto", "buffer", "twice")
 
 
-class ElasticZOInt8(Int8State, torch.optim.Optimizer):
+class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
     """Trains a model that ``convert_(model, head=..., precision="int8")`` converted.
 
     ``param_groups[0]`` is the trunk (``bits``, ``r_max``, ``p_zero``), ``param_groups[1]`` the head (``bits``); all are Python
@@ -178,20 +179,6 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
         mean = self.losses.double().mean()
         return nats(mean, self._rows, self.fraction_bits) if self.loss == "cross_entropy" else mean / self._rows
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of the intermediates of the largest pass so far: planned, measured, all at once (the paper's tally), live."""
-        plans = list(self._plans.values())
-        if not plans:
-            raise ValueError("no step was taken yet")
-        largest = max(plans, key=lambda plan: plan.planned_bytes)
-        return {
-            "planned_bytes": largest.planned_bytes,
-            "measured_bytes": self.arena.measured_bytes,
-            "all_at_once_bytes": largest.all_at_once_bytes,
-            "live_bytes": largest.live_bytes,
-            "parameter_bytes": sum(p.numel() for p in self.model.parameters()),
-        }
-
     def _fill_scalars(self) -> Noise:
         trunk, head = self.param_groups
         noise = Noise("sparse_int8", self.rounds, trunk["p_zero"], trunk["r_max"])
@@ -218,41 +205,6 @@ class ElasticZOInt8(Int8State, torch.optim.Optimizer):
         if x.device != self.device:
             raise ValueError(f"x is on {x.device} and the model on {self.device}")
         return x
-
-    # ------------------------------------------------------------------------------------------------------ memory
-
-    def _record(self, x: Int8Tensor, p) -> ArenaPlan:
-        """The plan of a pass, from a trial on the meta device."""
-        trial = Int8Tensor(x.values.to("meta"), x.exponent.to("meta"), self.arena)
-        with self.arena.recording() as found, self._running(p):
-            y = self.model(trial)
-            if not isinstance(y, Int8Tensor):
-                raise TypeError(f"the model must return an Int8Tensor, got {type(y).__name__}")
-            del y, trial
-        return found[0]
-
-    def _plan(self, x: Int8Tensor, p) -> ArenaPlan:
-        key = (tuple(x.shape), 1 if p is None else p.groups)
-        plan = self._plans.get(key)
-        if plan is not None:
-            return plan
-        strategy = self.strategy
-        if strategy == "auto" and self.device.type == "cpu":
-            strategy = "twice"  # the CPU keeps what it can of the first time: see docs/numerics.md
-        if strategy != "auto":
-            self._strategies = dict.fromkeys(self._strategies, strategy)
-        plan = self._record(x, p)
-        # the first shape decides; what it decided holds for all
-        while strategy == "auto" and not self._plans and (owners := plan.at_the_peak()):
-            before = dict(self._strategies)
-            self._strategies.update(dict.fromkeys(owners, "twice"))
-            smaller = self._record(x, p)
-            if smaller.planned_bytes >= plan.planned_bytes:
-                self._strategies = before
-                break
-            plan = smaller
-        self._plans[key] = plan
-        return plan
 
     @contextlib.contextmanager
     def _running(self, p):

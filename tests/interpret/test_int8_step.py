@@ -9,7 +9,7 @@ import pytest
 import ezo_kernels as ezo
 from ezo_kernels.ops import Int8UpdatePlan, _int8_conv2d_triton, _int8_matmul_triton
 from ezo_kernels.ops._int8_update_triton import update_table
-from tests.test_int8_step import same, state, tiny, tiny_batch
+from tests.int8_models import same, state, tiny, tiny_batch
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,32 @@
+"""The numba kernels, imported when the first of them is called: importing the package should not wait for a compiler.
+
+An import statement in a function costs a microsecond at each call, which a step of small layers pays a hundred times.
+"""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def noises():
+    """:mod:`._noise_cpu`"""
+    from . import _noise_cpu
+
+    return _noise_cpu
+
+
+@functools.cache
+def integers():
+    """:mod:`._int8_cpu`"""
+    from . import _int8_cpu
+
+    return _int8_cpu
+
+
+@functools.cache
+def integer_losses():
+    """:mod:`._int8_loss_cpu`"""
+    from . import _int8_loss_cpu
+
+    return _int8_loss_cpu

@@ -1,0 +1,57 @@
+"""Where the intermediates of an integer step live: plans by trial passes, and the strategy of each layer."""
+
+from __future__ import annotations
+
+from ..nn.arena import ArenaPlan
+from ..ops.int8_tensor import Int8Tensor
+
+
+class Int8Memory:
+    """Memory of :class:`ezo_kernels.ElasticZOInt8`."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the intermediates of the largest pass so far: planned, measured, all at once (the paper's tally), live."""
+        plans = list(self._plans.values())
+        if not plans:
+            raise ValueError("no step was taken yet")
+        largest = max(plans, key=lambda plan: plan.planned_bytes)
+        return {
+            "planned_bytes": largest.planned_bytes,
+            "measured_bytes": self.arena.measured_bytes,
+            "all_at_once_bytes": largest.all_at_once_bytes,
+            "live_bytes": largest.live_bytes,
+            "parameter_bytes": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def _record(self, x: Int8Tensor, p) -> ArenaPlan:
+        """The plan of a pass, from a trial on the meta device."""
+        trial = Int8Tensor(x.values.to("meta"), x.exponent.to("meta"), self.arena)
+        with self.arena.recording() as found, self._running(p):
+            y = self.model(trial)
+            if not isinstance(y, Int8Tensor):
+                raise TypeError(f"the model must return an Int8Tensor, got {type(y).__name__}")
+            del y, trial
+        return found[0]
+
+    def _plan(self, x: Int8Tensor, p) -> ArenaPlan:
+        key = (tuple(x.shape), 1 if p is None else p.groups)
+        plan = self._plans.get(key)
+        if plan is not None:
+            return plan
+        strategy = self.strategy
+        if strategy == "auto" and self.device.type == "cpu":
+            strategy = "twice"  # the CPU keeps what it can of the first time: see docs/numerics.md
+        if strategy != "auto":
+            self._strategies = dict.fromkeys(self._strategies, strategy)
+        plan = self._record(x, p)
+        # the first shape decides; what it decided holds for all
+        while strategy == "auto" and not self._plans and (owners := plan.at_the_peak()):
+            before = dict(self._strategies)
+            self._strategies.update(dict.fromkeys(owners, "twice"))
+            smaller = self._record(x, p)
+            if smaller.planned_bytes >= plan.planned_bytes:
+                self._strategies = before
+                break
+            plan = smaller
+        self._plans[key] = plan
+        return plan

@@ -1,0 +1,362 @@
+"""What the integers refuse, by name, and that nothing has changed then: models, arguments, steps, states."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ezo_kernels as ezo
+from ezo_kernels.ops import Int8Tensor
+from ezo_kernels.optim import IntegerSchedule
+from tests.int8_models import Tiny, ints, lenet, overwrite, same, state, steps, tiny, tiny_batch
+
+# ---- models
+
+
+class Stray(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(4, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.fc(x) * self.scale
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return F.gelu(self.fc(x))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+def with_nan() -> nn.Module:
+    model = Tiny()
+    model.fc1.weight.data[0, 0] = float("nan")
+    return model
+
+
+UNFIT = {
+    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 0, r"1 \(BatchNorm1d\).*fold"),
+    "batch norm 2d": (lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)), 0, r"1 \(BatchNorm2d\).*fold"),
+    "sigmoid": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), 0, r"1 \(Sigmoid\).*ReLU"),
+    "gelu": (Functional, 0, "gelu"),
+    "stray": (Stray, 0, r"the model \(Stray\)"),
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 0, r"1 \(Dropout\).*rate"),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(1, 1, 1)), 0, r"0 \(Conv1d\).*Conv2d"),
+    "tied": (Tied, 0, r"'one.weight' and 'two.weight'"),
+    "conv in the head": (Tiny, 3, r"conv \(Conv2d\).*cut"),
+    "nan": (with_nan, 0, r"fc1 \(Linear\).*not finite"),
+    "terms": (lambda: nn.Sequential(nn.Linear(99_337, 1)), 0, r"0 \(Linear\).*99337.*99336"),
+    "reflect": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")), 0, "0 .*'reflect'"),
+    "even same": (lambda: nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), 0, "0 .*'same'"),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(3, 4)), 0, r"0 \(Embedding\)"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_model_without_an_integer_form_is_refused_by_name(case):
+    make, head, match = UNFIT[case]
+    model = make()
+    before, flags = state(model), [p.requires_grad for p in model.parameters()]
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(NotImplementedError, match=match):
+        ezo.convert_(model, head=head, precision="int8")
+    assert [type(m) for m in model.modules()] == classes and [p.requires_grad for p in model.parameters()] == flags
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("leaf", ["bias", "weight"])
+def test_half_a_frozen_layer_is_refused_by_name(leaf):
+    plain = Tiny()
+    getattr(plain.fc1, leaf).requires_grad_(False)
+    with pytest.raises(NotImplementedError, match="fc1 .Linear. is frozen in half"):
+        ezo.convert_(plain, precision="int8")
+    assert type(plain.fc1) is nn.Linear and plain.fc1.weight.dtype == torch.float32
+    ezo.convert_(plain, head=["fc1", "fc2"], precision="int8")  # in the head each parameter is on its own
+
+
+def test_all_problems_are_listed_at_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.BatchNorm1d(4))
+    with pytest.raises(NotImplementedError, match=r"(?s)1 \(Sigmoid\).*2 \(BatchNorm1d\)"):
+        ezo.convert_(model, precision="int8")
+
+
+def test_the_longest_sum_is_accepted():
+    model = ezo.convert_(nn.Sequential(nn.Linear(99_336, 1)), precision="int8")
+    opt = ezo.ElasticZOInt8(model)
+    opt.train_step(torch.full((1, 99_336), -128, dtype=torch.int8), torch.zeros(1, dtype=torch.int64))
+
+
+def test_a_dropout_of_rate_zero_is_no_obstacle():
+    """The advice for another rate is to set it to zero."""
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 2)), precision="int8")
+    ezo.ElasticZOInt8(model).train_step(ints((3, 4), 0), torch.zeros(3, dtype=torch.int64))
+
+
+# ---- arguments
+
+
+BAD_ARGUMENTS = [
+    (dict(r_max=0), ValueError, "0"), (dict(r_max=128), ValueError, "128"),
+    (dict(p_zero=1.0), ValueError, "1.0"), (dict(p_zero=-0.1), ValueError, "-0.1"),
+    (dict(bits=-9), ValueError, "^bits.*-9"), (dict(bits=8), ValueError, "^bits.*8"), (dict(bits=1.5), TypeError, "^bits"),
+    (dict(bits=True), TypeError, "^bits"), (dict(head_bits=-9), ValueError, "^head_bits.*-9"),
+    (dict(head_bits=8), ValueError, "^head_bits.*8"), (dict(head_bits=1.5), TypeError, "^head_bits"),
+    (dict(queries=0), ValueError, "queries.*0"), (dict(queries=-1), ValueError, "queries.*-1"),
+    (dict(queries=1.0), TypeError, "queries"), (dict(seed=-1), ValueError, "seed"), (dict(seed=2**64), ValueError, "seed"),
+    (dict(loss="mse"), ValueError, "loss.*'mse'"), (dict(mode="both"), ValueError, "mode.*'both'"),
+    (dict(strategy="thrice"), ValueError, "strategy.*'thrice'"), (dict(rounding="down"), ValueError, "rounding.*'down'"),
+    (dict(head_rounding="down"), ValueError, "rounding.*'down'"),
+    (dict(activation_rounding="stochastic"), ValueError, "activation_rounding.*'stochastic'"),
+    (dict(head_grad="both"), ValueError, "head_grad.*'both'"), (dict(fraction_bits=9), ValueError, "fraction_bits"),
+    (dict(fraction_bits=-1), ValueError, "fraction_bits"), (dict(rounds=8), ValueError, "rounds"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"), BAD_ARGUMENTS, ids=lambda v: str(v) if isinstance(v, dict) else ""
+)
+def test_arguments_out_of_range_are_refused_by_name(arguments, error, match):
+    with pytest.raises(error, match=match):
+        ezo.ElasticZOInt8(TINY, **arguments)
+
+
+TINY = tiny(("fc2",))
+
+
+def test_an_r_max_that_is_no_integer_is_refused():
+    with pytest.raises(TypeError, match="r_max"):
+        ezo.ElasticZOInt8(TINY, r_max=1.5)
+
+
+def test_models_that_are_not_converted_so_are_refused():
+    with pytest.raises(ValueError, match="not converted"):
+        ezo.ElasticZOInt8(Tiny())
+    with pytest.raises(ValueError, match="precision='int8'"):
+        ezo.ElasticZOInt8(ezo.convert_(Tiny()))
+    with pytest.raises(ValueError, match="precision.*'int4'"):
+        ezo.convert_(Tiny(), precision="int4")
+    frozen = Tiny().requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        ezo.ElasticZOInt8(ezo.convert_(frozen, precision="int8"))
+
+
+@pytest.mark.parametrize(
+    "milestones",
+    [{1: {"bits": 8}}, {1: {"head_bits": -9}}, {1: {"r_max": 0}}, {1: {"r_max": 128}}, {1: {"p_zero": 1.0}},
+     {1: {"lr": 1}}, {-1: {"bits": 1}}, {1.5: {"bits": 1}}, {1: {"bits": 1.5}}, {0: {"bits": 2}, 5: {"p_zero": -0.1}}],
+    ids=str,
+)  # fmt: skip
+def test_a_schedule_refuses_bad_values_before_anything_changes(milestones):
+    opt = ezo.ElasticZOInt8(tiny(("fc2",)))
+    before = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
+    with pytest.raises((TypeError, ValueError)):
+        IntegerSchedule(opt, milestones)
+    assert before == [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
+
+
+# ---- steps
+
+
+def bad_inputs():
+    x, y = tiny_batch()
+    one = torch.tensor([-5], dtype=torch.int32)
+    return {
+        "float x": ((x.dequantize(), y), TypeError, "float32"),
+        "numbers": (([1, 2], y), TypeError, "list"),
+        "empty": ((Int8Tensor(x.values[:0], one), y[:0]), ValueError, r"\(0, 2, 6, 6\)"),
+        "two groups": ((Int8Tensor(x.values[:2], one.repeat(2)), y[:1]), ValueError, "one group"),
+        "channels": ((Int8Tensor(x.values[:, :1], one), y), ValueError, "1"),
+        "three dimensions": ((Int8Tensor(x.values[0], one), y), ValueError, "3"),
+        "float labels": ((x, y.float()), TypeError, "float32"),
+        "int32 labels": ((x, y.int()), TypeError, "int32"),
+        "a label too large": ((x, y + 2), ValueError, r"\[0, 4\).*4"),
+        "a label below zero": ((x, y - 1), ValueError, r"\[0, 4\).*-1"),
+        "labels too few": ((x, y[:2]), ValueError, r"\(2,\)"),
+        "one-hot labels": ((x, y[:, None]), ValueError, r"\(3, 1\)"),
+        "float loss": ((x, y, F.cross_entropy), ValueError, "float_cross_entropy"),
+    }
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+@pytest.mark.parametrize("case", bad_inputs())
+def test_a_step_that_is_refused_changes_nothing(case, mode, first):
+    """Weights and counters are as before, and the next good step is as if it had not been."""
+    arguments, error, match = bad_inputs()[case]
+    model, other = tiny(("fc2",)), tiny(("fc2",))
+    opts = [ezo.ElasticZOInt8(m, mode=mode, bits=3, head_bits=3) for m in (model, other)]
+    if not first:
+        for opt in opts:
+            opt.train_step(*tiny_batch())
+    before, counted = state(model), opts[0].step_count.item()
+    with pytest.raises(error, match=match):
+        opts[0].train_step(*arguments)
+    assert same(before, state(model)) and opts[0].step_count.item() == counted
+    for opt in opts:
+        opt.train_step(*tiny_batch(1))
+    assert same(state(model), state(other)) and not same(state(model), before)
+    assert torch.equal(opts[0].losses, opts[1].losses)
+
+
+def test_the_float_input_of_a_layer_is_refused_by_its_class():
+    model = tiny()
+    for layer, x in ((model.conv, torch.zeros(1, 2, 6, 6)), (model.fc1, torch.zeros(1, 12))):
+        with pytest.raises(TypeError, match=f"{type(layer).__name__}.*float32.*quantize"):
+            layer(x)
+
+
+def test_a_closure_that_gives_no_loss_changes_nothing():
+    model = tiny()
+    opt, before = ezo.ElasticZOInt8(model), state(model)
+    for bad in (lambda: 1.0, lambda: torch.zeros(2)):
+        with pytest.raises(ValueError, match="one element"):
+            opt.step(bad)
+    with pytest.raises(ValueError, match="closure"):
+        opt.step()
+    with pytest.raises(ValueError, match="not visited.*conv.weight"):
+        opt.step(lambda: torch.zeros(1))
+    assert same(before, state(model)) and opt.step_count.item() == 0
+    with pytest.raises(ValueError, match="train_step"):
+        ezo.ElasticZOInt8(tiny(("fc2",))).step(lambda: torch.zeros(1))
+
+
+class Skipping(Tiny):
+    """Calls not all of its layers until it is told to."""
+
+    def __init__(self, skipped: str) -> None:
+        super().__init__()
+        self.skipped = skipped
+        self.extra, self.tail = nn.Linear(12, 12), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.relu(F.max_pool2d(self.conv(x), 2)).flatten(1)
+        if self.skipped != "extra":
+            x = self.extra(x)
+        x = self.fc2(F.relu(self.fc1(x)))
+        return x if self.skipped == "tail" else self.tail(x)
+
+
+@pytest.mark.parametrize("skipped", ["extra", "tail"])
+def test_a_layer_that_the_forward_does_not_call_is_named(skipped):
+    """In the trunk and in the head."""
+    models = [overwrite(ezo.convert_(Skipping(s), head=["fc2", "tail"], precision="int8")) for s in (skipped, "")]
+    before = state(models[0])
+    opts = [ezo.ElasticZOInt8(m, bits=3, head_bits=3) for m in models]
+    with pytest.raises(ValueError, match=f"'{skipped}.bias', '{skipped}.weight'|'{skipped}.weight', '{skipped}.bias'"):
+        opts[0].train_step(*tiny_batch())
+    assert same(before, state(models[0])) and opts[0].step_count.item() == 0
+    models[0].skipped = ""
+    for opt in opts:
+        opt.train_step(*tiny_batch())
+    assert same(state(models[0]), state(models[1]))
+
+
+class Leaving(Tiny):
+    """With control flow, so that no trace warns of it at the conversion."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.dequantize() if len(x) else y
+
+
+def test_a_model_that_returns_a_float_is_refused():
+    model = ezo.convert_(Leaving(), precision="int8")
+    opt, before = ezo.ElasticZOInt8(model), state(model)
+    with pytest.raises(TypeError, match="Int8Tensor, got Tensor"):
+        opt.train_step(*tiny_batch())
+    assert same(before, state(model)) and opt.step_count.item() == 0
+
+
+def test_more_rows_than_a_gradient_of_the_head_can_sum_are_refused():
+    model = overwrite(ezo.convert_(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), head=["1"], precision="int8"))
+    opt, before = ezo.ElasticZOInt8(model), state(model)
+    with pytest.raises(ValueError, match="1.weight: its gradient sums 99338 products over 2 groups.*99336"):
+        opt.train_step(torch.zeros(49_669, 1, dtype=torch.int8), torch.zeros(49_669, dtype=torch.int64))
+    assert same(before, state(model))
+    opt.train_step(torch.zeros(49_668, 1, dtype=torch.int8), torch.zeros(49_668, dtype=torch.int64))
+
+
+def test_more_terms_than_a_gradient_of_the_head_can_sum_are_refused():
+    """[B, T, K]: the gradient sums B T groups products."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(30_000, 2)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)).flatten(1))
+
+    model = overwrite(ezo.convert_(Tokens(), head=["b", "c"], precision="int8"))
+    with pytest.raises(ValueError, match="b.weight.*120000 products"):
+        ezo.ElasticZOInt8(model).train_step(
+            torch.ones(2, 30_000, 1, dtype=torch.int8), torch.zeros(2, dtype=torch.int64)
+        )
+
+
+# ---- states
+
+
+BAD_STATES = {
+    "numerics": (lambda s: s.update(numerics_version="ezo-int8-0"), "numerics_version.*ezo-int8-0"),
+    "noise": (lambda s: s.update(rng_version="ezo-1/philox4x32-10"), "rng_version"),
+    "recipe": (lambda s: s.update(queries=2), "queries"),
+    "loss": (lambda s: s.update(loss="squared_error"), "loss"),
+    "fraction": (lambda s: s.update(fraction_bits=0), "fraction_bits"),
+    "head_grad": (lambda s: s.update(head_grad="plus"), "head_grad"),
+    "rounding": (lambda s: s.update(rounding=["pseudo", "stochastic"]), "rounding"),
+    "head": (lambda s: s.update(head=[]), "head"),
+    "model": (lambda s: s["manifest"][0][2].append(1), "manifest"),
+    "a stranger's": (lambda s: s.clear(), "lacks"),
+    "groups": (lambda s: s["param_groups"].pop(), None),
+    "bits": (lambda s: s["param_groups"][0].update(bits=99), "99"),
+    "activations": (lambda s: s["rounding"].__setitem__(2, "pseudo"), "rounding"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_a_state_of_another_run_is_refused_and_changes_nothing(case):
+    spoil, match = BAD_STATES[case]
+    opt = ezo.ElasticZOInt8(tiny(("fc2",)))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["step"] += 5
+    spoil(saved)
+    with pytest.raises(ValueError, match=match):
+        opt.load_state_dict(saved)
+    assert opt.step_count.item() == 0 and opt.param_groups[0]["bits"] == 1
+
+
+def test_a_third_param_group_is_refused():
+    with pytest.raises(NotImplementedError, match="convert_"):
+        ezo.ElasticZOInt8(tiny()).add_param_group({"params": []})
+
+
+def test_a_failed_forward_does_not_wedge_the_model():
+    """The pass and the arena are closed again when a layer raises, in a trial as in a pass."""
+    model = lenet()
+    opt = ezo.ElasticZOInt8(model)
+    hook = model.fc2.register_forward_pre_hook(lambda m, x: (_ for _ in ()).throw(KeyError("mine")))
+    for _ in range(2):
+        with pytest.raises(KeyError, match="mine"):
+            steps(opt, 1)
+    hook.remove()
+    other = ezo.ElasticZOInt8(lenet())
+    assert steps(opt, 2) == steps(other, 2) and same(state(model), state(other.model))
