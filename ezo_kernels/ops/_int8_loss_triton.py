@@ -109,9 +109,9 @@ def int8_cross_entropy_kernel(
         )
         s += tl.sum(tl.where(inside, e, 0).to(tl.int64), axis=1)[:, None]
     label = tl.load(labels_ptr + r, mask=inside_r, other=0)
-    # a label that is none reads nothing: what it gives is undefined, where it reads is not
-    known = inside_r & (label >= 0) & (label < classes)
-    own = _logit(tl.load(at + label, mask=known, other=0).to(tl.int32), exponent, FRACTION)
+    # a label that is no class reads the logit of one: what that gives is undefined, where it reads is not
+    label = tl.minimum(tl.maximum(label, 0), classes - 1)
+    own = _logit(tl.load(at + label, mask=inside_r, other=0).to(tl.int32), exponent, FRACTION)
     loss = top - own + (log2_fraction(tl.where(inside_r, s, 1), FRACTION) - (30 << FRACTION))
     tl.atomic_add(losses_ptr + group, tl.sum(tl.where(inside_r, loss, 0)), sem="relaxed")
 
