@@ -400,3 +400,15 @@ def test_inference_mode_and_versions():
         ops.int8_update_([v], key, exponents(1), exponents(0), sites=[1], noise=Noise("sparse_int8", r_max=127))
         assert torch.equal(v.clone(), w)
         given(1, 2, 3).flatten(1)
+
+
+@pytest.mark.parametrize("peak", [128, -128, 1 << 14])
+def test_a_peak_of_a_power_of_two_takes_one_bit_more(peak):
+    """NITI's ceil(log2) gives 128 no shift, and a cast wraps it."""
+    value, weight = {128: (64, 2), -128: (64, -2), 1 << 14: (-128, -128)}[peak]
+    x = Int8Tensor(torch.tensor([[value, 1]], dtype=torch.int8), exponents(-6))
+    w = torch.tensor([[weight, 0], [0, 3]], dtype=torch.int8)
+    y = ops.int8_linear(x, w, None, None, weight_exponent=exponents(-7))
+    shift = abs(peak).bit_length() - 7
+    assert y.exponent.item() == -13 + shift
+    assert y.values[0, 0].item() == peak >> shift and abs(y.values[0, 0].item()) == 64

@@ -193,7 +193,7 @@ MUTANTS = (
         _OPS + "int8_matmul.py",
         "return max(0, int(peak).bit_length() - 7)",
         "return max(0, (int(peak) - 1).bit_length() - 7)",
-        _INT8_STEP,
+        "tests/test_int8_ops.py -k power_of_two",
     ),
     Mutant(
         "an integer weight saturates at its own rail",
