@@ -117,6 +117,16 @@ def test_it_learns(train, tmp_path):
     assert record["history"][-1]["loss"] < 0.5 * record["history"][0]["loss"]
 
 
+def test_it_learns_in_integers(ezo, tmp_path):
+    """The short form of bench/int8_training.py, on scikit-learn's digits."""
+    code, _, _ = ezo(
+        "train", "--data", "digits", "--precision", "int8", "--epochs", 4, "--batch", 16, "--json", tmp_path / "a.json"
+    )
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert code == 0 and record["test_accuracy"] > 0.8
+    assert record["history"][-1]["loss"] < 0.7 * record["history"][0]["loss"]
+
+
 def test_quiet_prints_the_result_alone(train):
     code, out, err = train("--quiet", "--max-steps", 2)
     assert code == 0 and err == "" and out.count("\n") == 1 and "after 2 steps" in out
