@@ -17,7 +17,17 @@ from pathlib import Path
 
 #: Part -> arguments of pytest. Benchmarks run in one process, so that nothing else is on the device.
 PARTS = {
-    "tests": ["tests/test_gpu.py", "tests/test_gpu_int8.py", "-m", "gpu", "-p", "no:cacheprovider", "-q"],
+    "tests": [
+        "tests/test_gpu.py",
+        "tests/test_gpu_int8.py",
+        "tests/test_int8_ops.py",
+        "tests/test_int8_arithmetic.py",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+    ],
     "linear": ["bench/bench_linear.py", "--benchmark-only", "-q", "-k", "cuda"],
     "step": ["bench/bench_step.py", "--benchmark-only", "-q", "-k", "cuda"],
     "int8": ["bench/bench_int8.py", "--benchmark-only", "-q", "-k", "cuda"],

@@ -172,11 +172,8 @@ def main() -> None:
         for arm in args.arms:
             epochs = args.epochs or (EPOCHS[arm][args.data] if arm == "pure" else EPOCHS[arm])
             for kind in args.kinds:
-                if (
-                    (kind == "frozen") == (arm == "pure")
-                    and kind in ("frozen", "bp")
-                    or (kind == "bp" and arm != "fc2,fc3")
-                ):
+                # without a head there is nothing to freeze the rest for, and backpropagation has no arms
+                if (kind == "frozen" and arm == "pure") or (kind == "bp" and arm != "fc2,fc3"):
                     continue
                 if (kind, arm, seed, epochs) in done:
                     continue

@@ -76,8 +76,12 @@ def integers() -> str:
         )
 
         def errors(kind: str, arm: str, epochs: int, runs=runs) -> str:
-            found = [r["test_error"] for r in runs if (r["kind"], r["arm"], r["epochs"]) == (kind, arm, epochs)]
-            return _spread(found) if found else ""
+            arm = "fc2,fc3" if kind == "bp" else arm  # backpropagation has no arms
+            for at in sorted({r["epochs"] for r in runs}, key=lambda e: (e != epochs, e)):
+                found = [r["test_error"] for r in runs if (r["kind"], r["arm"], r["epochs"]) == (kind, arm, at)]
+                if found:
+                    return _spread(found) + ("" if at == epochs else f" ({at} epochs)")
+            return ""
 
         for arm, epochs in cells:
             own = [r for r in runs if (r["kind"], r["arm"], r["epochs"]) == ("int8", arm, epochs)]
