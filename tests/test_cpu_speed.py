@@ -22,11 +22,11 @@ def test_normals_reach_two_fifths_of_torch_randn():
 
 @pytest.mark.parametrize("head", [0, ["fc2", "fc3"]], ids=["pure", "fc2+fc3"])
 def test_step_is_within_a_fifth_of_eager_mezo(head):
-    # measured 1.01 to 1.06, with a spread of 0.1 on a busy machine (bench/results/cpu.json)
+    # measured 0.93 to 1.04, once 1.11, on a busy machine (bench/results/cpu.json)
     assert step_against_mezo(head)["ratio"] <= 1.2
 
 
 @pytest.mark.parametrize("head", [0, ["fc2", "fc3"]], ids=["pure", "fc2+fc3"])
-def test_integer_step_is_within_a_fifth_of_the_float_one(head):
-    # measured 0.95 to 1.0, with the same spread (bench/results/cpu.json)
-    assert int8_step_against_fp32(head)["ratio"] <= 1.2
+def test_integer_step_is_within_a_third_of_the_float_one(head):
+    # measured 0.90 to 1.13 on a busy machine (bench/results/cpu.json)
+    assert int8_step_against_fp32(head)["ratio"] <= 1.3

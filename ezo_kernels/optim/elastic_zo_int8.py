@@ -66,7 +66,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         activation_rounding: ``nearest`` or ``pseudo``.
         mode: ``stacked`` runs all groups as one batch, ``sequential`` one by one.
         strategy: ``buffer`` keeps int32 accumulators in the arena, ``twice`` multiplies twice instead; ``auto`` takes the
-            second for the layers whose accumulators would make the arena larger, and on a CPU for all, where it costs nothing.
+            second for the layers whose accumulators would make the arena larger, and on a CPU for all, where it costs little.
         rounds: Philox rounds, 7 or 10.
         nvtx: push NVTX ranges by phase.
 
