@@ -8,24 +8,29 @@
 Importing the package touches no GPU and no driver.
 """
 
-from . import models, nn, ops, optim
+from . import models, nn, ops, optim, planning
 from ._version import __version__
 from .nn import convert_, head_parameters, summary, trunk_parameters, unconvert_
 from .ops.int8_tensor import Int8Tensor, quantize
-from .optim import ElasticZO, ElasticZOInt8, chunked_cross_entropy
+from .optim import Diagnostics, ElasticZO, ElasticZOInt8, chunked_cross_entropy
+from .planning import choose_cut, memory_plan
 
 __all__ = [
+    "Diagnostics",
     "ElasticZO",
     "ElasticZOInt8",
     "Int8Tensor",
     "__version__",
+    "choose_cut",
     "chunked_cross_entropy",
     "convert_",
     "head_parameters",
+    "memory_plan",
     "models",
     "nn",
     "ops",
     "optim",
+    "planning",
     "quantize",
     "summary",
     "trunk_parameters",

@@ -29,6 +29,20 @@ def test_machine_code(name, arch):
     assert row.shared_bytes <= budget["shared_bytes"], f"{row.shared_bytes} bytes, bound {budget['shared_bytes']}"
 
 
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize(
+    ("noise", "most"),
+    [("clt4", 19), ("gaussian_fast", 19), ("gaussian", 36), ("hadamard", 9), ("rademacher", 6)],
+)
+def test_instructions_for_one_weight_at_few_rows(noise, rows, most):
+    """The whole loop of the two-product kernel on sm_90, bf16: loads, noise, both products."""
+    name = f"linear_small/bf16/{noise}/{rows}/pair/sm_90"
+    row = static.measure(static.variants()[name], 90)
+    assert not row.faults(static.variants()[name])
+    assert "HGMMA" in row.matrix_instructions
+    assert row.instructions_per_z <= most
+
+
 def test_every_kernel_declares_variants_for_sm_90():
     """A jit function that is launched and compiled nowhere would be found by its first user."""
     kernels = {variant.kernel.__name__ for variant in static.variants().values() if 90 in variant.archs}

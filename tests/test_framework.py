@@ -36,7 +36,8 @@ def tensors(op, dtype, rows, alter):
         return (w[:rows], key, eps, 1, "matrix", *TAIL, torch.empty(4, *w[:rows].shape, dtype=dtype))
     if op == "linear":
         out = torch.empty(4 * rows, 3, 7, dtype=dtype)
-        return (alter(randn(4 * rows, 3, 5, dtype=dtype)), w, b, key, eps, 1, 2, False, False, "", *TAIL, out)
+        how = (False, False, "", "auto", "float32")
+        return (alter(randn(4 * rows, 3, 5, dtype=dtype)), w, b, key, eps, 1, 2, *how, *TAIL, out)
     if op == "conv2d":
         w = alter(randn(6, 2, 3, 3, seed=1, dtype=dtype))
         out = torch.empty(4 * rows, 6, 3, 4, dtype=dtype)
@@ -47,7 +48,7 @@ def tensors(op, dtype, rows, alter):
         return (ids, w, key, eps, 1, False, *TAIL, torch.empty(4 * rows, 2, 5, dtype=dtype))
     assert op == "update_", op
     table = torch.empty(0, dtype=torch.int64)
-    return ([w[:rows], b], key, torch.tensor([0.1, 0.2]), table, [1, 2], [0, 0], 0, True, "gaussian", 7, 0.0)
+    return ([w[:rows], b], key[None], torch.tensor([[0.1, 0.2]]), table, [1, 2], [0, 0], 0, True, "gaussian", 7, 0.0)
 
 
 OPERATORS = ["noise", "dropout_mask", "fold_key", "perturb", "linear", "conv2d", "embedding", "update_"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -85,6 +86,45 @@ def test_linear(rows, n, k, noise, dtype, signs):
         own = x[g * rows : (g + 1) * rows]
         exact = F.linear(own.double(), w_g, b_g)
         error_rule(y[g * rows : (g + 1) * rows], F.linear(own, w_g.to(dtype), b_g.to(dtype)), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("noise", FLOAT)
+@pytest.mark.parametrize("k", [16, 70, 256])
+def test_two_products_multiply_by_the_z_of_the_contract(k, noise, dtype):
+    """Rows of the identity show W + sign eps z; with W = 0 and eps = 1 that is z, bit for bit. A pair is its two signs."""
+    site = dict(site=3, bias_site=4, strategy="two_products", z_dtype=str(dtype).removeprefix("torch."))
+    one = functools.partial(pass_, noise, queries=1)
+    w = torch.zeros(130, k, device="cuda", dtype=dtype)
+    x = torch.eye(k, device="cuda", dtype=dtype)
+    z = ops.materialize(w.shape, seed=1, step=2, site=3, noise=noise, device="cuda", **extra(noise)).to(dtype)
+    plus, minus = ops.perturbed_linear(x.repeat(2, 1), w, None, one(eps=1.0), **site).chunk(2)
+    assert torch.equal(plus.T, z) and torch.equal(minus.T, -z)
+    shared = ops.perturbed_linear(x, w, None, one(eps=1.0), shared=True, **site).chunk(2)
+    assert torch.equal(shared[0].T, z) and torch.equal(shared[1].T, -z)
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(s, device="cuda").to(dtype) for s in ((40, k), (130, k), (130,)))
+    both = ops.perturbed_linear(x, w, b, one(), **site).chunk(2)
+    for sign, part, y in zip((1, -1), x.chunk(2), both, strict=True):
+        assert torch.equal(ops.perturbed_linear(part, w, b, one((sign,)), **site), y)
+    zero = ops.perturbed_linear(x[:20].repeat(2, 1), w, b, one(eps=0.0), **site).chunk(2)
+    assert torch.equal(*zero)
+
+
+@pytest.mark.parametrize("noise", FLOAT)
+@pytest.mark.parametrize(("rows", "n", "k"), [(256, 1000, 512), (300, 130, 72)])
+def test_slabs_hold_the_weights_of_the_contract(rows, n, k, noise):
+    """Rows of the identity show W + sign eps z; a pair is its two signs, bit for bit, and eps = 0 gives equal groups."""
+    site = dict(site=3, bias_site=4, strategy="slab")
+    one = functools.partial(pass_, noise, queries=1)
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(s, device="cuda").bfloat16() for s in ((2 * rows, k), (n, k), (n,)))
+    y = ops.perturbed_linear(torch.eye(k, device="cuda").bfloat16(), w, None, one(), shared=True, **site)
+    assert torch.equal(y.view(2, k, n).mT, ops.perturb(w, one(), site=3))
+    both = ops.perturbed_linear(x, w, b, one(), **site).chunk(2)
+    for sign, part, y in zip((1, -1), x.chunk(2), both, strict=True):
+        assert torch.equal(ops.perturbed_linear(part, w, b, one((sign,)), **site), y)
+    assert torch.equal(*ops.perturbed_linear(x[:rows].repeat(2, 1), w, b, one(eps=0.0), **site).chunk(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import ezo_kernels as ezo
-from bench.memory import LiveBytes, paper_tally
+from ezo_kernels.cli.experiments.probes import LiveBytes
 from ezo_kernels.nn.arena import Arena, ArenaPlan, Interval
 from ezo_kernels.ops import Int8Tensor
+from ezo_kernels.planning import paper_tally
 from tests.int8_models import ints, lenet, lenet_batch, overwrite, same, state, steps, tiny
 
 # ---- live bytes
@@ -92,7 +93,8 @@ def test_memory_before_a_step_is_refused():
 @pytest.mark.parametrize(("rows", "ratio"), [(32, 1.598), (256, 1.458)])
 def test_the_papers_tally(rows, ratio):
     """P = 107,786, A = 18,058 and A32 = 8,054 from the model's shapes, and the paper's two ratios."""
-    fp32, int8 = paper_tally(ezo.models.LeNet5(), torch.zeros(1, 1, 28, 28), rows)
+    model, x = ezo.models.LeNet5(), torch.zeros(rows, 1, 28, 28)
+    fp32, int8 = (paper_tally(model, x, integer=integer)[0] for integer in (False, True))
     assert (fp32, int8) == (4 * (107_786 + rows * 18_058), 107_786 + rows * 18_058 + 4 * rows * 8_054)
     assert round(fp32 / int8, 3) == ratio
 

@@ -354,6 +354,17 @@ def test_resume_equals_the_uninterrupted_run(head, tmp_path):
 CHANGES = {"bits": 3, "r_max": 50, "p_zero": 0.25, "head_bits": 4}
 
 
+def test_the_loss_for_people_is_the_mean_over_rows_whatever_the_loss():
+    """The float loss of the same logits is a mean already: dividing by the rows again would make it 8 times too small."""
+    means = []
+    for loss in ("cross_entropy", "float_cross_entropy"):
+        opt = ezo.ElasticZOInt8(lenet(("fc3",)), seed=1, loss=loss)
+        opt.train_step(*lenet_batch(8))
+        assert opt.group_losses.shape == (2,) and opt.mean_loss == opt.group_losses.mean()
+        means.append(opt.mean_loss.item())
+    assert means[0] == pytest.approx(means[1], rel=0.01) and means[0] > 1
+
+
 def test_a_schedule_changes_what_it_says_when_it_says():
     def run(by_hand):
         model = tiny(("fc2",))

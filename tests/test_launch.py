@@ -107,6 +107,31 @@ def test_dtypes(launches, x, w):
     assert len(launches) == 3
 
 
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 1, 1), (64, 48, 128), (64, 130, 70)])
+@pytest.mark.parametrize("noise", ["clt4", "rademacher"])
+def test_two_products(launches, rows, n, k, noise):
+    x, w = torch.ones(2 * rows, k, dtype=BF16), torch.ones(n, k, dtype=BF16)
+    site = dict(site=0xFFFFFFFF, bias_site=1, z_dtype="bfloat16")
+    ops.perturbed_linear(x, w, w[:, 0], pass_of(noise), strategy="auto" if k % 8 == 0 else "two_products", **site)
+    ops.perturbed_linear(x, w, None, pass_of(noise, signs=(-1,)), shared=True, strategy="two_products", **site)
+    assert [launch.name for launch in launches] == ["linear_small_kernel"] * 2
+
+
+def test_slabs(launches):
+    """auto takes them for many rows; the kernel starts at a slab's first row."""
+    x, w = torch.ones(2 * 1300, 1024, dtype=BF16), torch.ones(1024, 1024, dtype=BF16)
+    ops.perturbed_linear(x, w, w[0], pass_of("clt4"), site=1, bias_site=2)
+    ops.perturbed_linear(x[:1300], w, None, pass_of("clt4", signs=(-1,)), site=1)
+    ops.perturbed_linear(x, w, None, pass_of("clt4"), site=1, z_dtype="bfloat16")
+    assert [launch.name for launch in launches] == ["perturb_kernel"] * 7
+
+
+def test_z_of_sixteen_bits_in_the_fused_kernel(launches):
+    x, w = torch.ones(256, 128, dtype=BF16), torch.ones(48, 128, dtype=BF16)
+    ops.perturbed_linear(x, w, None, pass_of("clt4"), site=1, z_dtype="bfloat16")
+    assert [launch.name for launch in launches] == ["linear_kernel"]
+
+
 @pytest.mark.parametrize(("signs", "shared"), [((1, -1), False), ((1, -1), True), ((0,), False)])
 def test_everything_is_one(launches, signs, shared):
     """Arguments that are one are constants of the kernel."""
@@ -139,7 +164,8 @@ def test_update_and_noise(launches):
     plan = ops.UpdatePlan((1, 2, 3), tuple(layouts), tuple(map(ops.UpdatePlan._address, params)), table)
     for coef in (torch.ones(1), torch.ones(2)):
         ops.update_(params, key, coef, sites=[1, 2, 3], plan=plan)
+    ops.update_(params, key.repeat(2, 1), torch.ones(2, 1), sites=[1, 2, 3], plan=plan)
     fold_key(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), key)
     ops.materialize((3, 5), seed=1, step=2, site=3, noise="sparse", p_zero=0.5)
     ops.materialize((1,), seed=1, step=2, site=3, noise="sparse_int8")
-    assert [launch.name for launch in launches] == ["update_kernel"] * 2 + ["fold_key_kernel"] + ["noise_kernel"] * 2
+    assert [launch.name for launch in launches] == ["update_kernel"] * 3 + ["fold_key_kernel"] + ["noise_kernel"] * 2

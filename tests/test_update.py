@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from ezo_kernels.ops import Noise, UpdatePlan, update_
 from ezo_kernels.ops.noise import key_tensor
-from ezo_kernels.ops.update import round_stochastic
+from ezo_kernels.ops.update import round_stochastic, update_strategy
 from tests import materialised as ref
 from tests.materialised import NOISES, Pass, randn
 from tests.tolerance import assert_bitwise_equal, bits
@@ -187,6 +188,78 @@ def test_a_plan_spares_building_and_is_refused_for_other_shapes(device):
     assert torch.equal(other, before)
 
 
+# ---- several steps in one pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_several_steps_are_as_many_calls(dtype, stochastic, device):
+    """A replay of a log: the rounding of each step is made in between; a step of zeros is none."""
+    steps = [(3, 5), (2**63, 9), (3, 6), (3, 7)]
+    coefs = torch.tensor([[0.1, -0.2], [0.0, 0.0], [0.3, 0.0], [1e-4, 2e-4]])
+    keys = torch.stack([key_tensor(*s) for s in steps]).to(device)
+    once, each = ([randn(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(SHAPES)] for _ in "ab")
+    how = dict(sites=list(range(len(SHAPES))), query=7, stochastic_rounding=stochastic)
+    update_(once, keys, coefs.to(device), **how)
+    for key, coef in zip(keys, coefs.to(device), strict=True):
+        update_(each, key, coef, **how)
+    for a, b in zip(once, each, strict=True):
+        assert_bitwise_equal(a.cpu(), b.cpu())
+
+
+# ---- arrays of other libraries, and which kernel runs
+
+
+def test_arrays_of_other_libraries_are_updated_where_they_lie():
+    """DLPack: the array itself changes, by its own strides."""
+    p, w = Pass(), randn(6, 9)
+    array = w.numpy().copy()
+    column = np.ascontiguousarray(w.numpy().T).T
+    for a in (array, column):
+        update_([a], p.p.key, torch.tensor([0.25]), sites=[4])
+        assert_bitwise_equal(torch.from_numpy(a), ref.update(w, [0.25], p, site=4))
+    fixed = w.numpy().copy()
+    fixed.flags.writeable = False
+    with pytest.raises(BufferError, match="readonly"):
+        update_([fixed], p.p.key, torch.tensor([0.25]), sites=[4])
+    with pytest.raises(TypeError, match="__dlpack__, got list"):
+        update_([[1.0]], p.p.key, torch.tensor([0.25]), sites=[4])
+    assert np.array_equal(np.from_dlpack(ref.update(w, [0.25], p, site=4)), array)
+
+
+def test_the_strategy_is_a_pure_function(monkeypatch):
+    assert update_strategy("gaussian", {torch.bfloat16}, cupy=True) == "triton", "no GPU has timed the two"
+    monkeypatch.setattr(
+        "ezo_kernels.ops.update.FASTER_IN_CUDA", {"gaussian": frozenset((torch.bfloat16, torch.float16))}
+    )
+    half, full = {torch.bfloat16}, {torch.float32, torch.bfloat16}
+    assert update_strategy("gaussian", half, cupy=True) == "cuda"
+    assert update_strategy("gaussian", half, cupy=False) == "triton"
+    assert update_strategy("gaussian", full, cupy=True) == "triton"
+    assert update_strategy("clt4", half, cupy=True) == "triton"
+
+
+def test_a_cpu_has_no_strategies():
+    w = randn(3, 4)
+    before = w.clone()
+    with pytest.raises(NotImplementedError, match="'cuda' is a GPU's"):
+        run([w], [0.1], Pass(), [1], strategy="cuda")
+    with pytest.raises(ValueError, match="strategy must be one of .* got 'fast'"):
+        run([w], [0.1], Pass(), [1], strategy="fast")
+    plan = UpdatePlan.build([w], [1], ["matrix"], Noise())
+    with pytest.raises(ValueError, match="built for strategy 'triton', not 'cuda'"):
+        run([w], [0.1], Pass(), [1], plan=plan, strategy="cuda")
+    assert torch.equal(w, before)
+
+
+def test_without_cupy_the_strategy_names_the_extra(monkeypatch):
+    from ezo_kernels.ops import _cuda
+
+    monkeypatch.setattr(_cuda, "available", lambda: False)
+    with pytest.raises(ImportError, match=r"ezo-kernels\[cuda12\]"):
+        _cuda.require()
+
+
 # ---- errors: nothing changes
 
 
@@ -207,6 +280,8 @@ def bad(**change):
         (bad(key=torch.zeros(3, dtype=torch.int32)), ValueError, "key [2]"),
         (bad(coef=torch.tensor(0.5)), ValueError, "coef must be [queries]"),
         (bad(coef=torch.empty(0)), ValueError, "coef must be [queries]"),
+        (bad(coef=torch.ones(2, 1)), ValueError, "(2, 1), (2,)"),
+        (bad(coef=torch.ones(2, 1), key=torch.zeros(3, 2, dtype=torch.int32)), ValueError, "(2, 1), (3, 2)"),
         (bad(params=[randn(3, 4), randn(4).double()]), TypeError, "float64"),
         (bad(params=[randn(3, 4), torch.ones(4, dtype=torch.int8)]), TypeError, "int8"),
         (bad(params=[randn(3, 4), torch.empty(4, device="meta")]), ValueError, "on meta"),

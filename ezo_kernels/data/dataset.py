@@ -26,8 +26,8 @@ OFFSETS = {"mnist": 33, "fashion_mnist": 73, "digits": 57}
 class Dataset:
     """Images uint8 [n, 28, 28] and labels int64 [n], numpy, in three splits that share nothing.
 
-    ``genuine`` is True only for the MNIST or Fashion-MNIST files that everybody has, compared by md5. ``source`` says
-    where it was read.
+    A loader of something else than images says what its x and y are. ``genuine`` is True only for the MNIST or Fashion-MNIST
+    files that everybody has, compared by md5, and for point clouds drawn from them. ``source`` says where it was read.
     """
 
     name: str

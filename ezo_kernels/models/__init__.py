@@ -2,5 +2,6 @@
 
 from .lenet import LeNet5
 from .mlp import MLP
+from .pointnet import PointNet
 
-__all__ = ["MLP", "LeNet5"]
+__all__ = ["MLP", "LeNet5", "PointNet"]

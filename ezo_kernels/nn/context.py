@@ -45,6 +45,7 @@ class ZOContext:
         batch_stats: batch-norm module -> (mean, unbiased variance) of each group of the step.
         micro: number of the micro-batch under gradient accumulation.
         calls: site -> how often a dropout ran in this pass.
+        strategy: of the linear layers, as in :func:`ezo_kernels.ops.perturbed_linear`.
         tape: what records an integer head for its backward, while a step runs.
     """
 
@@ -55,6 +56,7 @@ class ZOContext:
     batch_stats: dict = field(default_factory=dict)
     micro: int = 0
     calls: dict = field(default_factory=dict)
+    strategy: str = "auto"
     tape: object = None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..ops._strategy import STRATEGIES
 from .context import ZOContext
 from .cut import in_head
 from .dropout import ZODropout
@@ -28,7 +29,9 @@ def context_of(model: nn.Module) -> ZOContext:
     return zo
 
 
-def convert_(model: nn.Module, head=0, filter_fn=None, sample=None, *, precision: str = "float") -> nn.Module:
+def convert_(
+    model: nn.Module, head=0, filter_fn=None, sample=None, *, precision: str = "float", strategy: str = "auto"
+) -> nn.Module:
     """Convert ``model`` in place: zeroth order for the trunk, backpropagation for the head.
 
     Linear, Conv1d, Conv2d, Embedding and Hugging Face's Conv1D of the trunk become fused layers that hold the same
@@ -47,6 +50,8 @@ def convert_(model: nn.Module, head=0, filter_fn=None, sample=None, *, precision
         precision: ``float``, parameters as they are; or ``int8``, for :class:`ezo_kernels.ElasticZOInt8`: weights become int8
             with a power-of-two exponent, in the same Parameters, and the model takes and gives
             :class:`ezo_kernels.Int8Tensor`. Its ``state_dict`` then holds int8 values and, beside each, ``..._exponent``.
+        strategy: of linear layers in ``float``: ``auto`` (by the shipped table), ``fused``, ``two_products`` or
+            ``slab``; the last two are refused in a pass by a layer that cannot take them (:mod:`ezo_kernels.ops._strategy`).
 
     Returns:
         ``model``.
@@ -63,10 +68,14 @@ def convert_(model: nn.Module, head=0, filter_fn=None, sample=None, *, precision
         raise ValueError("a part of the model is converted already: unconvert_ that part first")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if precision == "int8":
+        if strategy != "auto":
+            raise ValueError("strategy is of float layers; that of integer layers is ElasticZOInt8's")
         return convert_int8_(model, head, filter_fn, sample)
     plan = make_plan(model, head, filter_fn, sample)
-    zo = ZOContext(manifest=tuple(plan.sites))
+    zo = ZOContext(manifest=tuple(plan.sites), strategy=strategy)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sites = {name: s for s in plan.sites for name in s.names}
     modules = dict(model.named_modules())

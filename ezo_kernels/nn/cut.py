@@ -43,6 +43,20 @@ def _called_in_order(model: nn.Module, sample) -> list[str]:
     return order
 
 
+def all_cuts(model: nn.Module, sample=None) -> list[tuple[str, ...]]:
+    """The head of every cut, by the number n = 0, 1, ... of weight layers in it: what an integer head n stands for.
+
+    Args:
+        model, sample: as in :func:`resolve_head`.
+
+    Raises:
+        ValueError: a model that cannot be traced.
+    """
+    order = _called_in_order(model, sample)
+    weights = list(dict.fromkeys(name for name in order if _is_weight_layer(model.get_submodule(name))))
+    return [(), *(tuple(dict.fromkeys(order[order.index(name) :])) for name in reversed(weights))]
+
+
 def resolve_head(model: nn.Module, head, sample=None) -> tuple[str, ...]:
     """Names of the head's modules (each with everything below it); ("",) is the whole model.
 
@@ -61,12 +75,10 @@ def resolve_head(model: nn.Module, head, sample=None) -> tuple[str, ...]:
     if isinstance(head, int):
         if head == 0:
             return ()
-        order = _called_in_order(model, sample)
-        weights = list(dict.fromkeys(name for name in order if _is_weight_layer(model.get_submodule(name))))
-        if not 0 < head <= len(weights):
-            raise ValueError(f"head={head} is outside 0..{len(weights)}: a forward runs {len(weights)} weight layers")
-        first = order.index(weights[-head])
-        return tuple(dict.fromkeys(order[first:]))
+        cuts = all_cuts(model, sample)
+        if not 0 < head < len(cuts):
+            raise ValueError(f"head={head} is outside 0..{len(cuts) - 1}: a forward runs {len(cuts) - 1} weight layers")
+        return cuts[head]
     if head == "all" and "all" not in names:
         return ("",)
     chosen = (head,) if isinstance(head, str) else tuple(head)

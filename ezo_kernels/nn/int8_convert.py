@@ -15,11 +15,12 @@ from ..ops.int8_tensor import quantize
 from .arena import Arena
 from .context import Site, ZOContext
 from .cut import in_head, resolve_head
-from .int8_layers import Int8Conv2d, Int8Linear
+from .int8_layers import Int8Conv1d, Int8Conv2d, Int8Linear
 from .linear import release
 from .plan import Plan
 
-WEIGHT_LAYERS: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
+WEIGHT_LAYERS: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 #: Modules without parameters that call functions which have an integer form, and containers.
 PLAIN = (
     nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleList,
@@ -29,7 +30,6 @@ _ADVICE = {
     nn.BatchNorm2d: "fold it into the convolution first (torch.nn.utils.fusion.fuse_conv_bn_eval)",
     nn.BatchNorm1d: "fold it into the linear layer first (torch.nn.utils.fusion.fuse_linear_bn_eval)",
     nn.Dropout: "set its rate to 0 or leave it out",
-    nn.Conv1d: "use nn.Conv2d with a height of one",
     nn.Sigmoid: "use nn.ReLU",
     nn.Tanh: "use nn.ReLU",
     nn.GELU: "use nn.ReLU",
@@ -56,7 +56,7 @@ def _check_layer(name: str, module: nn.Module) -> str | None:
     terms = module.weight[0].numel()
     if terms > MOST_TERMS:
         return f"it sums {terms} products for one output, and int32 holds {MOST_TERMS} (127 * 128 * terms + 127 * 2^22 < 2^31)"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, _CONVOLUTIONS):
         if module.padding_mode != "zeros":
             return f"padding_mode {module.padding_mode!r}: only zeros"
         if module.padding == "same" and any(
@@ -76,7 +76,7 @@ def _refuse(model: nn.Module, head: tuple[str, ...]) -> None:
             reason = _check_layer(name, module)
             if reason:
                 problems.append(f"{shown}: {reason}")
-            elif type(module) is nn.Conv2d and in_head(name, head):
+            elif type(module) in _CONVOLUTIONS and in_head(name, head):
                 problems.append(f"{shown}: convolutions have no integer backward: move the cut behind it")
         elif own:
             problems.append(f"{shown} has parameters of its own and no integer form: {_advice(module)}")
@@ -156,9 +156,8 @@ def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Mod
         if name not in plan.frozen and not in_head(name, chosen):
             p = parameters[name]
             owner = name.rpartition(".")[0]
-            layout = (
-                "conv" if type(modules[owner]) is nn.Conv2d and name.endswith("weight") else default_layout(p.shape)
-            )
+            conv = type(modules[owner]) in _CONVOLUTIONS and name.endswith("weight")
+            layout = "conv" if conv else default_layout(p.shape)
             sites[name] = Site(i, (name,), tuple(p.shape), layout, "fused", "int8")
     zo = ZOContext(manifest=tuple(sites.values()))
     held = {n: (p.requires_grad, p.dtype) for n, p in parameters.items()}

@@ -1,4 +1,4 @@
-"""Integer layers: nn.Linear and nn.Conv2d whose weights are int8, perturbed inside the product during a pass."""
+"""Integer layers: nn.Linear, nn.Conv1d and nn.Conv2d whose weights are int8, perturbed inside the product during a pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import nn
 
-from ..ops.int8_conv2d import int8_conv2d
+from ..ops.int8_conv2d import int8_conv1d, int8_conv2d
 from ..ops.int8_matmul import check_input, int8_linear
 from ..ops.int8_tensor import Int8Tensor
 from .context import ZOContext
@@ -14,7 +14,7 @@ from .linear import become
 
 
 class _Int8Layer:
-    """What both have: int8 Parameters with an exponent buffer each, and a place in the trunk, the head, or neither.
+    """What all have: int8 Parameters with an exponent buffer each, and a place in the trunk, the head, or neither.
 
     Attributes:
         zo: the model's context.
@@ -68,16 +68,26 @@ class Int8Linear(_Int8Layer, nn.Linear):
         return int8_linear(x, self.weight, self.bias, p, **options)
 
 
-class Int8Conv2d(_Int8Layer, nn.Conv2d):
-    """nn.Conv2d in integers, zero padding: [B, C, H, W] to [B, O, H', W']."""
-
+class _Int8Conv(_Int8Layer):
     def _multiply(self, x, p, **options):
         padding = self.padding
         if padding == "valid":
             padding = 0
         elif padding == "same":
             padding = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        return int8_conv2d(
+        return self._operator(
             x, self.weight, self.bias, p, stride=self.stride, padding=padding, dilation=self.dilation,
             groups=self.groups, **options,
         )  # fmt: skip
+
+
+class Int8Conv1d(_Int8Conv, nn.Conv1d):
+    """nn.Conv1d in integers, zero padding: [B, C, L] to [B, O, L']."""
+
+    _operator = staticmethod(int8_conv1d)
+
+
+class Int8Conv2d(_Int8Conv, nn.Conv2d):
+    """nn.Conv2d in integers, zero padding: [B, C, H, W] to [B, O, H', W']."""
+
+    _operator = staticmethod(int8_conv2d)

@@ -47,7 +47,9 @@ class ZOLinear(nn.Linear):
         if self.zo.p is None:
             return super().forward(input)
         self.zo.visit(self.site, self.bias_site)
-        return perturbed_linear(input, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0)
+        return perturbed_linear(
+            input, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0, strategy=self.zo.strategy
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"
@@ -71,8 +73,9 @@ class ZOTransposedLinear(nn.Module):
             return self.plain_class.forward(self, x)
         self.zo.visit(self.site, self.bias_site)
         return perturbed_linear(
-            x, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0, transposed=True
-        )
+            x, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0, transposed=True,
+            strategy=self.zo.strategy,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, site={self.site}"

@@ -4,7 +4,7 @@ from . import noise
 from ._perturbation import Perturbation
 from .conv2d import perturbed_conv1d, perturbed_conv2d
 from .embedding import perturbed_embedding
-from .int8_conv2d import int8_conv2d
+from .int8_conv2d import int8_conv1d, int8_conv2d
 from .int8_loss import int8_cross_entropy, int8_cross_entropy_gradient, int8_squared_error
 from .int8_matmul import int8_gemm, int8_linear
 from .int8_pass import IntegerPerturbation
@@ -24,6 +24,7 @@ __all__ = [
     "Perturbation",
     "UpdatePlan",
     "int8_add",
+    "int8_conv1d",
     "int8_conv2d",
     "int8_cross_entropy",
     "int8_cross_entropy_gradient",

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ._linear_triton import architecture, input_precision
+from ._linear_triton import architecture
 from ._noise_triton import ASM, NOISE_ID, UNIT, load_key, signed32, z_units
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
+from .linear import input_precision
 
 
 @jit(do_not_specialize=["site", "bias_site", "query", "threshold"])

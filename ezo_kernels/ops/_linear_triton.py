@@ -77,11 +77,14 @@ def linear_kernel(
     x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
     n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, ROUNDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """SIGNS: 2 for the pair, else the sign. Programs that share a tile of W are neighbours, so that it stays in L2."""
+    """SIGNS: 2 for the pair, else the sign. ROUNDED: z of the weight has x's dtype.
+
+    Programs that share a tile of W are neighbours, so that it stays in L2.
+    """
     pid = tl.program_id(0)
     first_m = (pid % tiles_m) * BM
     pid = pid // tiles_m
@@ -136,6 +139,8 @@ def linear_kernel(
                     k0, k1, site, query + q, rn[:, None].to(tl.uint32), (k + units).to(tl.uint32),
                     NOISE, ROUNDS, UNIT, ASM, threshold, scale,
                 )  # fmt: skip
+            if ROUNDED:
+                z = z.to(dtype).to(tl.float32)
             plus, minus = perturb_tile(w, z, eps, dtype)
             if SIGNS == 2:
                 if SHARED:
@@ -178,29 +183,37 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def input_precision(dtype: torch.dtype, precision: str) -> str:
-    """``ieee`` or ``tf32`` of fp32 products: as asked, else torch's float32 matmul precision."""
-    if dtype != torch.float32:
-        return "ieee"
-    return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
-
-
 def constexprs(
-    tile, noise, signs: int, shared: bool, transposed: bool, bias: bool, x_dims: int, even_k: bool, precision: str
-) -> dict:
+    tile, noise, signs: int, shared: bool, transposed: bool, bias: bool, x_dims: int, even_k: bool, precision: str,
+    rounded: bool = False,
+) -> dict:  # fmt: skip
     """Everything that :func:`linear_kernel` is compiled for."""
     return {
         **{"SIGNS": signs, "SHARED": bool(shared), "TRANSPOSED": bool(transposed), "BIAS": bias, "X_DIMS": x_dims},
-        **{"EVEN_K": even_k, "PRECISION": precision, "SWAP": tile.swap, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
+        **{
+            "EVEN_K": even_k,
+            "ROUNDED": rounded,
+            "PRECISION": precision,
+            "SWAP": tile.swap,
+            "BM": tile.bm,
+            "BN": tile.bn,
+            "BK": tile.bk,
+        },
         **noise_constexprs(noise, tile.bn if transposed else tile.bk),
         "BIAS_UNIT": min(UNITS[noise.name], tile.bn),
     }
 
 
 def launch_linear(
-    x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, out,
+    x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, out, *, rounded=False,
 ) -> None:  # fmt: skip
-    """Write the outputs of every group; arguments as in :func:`perturbed_linear`, all checked there."""
+    """Write the outputs of every group; arguments as in :func:`perturbed_linear`, all checked there.
+
+    Args:
+        precision: ``ieee`` or ``tf32``.
+        out: contiguous.
+        rounded: z of the weight is rounded to x's dtype.
+    """
     require()
     n, k = w.shape[::-1] if transposed else w.shape
     groups = queries * len(signs)
@@ -209,14 +222,6 @@ def launch_linear(
     if place is None:
         x = x.contiguous()
         place = address(x, "matrix")
-    if not out.is_contiguous():
-        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
-        launch_linear(
-            x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, whole
-        )
-        out.copy_(whole)
-        return
-    precision = input_precision(x.dtype, precision)
     tile = linear_tile(rows, n, k, x.dtype, noise.name, precision, transposed, architecture(x.device))
     tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
     if max(n + tile.bn, k + tile.bk, rows + tile.bm, tiles_m * tiles_n * queries) >= 1 << 31:
@@ -229,7 +234,9 @@ def launch_linear(
             x, w, b if b is not None else w, out, key, eps, signed32(site), signed32(bias_site), query, rows, n, k,
             tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=stride_n, w_stride_k=stride_k,
             b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
-            **constexprs(tile, noise, sign, shared, transposed, b is not None, place.dims, k % tile.bk == 0, precision),
+            **constexprs(
+                tile, noise, sign, shared, transposed, b is not None, place.dims, k % tile.bk == 0, precision, rounded
+            ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
 

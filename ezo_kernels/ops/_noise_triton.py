@@ -233,23 +233,31 @@ def _sylvester(COLUMNS: tl.constexpr):
 def _hadamard(k0, k1, site, counter2, rows, units, ROUNDS: tl.constexpr, ASM: tl.constexpr):
     """Bytes of two blocks times the Hadamard matrix on the tensor cores: integers, the same in any order."""
     COLUMNS: tl.constexpr = units.shape[1] * 32
-    block = units >> 4
+    # a thread makes blocks, not segments of two blocks: words that are joined stay in the thread that made them
+    block = (units >> 4)[:, :, None] + tl.arange(0, 2)[None, None, :].to(tl.uint32)
+    block = tl.reshape(block, (units.shape[0], units.shape[1] * 2))
     w0, w1, w2, w3 = philox(site, block, counter2, rows, k0, k1, ROUNDS, ASM)
-    w4, w5, w6, w7 = philox(site, block + 1, counter2, rows, k0, k1, ROUNDS, ASM)
-    words = _interleave8(w0, w1, w2, w3, w4, w5, w6, w7).to(tl.int32, bitcast=True)
+    words = _interleave4(w0, w1, w2, w3).to(tl.int32, bitcast=True)
     octets = _interleave4(words, words >> 8, words >> 16, words >> 24).to(tl.int8)
-    mixed = tl.dot(octets, _sylvester(COLUMNS), out_dtype=tl.int32)
-    # the half that centres a byte: 32 halves land on column 0 of a segment and cancel on the others
-    mixed += tl.where((tl.arange(0, COLUMNS) & 31) == 0, 16, 0)[None, :]
-    return mixed.to(tl.float32) * _HADAMARD
+    mixed = tl.dot(octets, _sylvester(COLUMNS), out_dtype=tl.int32).to(tl.float32)
+    # the half that centres a byte: 32 halves land on column 0 of a segment and cancel on the others. Added as an integer
+    # it would become the product's accumulator, which then is two moves a z instead of none
+    mixed = tl.where(((tl.arange(0, COLUMNS) & 31) == 0)[None, :], mixed + 16.0, mixed)
+    return mixed * _HADAMARD
+
+
+@jit
+def rademacher_words(k0, k1, site, counter2, rows, units, ROUNDS: tl.constexpr, ASM: tl.constexpr):
+    """The word of each unit's segment of 32 columns, uint32 [R, U]; ``counter2`` is query << 8."""
+    w0, w1, w2, w3 = philox(site, units >> 7, counter2 | _S_RADEMACHER, rows, k0, k1, ROUNDS, ASM)
+    word = (units >> 5) & 3
+    return tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
 
 
 @jit
 def _rademacher(k0, k1, site, counter2, rows, units, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr):
     """One bit a column, moved to the sign bit of 1.0: column c of a word has bit (c & 1) * 16 + (c >> 1)."""
-    w0, w1, w2, w3 = philox(site, units >> 7, counter2, rows, k0, k1, ROUNDS, ASM)
-    word = (units >> 5) & 3
-    w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    w = rademacher_words(k0, k1, site, counter2, rows, units, ROUNDS, ASM)
     base = units & 31
     if UNIT == 1:
         x = w << (31 - ((base & 1) * 16 + (base >> 1)))
@@ -305,7 +313,7 @@ def z_units(
     if NOISE == HADAMARD:
         z = _hadamard(k0, k1, site, counter2 | _S_HADAMARD, rows, units, ROUNDS, ASM)
     elif NOISE == RADEMACHER:
-        z = _rademacher(k0, k1, site, counter2 | _S_RADEMACHER, rows, units, ROUNDS, UNIT, ASM)
+        z = _rademacher(k0, k1, site, counter2, rows, units, ROUNDS, UNIT, ASM)
     elif NOISE == SPARSE:
         w0, w1, w2, w3 = philox(site, units >> 2, counter2 | _S_GAUSSIAN, rows, k0, k1, ROUNDS, ASM)
         w4, w5, w6, w7 = philox(site, (units >> 2) + 1, counter2 | _S_GAUSSIAN, rows, k0, k1, ROUNDS, ASM)

@@ -56,15 +56,18 @@ def noise_kernel(
     tl.store(out_ptr + at, z.to(out_ptr.dtype.element_ty), mask=(r < rows) & (c < columns) & (within < channels))
 
 
-@jit(do_not_specialize=[*_SCALARS, "w_n1", "w_n2", "w_n3"])
+@jit(do_not_specialize=[*_SCALARS, "first_row", "w_n1", "w_n2", "w_n3"])
 def perturb_kernel(
-    w_ptr, out_ptr, key_ptr, eps_ptr, site, query, rows, columns, channels, padded, tiles, group_stride,
+    w_ptr, out_ptr, key_ptr, eps_ptr, site, query, first_row, rows, columns, channels, padded, tiles, group_stride,
     w_n1, w_n2, w_n3, w_s0, w_s1, w_s2, w_s3, w_row_stride, w_channel_stride,
     n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, threshold, scale,
     SIGNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W_DIMS: tl.constexpr, DIMS: tl.constexpr, CONV: tl.constexpr,
-    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, ROUNDED: tl.constexpr = False,
 ):  # fmt: skip
-    """SIGNS: 2 for the pair, else the sign."""
+    """SIGNS: 2 for the pair, else the sign. ROUNDED: z has out's dtype.
+
+    first_row: of the parameter, where w is some of its rows.
+    """
     first, r, c, taps, within = _place(tl.program_id(0), tiles, channels, padded, R, C, CONV)
     q = tl.program_id(1)
     mask = (r < rows) & (c < columns) & (within < channels)
@@ -81,7 +84,10 @@ def perturb_kernel(
     else:
         k0, k1 = load_key(key_ptr)
         units = (first + tl.arange(0, C // UNIT) * UNIT)[None, :].to(tl.uint32)
-        z = z_units(k0, k1, site, query + q, r.to(tl.uint32), units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+        own = (r + first_row).to(tl.uint32)
+        z = z_units(k0, k1, site, query + q, own, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+        if ROUNDED:
+            z = z.to(dtype).to(tl.float32)
         step = z * tl.load(eps_ptr)
         if SIGNS >= 1:
             tl.store(out_ptr + at, (w + step).to(dtype), mask=mask)
@@ -135,7 +141,9 @@ def launch_noise(out: torch.Tensor, key: torch.Tensor, site: int, query: int, la
         )  # fmt: skip
 
 
-def launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, out) -> None:
+def launch_perturb(
+    w, key, eps, site, layout, query, queries, signs, noise, out, *, first_row: int = 0, rounded: bool = False
+) -> None:  # fmt: skip
     """Write the perturbed copies of one parameter, group-major.
 
     Args:
@@ -143,27 +151,30 @@ def launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, out)
         key, eps: int32 [2], fp32 [1], on the device.
         site, layout, query, queries, signs, noise: as in :class:`Perturbation`.
         out: [queries * len(signs), *w.shape].
+        first_row: w is these rows and on of a larger parameter.
+        rounded: z is rounded to out's dtype.
     """
+    more = {"first_row": first_row, "rounded": rounded}
     require()
     if queries > 65535:
         raise NotImplementedError(f"perturb: 65535 queries a pass at most, got {queries}")
     where = grid(w.shape, layout, noise.segment)
     source, place = address(w, layout), address(out[0], layout)
     if source is None:
-        return launch_perturb(w.contiguous(), key, eps, site, layout, query, queries, signs, noise, out)
+        return launch_perturb(w.contiguous(), key, eps, site, layout, query, queries, signs, noise, out, **more)
     if place is None:
         whole = torch.empty_like(out, memory_format=torch.contiguous_format)
-        launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, whole)
+        launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, whole, **more)
         out.copy_(whole)
         return
     tile, total, scalars = _cover(where, noise)
     threshold, scale = noise_args(noise)
     with torch.cuda.device_of(w):
         perturb_kernel[(total, queries)](
-            w, out, key, eps, signed32(site), query, **scalars, group_stride=out.stride(0),
+            w, out, key, eps, signed32(site), query, first_row, **scalars, group_stride=out.stride(0),
             **source.args("w_"), **place.args(), threshold=threshold, scale=scale,
             SIGNS=2 if len(signs) == 2 else signs[0], R=tile.rows, C=tile.columns,
-            W_DIMS=source.dims, DIMS=place.dims, CONV=layout == "conv",
+            W_DIMS=source.dims, DIMS=place.dims, CONV=layout == "conv", ROUNDED=rounded,
             **noise_constexprs(noise, tile.columns), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -193,7 +204,9 @@ def _variant(kernel, name, pointers, integers, constexprs, tile, noise, ones, re
         num_stages=1,
         expects=("multiply", "integer mma") if noise.name == "hadamard" else ("multiply",),
         z_per_program=tile.rows * tile.columns,
-        divisible=tuple(n for n in integers if n not in ones and n not in _SCALARS and not n.startswith("w_n")),
+        divisible=tuple(
+            n for n in integers if n not in ones and n not in (*_SCALARS, "first_row") and not n.startswith("w_n")
+        ),
         representative=representative,
     )
 
@@ -203,7 +216,7 @@ def variants():
     require()
     strides = ("s0", "s1", "s2", "s3", "row_stride", "channel_stride")
     out = [*_SCALARS, "channels", *strides]
-    both = [*out, "group_stride", "w_n1", "w_n2", "w_n3", *("w_" + s for s in strides)]
+    both = [*out, "first_row", "group_stride", "w_n1", "w_n2", "w_n3", *("w_" + s for s in strides)]
     for name in NOISE_ID:
         noise = Noise(name, p_zero=0.5 if name.startswith("sparse") else 0.0)
         for shape, rows, conv in (("matrix", 4096, False), ("bias", 1, False), ("conv3x3", 128, True)):
@@ -219,7 +232,7 @@ def variants():
                 continue
             for dtype in ("bf16", "fp16", "fp32"):
                 pointers = {"w_ptr": dtype, "out_ptr": dtype, "key_ptr": "i32", "eps_ptr": "fp32"}
-                constexprs = {"DIMS": 1, "W_DIMS": 1, "CONV": conv, "SIGNS": 2}
+                constexprs = {"DIMS": 1, "W_DIMS": 1, "CONV": conv, "SIGNS": 2, "ROUNDED": False}
                 yield _variant(
                     perturb_kernel, f"perturb/{dtype}/{name}/{shape}/pair", pointers, both, constexprs, tile, noise,
                     (one, "w_" + one), shape == "bias" and (dtype, name) in {("bf16", "gaussian"), ("fp32", "hadamard")},

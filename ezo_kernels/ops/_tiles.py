@@ -6,6 +6,7 @@ time, run with the same tiles: that is what makes eps = 0 give equal losses bit 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,68 @@ def linear_tile(
         bk = 64 if wide and noise not in ("sparse", "hadamard") else 32
         return LinearTile(128, 128 if wide else 64, bk, 8, 2, False)
     return LinearTile(64, 64, 32, 4, 2, False)
+
+
+#: Most bytes of a slab: what two signs of some outputs take and an L2 of 50 MB holds beside x.
+SLAB_BYTES = 32 << 20
+#: Rows of slabs are a multiple of these where there are as many.
+SLAB_ROWS = 32
+
+
+@functools.lru_cache(maxsize=4096)
+def slab_plan(n: int, k: int, size: int, most: int | None = None) -> tuple[tuple[int, int, int], ...]:
+    """Slabs of a weight [n, k], ``size`` bytes an element: (first row, rows, how many behind one another: 2, or a last 1).
+
+    Two perturbed copies of a slab take :data:`SLAB_BYTES` at most, where that holds :data:`SLAB_ROWS` rows. ``most``: rows of a
+    slab, instead.
+    """
+    most = most or max(SLAB_BYTES // max(2 * k * size, 1) // SLAB_ROWS, 1) * SLAB_ROWS
+    plan, first = [], 0
+    while n - first > 1:
+        rest = n - first
+        rows = rest // (2 * -(-rest // (2 * most)))
+        rows -= rows % SLAB_ROWS if rows > SLAB_ROWS else 0
+        plan.append((first, rows, 2))
+        first += 2 * rows
+    return (*plan, *[(first, 1, 1)] * (n - first))
+
+
+def slab_bytes(plan: tuple[tuple[int, int, int], ...], k: int, size: int) -> int:
+    """Bytes of two copies of the largest slab, each rounded up to 64."""
+    return 2 * max(-(-rows * k * size // 64) * 64 for _, rows, _ in plan)
+
+
+@dataclass(frozen=True)
+class SmallTile:
+    """Tile of the two-product matmul: HALF rows of each group by BN outputs, BK inputs at a time."""
+
+    half: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+def small_tile(rows: int, dtype: torch.dtype, noise: str, regular: bool, arch: int) -> SmallTile:
+    """Tile of a perturbed linear layer of ``rows`` rows a group made as two products; any number of rows works.
+
+    Args:
+        dtype: of x. arch: compute capability, 90 for an H100.
+        regular: rows of x and of W are contiguous, and begin at multiples of 8 elements.
+    """
+    if not regular:
+        # an address an element, in registers
+        return SmallTile(16, 32, 32, 4, 2)
+    half = 16 if rows <= 16 else 32 if rows <= 32 or arch not in LARGE else 64
+    if dtype == torch.float32:
+        return SmallTile(half, 32, 32, 8, 2)
+    if arch not in LARGE:
+        # accumulators and z live in the same registers: a wider half would spill, or make z once in each warp
+        return SmallTile(half, 64, 32 if noise == "sparse" or (noise == "gaussian" and half > 16) else 64, 4, 3)
+    if half == 64 and noise in ("hadamard", "rademacher"):
+        # cheap z: the addresses of x's tile cost as much, so more of W goes by for each of them
+        return SmallTile(half, 128, 64, 8, 3) if noise == "hadamard" else SmallTile(half, 128, 128, 8, 2)
+    return SmallTile(half, 64, 32 if noise == "sparse" else 64, 4, 4)
 
 
 def int8_tile(rows: int, n: int, k: int, aligned: bool, arch: int) -> LinearTile:

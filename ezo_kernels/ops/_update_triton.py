@@ -3,11 +3,13 @@
 | tensor | shape |
 |---|---|
 | params | any shapes and strides, fp32, fp16 or bf16, mixed |
-| coef | fp32 [queries], on the device |
+| keys | int32 [steps, 2], on the device |
+| coef | fp32 [steps, queries], on the device |
 | table | int64, on the device: FIELDS numbers a parameter, then (parameter << 32 | tile) for each program |
 
-A program reads and writes one tile of one parameter once, whatever the number of queries. Arithmetic is fp32, each
-product rounded; 16-bit weights round stochastically at the end, bit for bit as ``ops.update.round_stochastic``.
+A program reads and writes one tile of one parameter once, whatever the number of steps and queries. Arithmetic is fp32,
+each product rounded; 16-bit weights round stochastically at the end of each step, in registers, bit for bit as
+``ops.update.round_stochastic``.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ def _general(at, entry_ptr, rows, columns):
 
 @jit
 def _tile(
-    entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
-    CODE: tl.constexpr, STOCHASTIC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
+    CODE: tl.constexpr, ONE: tl.constexpr, STOCHASTIC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile of a parameter of dtype CODE. bf16 is read and written as int16, the upper half of an fp32."""
@@ -95,33 +97,38 @@ def _tile(
     else:
         at, within = _general(base, entry_ptr, r, c)
         raw = tl.load(at, mask=(r < rows) & (c < columns) & (within < channels), other=0)
-    if CODE == 1:
-        v = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        v = raw.to(tl.float32)
-    k0, k1 = load_key(key_ptr)
+    out = raw
     counter_rows = r.to(tl.uint32)
     units = (first + tl.arange(0, C // UNIT) * UNIT)[None, :].to(tl.uint32)
     touched = 0
-    for q in range(queries):
-        coef = tl.load(coef_ptr + q)
-        # a skipped step leaves every bit alone, that of -0 too
-        if coef != 0.0:
-            z = z_units(k0, k1, site, query + q, counter_rows, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
-            v = v - z * coef
-            touched = 1
-    if touched != 0:
-        if CODE == 0:
-            out = v
-        elif STOCHASTIC:
-            blocks = (first + tl.arange(0, C // 8) * 8)[None, :].to(tl.uint32)
-            stream = (query * 0 + _S_ROUNDING).to(tl.uint32)
-            lanes = lane_units(k0, k1, site, stream, counter_rows, blocks, ROUNDS, ASM)
-            out = _round_stochastic(v, lanes, CODE)
-        elif CODE == 1:
-            out = v.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    for step in range(1 if ONE else steps):
+        if CODE == 1:
+            v = (out.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
-            out = v.to(tl.float16)
+            v = out.to(tl.float32)
+        k0, k1 = load_key(key_ptr + 2 * step)
+        moved = 0
+        for q in range(1 if ONE else queries):
+            coef = tl.load(coef_ptr + step * queries + q)
+            # a skipped step leaves every bit alone, that of -0 too
+            if coef != 0.0:
+                z = z_units(k0, k1, site, query + q, counter_rows, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+                v = v - z * coef
+                moved = 1
+        if moved != 0:
+            touched = 1
+            if CODE == 0:
+                out = v
+            elif STOCHASTIC:
+                blocks = (first + tl.arange(0, C // 8) * 8)[None, :].to(tl.uint32)
+                stream = (query * 0 + _S_ROUNDING).to(tl.uint32)
+                lanes = lane_units(k0, k1, site, stream, counter_rows, blocks, ROUNDS, ASM)
+                out = _round_stochastic(v, lanes, CODE)
+            elif CODE == 1:
+                out = v.to(tl.bfloat16).to(tl.int16, bitcast=True)
+            else:
+                out = v.to(tl.float16)
+    if touched != 0:
         if fast:
             stride = tl.multiple_of(tl.load(entry_ptr + 16), 8)
             at = tl.multiple_of(base, 16) + r.to(tl.int64) * stride + c
@@ -131,14 +138,17 @@ def _tile(
             tl.store(at, out, mask=(r < rows) & (c < columns) & (within < channels))
 
 
-@jit(do_not_specialize=["count", "queries", "query", "threshold"])
+@jit(do_not_specialize=["count", "steps", "queries", "query", "threshold"])
 def update_kernel(
-    table_ptr, key_ptr, coef_ptr, count, queries, query, threshold, scale,
-    FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, STOCHASTIC: tl.constexpr,
+    table_ptr, key_ptr, coef_ptr, count, steps, queries, query, threshold, scale,
+    FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, ONE: tl.constexpr, STOCHASTIC: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """FP32, BF16, FP16: which dtypes the parameters have; a parameter's own is a branch of the whole program."""
+    """FP32, BF16, FP16: which dtypes the parameters have; a parameter's own is a branch of the whole program.
+
+    ONE: there is one step of one query, and no loop: a training step of one query, without the registers of a loop.
+    """
     work = tl.load(table_ptr + count.to(tl.int64) * _FIELDS + tl.program_id(0))
     entry_ptr = table_ptr + (work >> 32) * _FIELDS
     tile = (work & 0x7FFFFFFF).to(tl.int32)
@@ -146,30 +156,31 @@ def update_kernel(
     if FP32:  # noqa: SIM102 - the outer ifs are the compiler's
         if code == 0:
             _tile(
-                entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
-                0, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+                entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
+                0, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
             )  # fmt: skip
     if BF16:  # noqa: SIM102
         if code == 1:
             _tile(
-                entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
-                1, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+                entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
+                1, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
             )  # fmt: skip
     if FP16:  # noqa: SIM102
         if code == 2:
             _tile(
-                entry_ptr, tile, key_ptr, coef_ptr, queries, query, threshold, scale,
-                2, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+                entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
+                2, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
             )  # fmt: skip
 
 
-def update_table(params, sites, layouts, noise) -> torch.Tensor:
+def update_table(params, sites, layouts, noise, tile=None) -> torch.Tensor:
     """The device table of :func:`launch_update`; valid while the parameters stay where they are.
 
     Args:
         params: tensors of one device.
         sites, layouts: of each.
         noise: a :class:`Noise`.
+        tile: of another kernel; by default this one's.
 
     Returns:
         int64, on the parameters' device.
@@ -177,7 +188,7 @@ def update_table(params, sites, layouts, noise) -> torch.Tensor:
     Raises:
         NotImplementedError: a parameter of more dimensions than can be addressed, or of more than 2^31 rows or columns.
     """
-    tile = update_tile(noise.name)
+    tile = tile or update_tile(noise.name)
     entries = np.zeros((len(params), FIELDS), np.int64)
     work = []
     for i, (w, site, layout) in enumerate(zip(params, sites, layouts, strict=True)):
@@ -204,12 +215,12 @@ def update_table(params, sites, layouts, noise) -> torch.Tensor:
     return torch.from_numpy(table).to(params[0].device)
 
 
-def launch_update(params, key, coef, table, query, stochastic, noise) -> None:
+def launch_update(params, keys, coef, table, query, stochastic, noise) -> None:
     """Update every parameter, in place, in one launch.
 
     Args:
         params: those of ``table``.
-        key, coef: int32 [2], fp32 [queries], on the device.
+        keys, coef: int32 [steps, 2], fp32 [steps, queries], on the device, contiguous.
         table: of :func:`update_table` for these parameters and this noise.
         query: first direction of ``coef``.
         stochastic: rounding of 16-bit parameters.
@@ -224,9 +235,10 @@ def launch_update(params, key, coef, table, query, stochastic, noise) -> None:
     present = {w.dtype for w in params}
     with torch.cuda.device_of(table):
         update_kernel[(programs,)](
-            table, key, coef, len(params), coef.numel(), query, threshold, scale,
+            table, keys, coef, len(params), *coef.shape, query, threshold, scale,
             FP32=torch.float32 in present, BF16=torch.bfloat16 in present, FP16=torch.float16 in present,
-            STOCHASTIC=bool(stochastic), R=tile.rows, C=tile.columns, **noise_constexprs(noise, tile.columns),
+            ONE=coef.numel() == 1, STOCHASTIC=bool(stochastic), R=tile.rows, C=tile.columns,
+            **noise_constexprs(noise, tile.columns),
             num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -245,18 +257,21 @@ def variants():
             noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
             tile = update_tile(name)
             present = {flag: flag in flags for flag in ("FP32", "BF16", "FP16")}
-            for stochastic in (True, False) if "16" in dtype and name == "gaussian" else (True,):
+            forms = [(True, True)]  # stochastic, one step of one query
+            if "16" in dtype and name == "gaussian":
+                forms += [(False, True), (True, False)]
+            for stochastic, one in forms:
                 yield Variant(
                     kernel=update_kernel,
-                    name=f"update/{dtype}/{name}/{'stochastic' if stochastic else 'nearest'}",
+                    name=f"update/{dtype}/{name}/{'stochastic' if stochastic else 'nearest'}{'' if one else '/steps'}",
                     signature={
                         **{"table_ptr": "*i64", "key_ptr": "*i32", "coef_ptr": "*fp32"},
-                        **dict.fromkeys(("count", "queries", "query", "threshold"), "i32"),
+                        **dict.fromkeys(("count", "steps", "queries", "query", "threshold"), "i32"),
                         "scale": "fp32",
                     },
                     constexprs={
                         **present,
-                        **{"STOCHASTIC": stochastic, "R": tile.rows, "C": tile.columns},
+                        **{"ONE": one, "STOCHASTIC": stochastic, "R": tile.rows, "C": tile.columns},
                         **noise_constexprs(noise, tile.columns),
                         "ASM": True,
                     },
@@ -265,6 +280,7 @@ def variants():
                     expects=("multiply", "integer mma") if name == "hadamard" else ("multiply",),
                     z_per_program=tile.rows * tile.columns * sum(present.values()),
                     representative=stochastic
+                    and one
                     and (dtype, name)
                     in {("bf16", "gaussian"), ("bf16", "hadamard"), ("fp32", "clt4"), ("fp16", "sparse")},
                 )

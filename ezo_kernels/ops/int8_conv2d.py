@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from . import _cpu
@@ -165,3 +167,45 @@ def int8_conv2d(
 
     shape = (own_groups * (x.shape[0] // x.groups), weight.shape[0], *size)
     return multiply(x, shape, own_groups, strategy, rounding, weight_exponent, run)
+
+
+def int8_conv1d(
+    x: Int8Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: IntegerPerturbation | None,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    **options,
+) -> Int8Tensor:
+    """Integer 1-D convolution of every group: :func:`int8_conv2d` with a height of one, bit for bit.
+
+    Args:
+        x: [groups of the pass * B, C, L], or of one group that all of them share.
+        weight: int8 [O, C / groups, S]. Never written.
+        stride, padding, dilation: an int or one of it in a tuple.
+        options: as of int8_conv2d.
+
+    Returns:
+        [groups of the pass * B, O, L'].
+
+    Raises:
+        TypeError, ValueError: as int8_conv2d.
+    """
+    check_input(x, "int8_conv1d")
+    if weight.dim() != 3 or x.dim() != 3:
+        raise ValueError(f"int8_conv1d: x and weight must be 3-D, got {tuple(x.shape)} and {tuple(weight.shape)}")
+    stride, padding, dilation = (v[0] if isinstance(v, (tuple, list)) else v for v in (stride, padding, dilation))
+    y = int8_conv2d(
+        dataclasses.replace(x, values=x.values.unsqueeze(2)),
+        weight.unsqueeze(2),
+        bias,
+        p,
+        stride=(1, stride),
+        padding=(0, padding),
+        dilation=(1, dilation),
+        **options,
+    )
+    return dataclasses.replace(y, values=y.values.squeeze(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -27,6 +28,19 @@ def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=Fal
         raise NotImplementedError("max_pool2d in integers: no dilation, ceil_mode or return_indices")
     y = int8_pool2d(x, "max", kernel_size, stride, padding)
     return _record("max_pool2d", y, x, kernel=kernel_size, stride=stride, padding=padding)
+
+
+def amax(x, dim, keepdim=False):
+    """The maximum over one dimension: a max-pool whose window is the whole of it."""
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if len(dims) != 1 or dims[0] % x.dim() == 0:
+        raise NotImplementedError(f"amax in integers: one dimension, and not the rows' (0), got dim={dim}")
+    axis = dims[0] % x.dim()
+    before, n, after = x.shape[1:axis], x.shape[axis], x.shape[axis + 1 :]
+    planes = x.values.reshape(x.shape[0], math.prod(before), n, math.prod(after))
+    y = int8_pool2d(dataclasses.replace(x, values=planes), "max", (n, 1))
+    shape = (x.shape[0], *before, *((1,) if keepdim else ()), *after)
+    return _record("amax", dataclasses.replace(y, values=y.values.view(shape)), x)
 
 
 def avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
@@ -84,6 +98,7 @@ FUNCTIONS = {
     torch.relu_: relu,
     F.max_pool2d: max_pool2d,
     torch.max_pool2d: max_pool2d,
+    torch.amax: amax,
     F.avg_pool2d: avg_pool2d,
     F.adaptive_avg_pool2d: adaptive_avg_pool2d,
     torch.flatten: flatten,

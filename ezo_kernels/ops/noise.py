@@ -188,12 +188,21 @@ def z_cpu(shape, key, site: int, query: int, noise: Noise, layout: str) -> torch
     return where.view(torch.from_numpy(z), shape)
 
 
-def shift_cpu(outs, w: torch.Tensor, scales, key, site: int, query: int, noise: Noise, layout: str) -> None:
-    """outs[i] = w + scales[i] * z, z made once; all fp32 and contiguous, an ``out`` may be ``w``."""
+def shift_cpu(
+    outs, w: torch.Tensor, scales, key, site: int, query: int, noise: Noise, layout: str, z_dtype: str = "float32",
+    first_row: int = 0,
+) -> None:  # fmt: skip
+    """outs[i] = w + scales[i] * z, z made once and rounded to ``z_dtype``; all fp32 and contiguous, an ``out`` may be ``w``.
+
+    ``w`` is the rows from ``first_row`` on of its parameter.
+    """
     N = _cpu.noises()
 
     where = grid(w.shape, layout, noise.segment)
-    z = fill_cpu(key, site, query, where.columns, noise, row_ids(where.rows))
+    rows = row_ids(where.rows)
+    z = fill_cpu(key, site, query, where.columns, noise, rows + N.u32(first_row) if first_row else rows)
+    if z_dtype != "float32":
+        z = torch.from_numpy(z).to(getattr(torch, z_dtype)).float().numpy()
     source = where.array(w)
     for out, scale in zip(outs, scales, strict=True):
         N.add_scaled(where.array(out), source, z, N.f32(scale))

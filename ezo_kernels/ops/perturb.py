@@ -19,8 +19,14 @@ from ._perturbation import FLOATS, SCHEMA, Perturbation
 from .noise import Noise, check_index, shift_cpu
 
 
-def perturbed_cpu(weight, key, eps, site, layout, query, queries, signs, noise: Noise, dtype):
-    """Yield the perturbed weight of each group, in order, in ``dtype``."""
+def perturbed_cpu(
+    weight, key, eps, site, layout, query, queries, signs, noise: Noise, dtype, *, z_dtype: str = "float32",
+    first_row: int = 0,
+):  # fmt: skip
+    """Yield the perturbed weight of each group, in order, in ``dtype``; z is rounded to ``z_dtype`` first.
+
+    ``weight`` is the rows from ``first_row`` on of its parameter.
+    """
     scale = eps.item()
     w = weight.detach().float().contiguous()
     for q in range(query, query + queries):
@@ -29,7 +35,7 @@ def perturbed_cpu(weight, key, eps, site, layout, query, queries, signs, noise: 
             continue
         moved = [torch.empty_like(w) for _ in signs]
         if w.numel():
-            shift_cpu(moved, w, [sign * scale for sign in signs], key, site, q, noise, layout)
+            shift_cpu(moved, w, [sign * scale for sign in signs], key, site, q, noise, layout, z_dtype, first_row)
         for part in moved:
             yield part.to(dtype)
 

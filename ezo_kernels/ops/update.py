@@ -3,10 +3,13 @@
 | tensor | shape |
 |---|---|
 | params | list of any shapes, fp32, fp16 or bf16 |
-| coef | fp32 [queries], on the device: lr * g_q / queries, zero on a step that is skipped |
+| key | int32 [2] of one step, or [steps, 2] |
+| coef | fp32 [queries] or [steps, queries], on the device: lr * g_q / queries, zero on a step that is skipped |
 
-Arithmetic is fp32, each product rounded, one rounding to the weight's dtype at the end: to nearest for fp32, stochastic
-(stream 4 of the noise contract) for 16-bit weights, where an update is smaller than half an ulp more often than not.
+Several steps are made in one pass over the weights, which rounds after each as a pass of its own would: a log of seeds is
+replayed at the price of its noise. Arithmetic is fp32, each product rounded, one rounding to the weight's dtype at the end
+of a step: to nearest for fp32, stochastic (stream 4 of the noise contract) for 16-bit weights, where an update is smaller
+than half an ulp more often than not.
 """
 
 from __future__ import annotations
@@ -23,27 +26,57 @@ from ._perturbation import FLOATS
 from .noise import Noise, check_index, key_words, row_ids, shift_cpu
 
 _GAUSSIAN = Noise()
+STRATEGIES = ("triton", "cuda")
+#: Noise -> dtypes whose weights a GPU was measured to update faster in CUDA C++ than in Triton. None has been measured yet: the
+#: counts of docs/rng.md are too near each other to prefer a launch path that has not run.
+FASTER_IN_CUDA: dict[str, frozenset[torch.dtype]] = {}
+
+
+def update_strategy(noise: str, dtypes, cupy: bool) -> str:
+    """The kernel that an update of CUDA tensors runs unless one is named: a pure function of what is given.
+
+    Args:
+        noise: its name.
+        dtypes: of the parameters.
+        cupy: whether CuPy is installed.
+
+    Returns:
+        ``cuda`` where :data:`FASTER_IN_CUDA` has the noise with all the dtypes and CuPy is installed, else ``triton``. Both
+        give the same bits.
+    """
+    return "cuda" if cupy and set(dtypes) <= FASTER_IN_CUDA.get(noise, frozenset()) else "triton"
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
     """Where the parameters of an update lie: built once, valid while :meth:`fits`.
 
-    On CUDA ``table`` holds addresses, so a parameter that was moved or rebound needs a new plan.
+    On CUDA ``table`` holds addresses, so a parameter that was moved or rebound needs a new plan. ``strategy`` is the kernel
+    that the table is for: ``triton`` or ``cuda``; a CPU has neither.
     """
 
     sites: tuple[int, ...]
     layouts: tuple[str, ...]
     addresses: tuple[tuple[int, ...], ...]
     table: torch.Tensor
+    strategy: str = "triton"
 
     @staticmethod
     def _address(p: torch.Tensor) -> tuple[int, ...]:
         return (p.data_ptr() if p.is_cuda else 0, *p.shape, *p.stride())
 
     @classmethod
-    def build(cls, params, sites, layouts, noise: Noise) -> UpdatePlan:
-        """The plan of these parameters; raises as :func:`update_` does, and spares its later calls the checks."""
+    def build(cls, params, sites, layouts, noise: Noise, strategy: str | None = None) -> UpdatePlan:
+        """The plan of these parameters; raises as :func:`update_` does, and spares its later calls the checks.
+
+        Args:
+            params, sites, layouts, noise: as in :func:`update_`.
+            strategy: ``triton`` or ``cuda``; by default :func:`update_strategy` chooses.
+        """
+        if strategy is not None and strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+        if strategy is not None and params and not params[0].is_cuda:
+            raise NotImplementedError(f"update_: strategy {strategy!r} is a GPU's, and the parameters are on a CPU")
         if noise.name == "sparse_int8":
             raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
         if not len(params) == len(sites) == len(layouts):
@@ -57,10 +90,14 @@ class UpdatePlan:
         sites = [check_index(s, "site", 1 << 32) for s in sites]
         table = torch.empty(0, dtype=torch.int64)
         if params and params[0].is_cuda:
+            from . import _cuda
             from ._update_triton import update_table
 
-            table = update_table(params, sites, layouts, noise)
-        return cls(tuple(sites), tuple(layouts), tuple(map(cls._address, params)), table)
+            strategy = strategy or update_strategy(noise.name, {w.dtype for w in params}, _cuda.available())
+            if strategy == "cuda":
+                _cuda.require()
+            table = update_table(params, sites, layouts, noise, _cuda.TILE if strategy == "cuda" else None)
+        return cls(tuple(sites), tuple(layouts), tuple(map(cls._address, params)), table, strategy or "triton")
 
     def fits(self, params) -> bool:
         """Whether the parameters are still where the plan says."""
@@ -99,40 +136,63 @@ def rounding_lanes(shape, key, site: int, where, rounds: int) -> torch.Tensor:
     return where.view(torch.from_numpy(lanes[:, : where.columns].astype(np.int32)), shape)
 
 
-def _update_cpu(params, key, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero) -> None:
+def _update_cpu(
+    params, keys, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero, strategy="triton"
+) -> None:
     spec = Noise(noise, rounds, p_zero)
-    scales = coef.tolist()
+    # a skipped step leaves every bit alone, that of -0 too
+    steps = [(key, scales) for key, scales in zip(keys, coef.tolist(), strict=True) if any(scales)]
     for w, site, conv in zip(params, sites, layouts, strict=True):
         layout = LAYOUTS[conv]
-        if not w.numel() or not any(scales):
+        if not w.numel() or not steps:
             continue
         acc = w.detach().float().contiguous()
-        for q, scale in enumerate(scales):
-            if scale == 0.0:  # a skipped step leaves every bit alone, that of -0 too
-                continue
-            shift_cpu([acc], acc, [-scale], key, site, query + q, spec, layout)
-        if acc.data_ptr() == w.data_ptr():
+        own = acc.data_ptr() == w.data_ptr()
+        for key, scales in steps:
+            for q, scale in enumerate(scales):
+                if scale != 0.0:
+                    shift_cpu([acc], acc, [-scale], key, site, query + q, spec, layout)
+            if w.dtype != torch.float32:
+                if stochastic:
+                    lanes = rounding_lanes(w.shape, key, site, grid(w.shape, layout, spec.segment), rounds)
+                    acc = round_stochastic(acc, lanes, w.dtype)
+                acc = acc.to(w.dtype).float()
+        if own:
             torch.autograd.graph.increment_version(w)  # numba wrote it behind autograd's back
-            continue
-        if stochastic and w.dtype != torch.float32:
-            lanes = rounding_lanes(w.shape, key, site, grid(w.shape, layout, spec.segment), rounds)
-            acc = round_stochastic(acc, lanes, w.dtype)
-        w.copy_(acc)
+        else:
+            w.copy_(acc)
 
 
-def _update_cuda(params, key, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero) -> None:
-    from ._update_triton import launch_update
+def _update_cuda(
+    params, keys, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero, strategy="triton"
+) -> None:
+    if strategy == "cuda":
+        from ._cuda import launch_update
+    else:
+        from ._update_triton import launch_update
 
-    launch_update(params, key, coef, table, query, stochastic, Noise(noise, rounds, p_zero))
+    keys, coef = keys.contiguous(), coef.contiguous()
+    launch_update(params, keys, coef, table, query, stochastic, Noise(noise, rounds, p_zero))
 
 
 _update = register(
     "update_",
     "(Tensor(a!)[] params, Tensor key, Tensor coef, Tensor table, int[] sites, int[] layouts, int query, "
-    "bool stochastic, str noise, int rounds, float p_zero) -> ()",
+    "bool stochastic, str noise, int rounds, float p_zero, str strategy='triton') -> ()",
     cpu=_update_cpu,
     cuda=_update_cuda,
 )
+
+
+def shared(w) -> torch.Tensor:
+    """``w``, or a tensor over the memory of an array that speaks DLPack."""
+    if isinstance(w, torch.Tensor):
+        return w
+    if not hasattr(w, "__dlpack__"):
+        raise TypeError(f"update_ takes tensors or arrays with __dlpack__, got {type(w).__name__}")
+    if w.__dlpack_device__()[0] == 1:  # a CPU: without a version, one that is read-only refuses
+        return torch.from_dlpack(w.__dlpack__())
+    return torch.from_dlpack(w)
 
 
 @torch.no_grad()
@@ -147,41 +207,53 @@ def update_(
     query: int = 0,
     stochastic_rounding: bool = True,
     plan: UpdatePlan | None = None,
+    strategy: str | None = None,
 ) -> None:
     """Subtract ``coef[q] * z_q`` from every parameter, in place, in one launch.
 
     Args:
-        params: tensors of one device, fp32, fp16 or bf16, any strides.
-        key: int32[2], of the step whose forward perturbed them.
-        coef: fp32 [queries], on the parameters' device; read there, never on the host.
+        params: tensors of one device, fp32, fp16 or bf16, any strides; also arrays of CuPy, NumPy and others that share
+            their memory by DLPack.
+        key: int32 [2], of the step whose forward perturbed them; or [steps, 2], of steps made one after the other.
+        coef: fp32 [queries], or [steps, queries] with as many keys; on the parameters' device; read there, never on the
+            host. The weights are read and written once, with the bits of one call a step.
         sites: id of each parameter.
         layouts: ``matrix`` or ``conv`` of each; by default by shape.
         noise: that of the forward.
         query: first direction of ``coef``.
         stochastic_rounding: of 16-bit parameters; to nearest if False.
-        plan: :class:`UpdatePlan` of these parameters, to spare building it.
+        plan: :class:`UpdatePlan` of these parameters, to spare building it; it has the strategy.
+        strategy: ``triton`` or ``cuda`` (CUDA C++ through CuPy); by default :func:`update_strategy` chooses.
 
     Raises:
-        TypeError: dtypes.
-        NotImplementedError: ``sparse_int8``, or ``gaussian_fast`` on a CPU.
-        ValueError: lengths, devices, an unknown layout, a plan of other tensors.
+        TypeError: dtypes, or a parameter that is neither a tensor nor shares its memory.
+        NotImplementedError: ``sparse_int8``, ``gaussian_fast`` on a CPU, or a strategy on a CPU.
+        ImportError: ``cuda`` without CuPy.
+        ValueError: lengths, devices, an unknown layout or strategy, a plan of other tensors.
     """
+    params = [shared(w) for w in params]
     if layouts is None:
         layouts = [default_layout(w.shape) for w in params]
     if coef.dtype != torch.float32 or key.dtype != torch.int32:
         raise TypeError(f"update_: coef must be float32 and key int32, got {coef.dtype} and {key.dtype}")
-    if coef.dim() != 1 or not coef.numel() or key.shape != (2,):
-        raise ValueError(f"update_: coef must be [queries] and key [2], got {tuple(coef.shape)}, {tuple(key.shape)}")
-    check_index(query, "query", (1 << 24) - coef.numel() + 1)
+    if coef.dim() not in (1, 2) or not coef.numel() or key.shape != (*coef.shape[:-1], 2):
+        raise ValueError(
+            f"update_: coef must be [queries] and key [2], or [steps, queries] and [steps, 2], got "
+            f"{tuple(coef.shape)}, {tuple(key.shape)}"
+        )
+    check_index(query, "query", (1 << 24) - coef.shape[-1] + 1)
     if params and not params[0].device == coef.device == key.device:
         raise ValueError(f"update_: a parameter is on {params[0].device}, coef on {coef.device}, key on {key.device}")
     if plan is None:
-        plan = UpdatePlan.build(params, sites, layouts, noise)
+        plan = UpdatePlan.build(params, sites, layouts, noise, strategy)
+    elif strategy not in (None, plan.strategy):
+        raise ValueError(f"update_: the plan was built for strategy {plan.strategy!r}, not {strategy!r}")
     elif not (plan.fits(params) and plan.sites == tuple(sites) and plan.layouts == tuple(layouts)):
         raise ValueError("update_: the plan was built for other tensors; build it again after moving a parameter")
     if not params:
         return
     _update(
-        params, key, coef, plan.table, list(plan.sites), [LAYOUTS.index(name) for name in layouts], query, stochastic_rounding,
-        noise.name, noise.rounds, noise.p_zero,
+        params, key.view(-1, 2), coef.view(-1, coef.shape[-1]), plan.table, list(plan.sites),
+        [LAYOUTS.index(name) for name in layouts], query, stochastic_rounding,
+        noise.name, noise.rounds, noise.p_zero, plan.strategy,
     )  # fmt: skip

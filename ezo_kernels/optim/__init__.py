@@ -1,8 +1,17 @@
 """Optimisers that train converted models, and the baselines they are held against."""
 
+from .diagnostics import Diagnostics, Finding, TrainingWarning
 from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
 from .int8_state import IntegerSchedule
 from .losses import chunked_cross_entropy
 
-__all__ = ["ElasticZO", "ElasticZOInt8", "IntegerSchedule", "chunked_cross_entropy"]
+__all__ = [
+    "Diagnostics",
+    "ElasticZO",
+    "ElasticZOInt8",
+    "Finding",
+    "IntegerSchedule",
+    "TrainingWarning",
+    "chunked_cross_entropy",
+]

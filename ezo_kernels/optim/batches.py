@@ -22,9 +22,8 @@ def rows_of(x) -> int:
     raise ValueError("the batch holds no tensor with a first dimension")
 
 
-def stack(x, groups: int):
-    """``x`` with every tensor whose first dimension is the batch repeated ``groups`` times, group-major."""
-    rows = rows_of(x)
+def stack(x, groups: int, rows: int):
+    """``x`` with every tensor whose first dimension is the batch (``rows``) repeated ``groups`` times, group-major."""
 
     def repeat(leaf):
         if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == rows:

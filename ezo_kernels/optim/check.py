@@ -20,12 +20,16 @@ _SHAPE_ONLY = {
 
 
 class RawReads(TorchFunctionMode):
-    """Collects trunk parameters that some torch function reads as they are, unperturbed."""
+    """Collects trunk parameters that some torch function reads as they are, unperturbed.
+
+    To make a view reads nothing: the view stands for its parameter from then on (a Conv1d's weight seen as a Conv2d's).
+    """
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
-        self.names = names
+        self.names = dict(names)
         self.found: dict[str, str] = {}
+        self.views: list[torch.Tensor] = []  # alive, so that no other tensor gets their id
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -36,9 +40,23 @@ class RawReads(TorchFunctionMode):
         if name in _SHAPE_ONLY or not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(out)):
             return out
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if id(leaf) in self.names:
+            if id(leaf) not in self.names:
+                continue
+            if _is_view(out, leaf):
+                self.views.append(out)
+                self.names[id(out)] = self.names[id(leaf)]
+            else:
                 self.found.setdefault(self.names[id(leaf)], name)
         return out
+
+
+def _is_view(out, of: torch.Tensor) -> bool:
+    """Whether ``out`` is another tensor over the memory of ``of``; a tensor written in place is none."""
+    return (
+        isinstance(out, torch.Tensor)
+        and out is not of
+        and out.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+    )
 
 
 @contextlib.contextmanager

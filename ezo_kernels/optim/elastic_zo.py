@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._nvtx import ranges
+from .._nvtx import Ranges
 from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_parameters
+from ..nn.cut import in_head
 from ..nn.grouped import update_batch_norms
 from ..ops import Noise, Perturbation, UpdatePlan, update_
 from ..ops._perturbation import NotStackedError, PassError
 from ..ops.noise import check_index, fold_key, rng_version
 from .batches import call, rows_of
+from .capture import CapturedStep, graphs_for, refusals, refuse
 from .head import GuardedOptimizer
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
@@ -68,11 +70,14 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             one batch); ``auto`` stacks where the model allows it.
         head_grad: the head learns from the ``mean`` over groups, or from the ``plus`` or ``minus`` ones.
         stochastic_rounding: of 16-bit trunk weights in the update.
-        nvtx: push NVTX ranges by phase.
+        nvtx: push NVTX ranges by phase and by layer (docs/profiling.md).
+        capture: replay :meth:`train_step` as one CUDA graph (docs/performance.md, section The captured step); the head's SGD
+            is then torch's with ``fused=True``, and any other head optimizer must be made so, too.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range, naming it.
-        NotImplementedError: noise that the device cannot make, a head optimizer that cannot be guarded.
+        TypeError, ValueError: an argument of the wrong type or out of range, naming it; ``capture`` without CUDA.
+        NotImplementedError: noise that the device cannot make, a head optimizer that cannot be guarded, or a step that cannot
+            be captured, with every reason.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         head_grad: str = "mean",
         stochastic_rounding: bool = True,
         nvtx: bool = False,
+        capture: bool = False,
     ) -> None:
         self.zo = context_of(model)
         if is_int8(model):
@@ -122,7 +128,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self.device = devices.pop()
         if not self.noise.portable and self.device.type == "cpu":
             raise NotImplementedError(f"noise {noise!r} exists on CUDA only: use 'gaussian' or 'clt4' on the CPU")
-        head = self._head_optimizer(head_optimizer, head_lr)
+        graphs = graphs_for(self.device) if capture else None
+        head = self._head_optimizer(head_optimizer, head_lr, capture)
         trunk = {"params": self.trunk, "lr": lr, "eps": eps, "clip": clip, "name": "trunk"}
         torch.optim.Optimizer.__init__(self, [trunk], {"lr": lr, "eps": eps, "clip": clip, "name": "trunk"})
         self.head_optimizer = None if head is None else GuardedOptimizer(head)
@@ -131,7 +138,10 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self.mode = self._mode(mode)
         self.requested_mode, self.head_grad = mode, head_grad
         self.stochastic_rounding = stochastic_rounding
-        self._phase = ranges(nvtx)
+        self._captured = None if graphs is None else CapturedStep(graphs)
+        if capture:
+            refuse(refusals(self))
+        self._phase = Ranges(nvtx)
         self._plan: UpdatePlan | None = None
         self._slots = [_slot(model, s.names[0]) for s in self.zo.manifest]
         self._sites = tuple(s.site for s in self.zo.manifest)
@@ -180,13 +190,23 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         """The noise contract's version, as logs and checkpoints carry it."""
         return rng_version(self.noise.rounds)
 
-    def _head_optimizer(self, made, head_lr: float):
+    def _in_head(self, name: str) -> bool:
+        return in_head(name, plan_of(self.model).head)
+
+    def _baked(self) -> tuple:
+        head = () if self.head_optimizer is None else self.head_optimizer.settings()
+        return (self.param_groups[0]["clip"], self.mode, self.head_grad, self.stochastic_rounding, *head)
+
+    def _held(self) -> list[torch.Tensor]:
+        return [] if self.head_optimizer is None else self.head_optimizer.tensors()
+
+    def _head_optimizer(self, made, head_lr: float, fused: bool):
         if not self.head:
             if made is not None:
                 raise ValueError("head_optimizer was given but the head has no parameter")
             return None
         if made is None:
-            return torch.optim.SGD(self.head, lr=head_lr)
+            return torch.optim.SGD(self.head, lr=head_lr, fused=fused or None)
         optimizer = made if isinstance(made, torch.optim.Optimizer) else made(self.head)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"head_optimizer must give a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -212,6 +232,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             if value != self._filled[name]:
                 tensor.fill_(_number(value, name, least=0.0, strict=name == "eps"))
                 self._filled[name] = value
+        if self.head_optimizer is not None:
+            self.head_optimizer.fill()
 
     def _begin(self) -> Perturbation | None:
         """Device scalars and the key of this step; the pass of all its groups."""
@@ -245,9 +267,17 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
 
         Raises:
             ValueError: an empty batch, a model that cannot take such a step (first step only; it says why).
+            NotImplementedError: with ``capture=True``, a call that cannot be captured, with every reason.
             A call that raises changes nothing and drops what was accumulated.
         """
+        rows_of(x)
+        if self._captured is None:
+            return self._eager(x, y, loss_fn, model_kwargs, update)
+        if not update:
+            refuse(["update=False accumulates over calls, and a graph is one whole step"])
+        return self._captured.step(self, loss_fn, x, y, loss_fn, model_kwargs)
 
+    def _eager(self, x, y, loss_fn, model_kwargs: dict, update: bool = True) -> torch.Tensor:
         def losses(p):
             if p is None:
                 return self._plain(lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
@@ -257,11 +287,10 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
                 except NotStackedError as error:
                     if self.requested_mode == "stacked" or self._rows_checked:
                         raise
-                    warnings.warn(f"{self._named(error)}; doing so from now on", stacklevel=4)
+                    warnings.warn(f"{self._named(error)}; doing so from now on", stacklevel=5)
                     self.mode, self.zo.batch_stats = "sequential", {}
             return self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
 
-        rows_of(x)
         return self._take(losses, update)
 
     def step(self, closure=None) -> torch.Tensor:
@@ -275,6 +304,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError("ElasticZO.step needs a closure that returns the loss; or call train_step(x, y)")
+        if self._captured is not None:
+            refuse(["step(closure) takes its batch from the host at each call: train_step(x, y)"])
 
         def losses(p):
             return self._plain(closure) if p is None else self._one_by_one(p, closure)
@@ -285,7 +316,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         if self._losses is None:
             self._drop()
         try:
-            losses = run(self._begin())
+            with self._phase.layers(self.model, self._in_head):
+                losses = run(self._begin())
         except BaseException as error:
             with torch.no_grad():
                 for buffer, old in self._buffers:
@@ -310,27 +342,13 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
 
     @torch.no_grad()
     def _finish(self) -> None:
-        losses, group = self._losses / self._micro, self.param_groups[0]
-        grads = [p.grad for p in self.head if p.grad is not None]
-        if self._micro > 1:
-            for grad in grads:
-                grad.div_(self._micro)
-        ok = torch.isfinite(losses).all()
-        for grad in grads:
-            ok = ok & torch.isfinite(grad).all()
-        self.losses = losses
-        if self.trunk:
-            pair = losses.view(self.queries, 2)
-            g = (pair[:, 0] - pair[:, 1]) / (2.0 * self._eps)
-            ok = ok & torch.isfinite(g).all()
-            if group["clip"] is not None:
-                g = g.clamp(-group["clip"], group["clip"])
-            self.g = g
-            coef = torch.where(ok, self._lr * g / self.queries, torch.zeros_like(g))
+        with self._phase("g"):
+            ok, coef = self._coefficients()
+        if coef is not None:
             with self._phase("update"):
                 self._update(coef)
         if self.head_optimizer is not None:
-            with self._phase("head"):
+            with self._phase("head update"):
                 self.head_optimizer.step(ok)
         update_batch_norms(self.zo, ok)
         for buffer, old in self._buffers:
@@ -338,6 +356,25 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self._step += ok
         self.skipped += ~ok
         self._drop()
+
+    def _coefficients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Whether the step is finite, and lr g / queries of each query, zero if it is not (None without a trunk)."""
+        self.losses = losses = self._losses / self._micro
+        grads = [p.grad for p in self.head if p.grad is not None]
+        if self._micro > 1:
+            for grad in grads:
+                grad.div_(self._micro)
+        ok = torch.isfinite(losses).all()
+        for grad in grads:
+            ok = ok & torch.isfinite(grad).all()
+        if not self.trunk:
+            return ok, None
+        clip = self.param_groups[0]["clip"]
+        pair = losses.view(self.queries, 2)
+        g = (pair[:, 0] - pair[:, 1]) / (2.0 * self._eps)
+        ok = ok & torch.isfinite(g).all()
+        self.g = g if clip is None else g.clamp(-clip, clip)
+        return ok, torch.where(ok, self._lr * self.g / self.queries, torch.zeros_like(g))
 
     def _update(self, coef: torch.Tensor) -> None:
         if self._plan is None or not self._plan.fits(self.trunk):

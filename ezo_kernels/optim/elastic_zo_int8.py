@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._nvtx import ranges
+from .._nvtx import Ranges
 from ..nn.arena import ArenaPlan
 from ..nn.context import group_pass
 from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_parameters
@@ -33,6 +33,7 @@ from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding
 from ..ops.int8_tensor import Int8Tensor
 from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_head_update_, int8_update_, sum_groups, update_shift
 from ..ops.noise import Noise, check_index, fold_key, rng_version
+from .capture import CapturedStep, graphs_for, refusals, refuse
 from .int8_memory import Int8Memory
 from .int8_state import Int8State
 from .passes import HEAD_GRADS
@@ -68,10 +69,13 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         strategy: ``buffer`` keeps int32 accumulators in the arena, ``twice`` multiplies twice instead; ``auto`` takes the
             second for the layers whose accumulators would make the arena larger, and on a CPU for all, where it costs little.
         rounds: Philox rounds, 7 or 10.
-        nvtx: push NVTX ranges by phase.
+        nvtx: push NVTX ranges by phase and by layer (docs/profiling.md).
+        capture: replay :meth:`train_step` as one CUDA graph; see :class:`ezo_kernels.ElasticZO`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range, naming it; a model that is not converted so.
+        TypeError, ValueError: an argument of the wrong type or out of range, naming it; a model that is not converted so;
+            ``capture`` without CUDA.
+        NotImplementedError: a step that cannot be captured, with every reason.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         strategy: str = "auto",
         rounds: int = 7,
         nvtx: bool = False,
+        capture: bool = False,
     ) -> None:
         self.zo = context_of(model)
         if not is_int8(model):
@@ -120,6 +125,9 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         if len(devices) > 1:
             raise ValueError(f"the model's parameters are on several devices: {sorted(map(str, devices))}")
         self.device = devices.pop()
+        self._captured = CapturedStep(graphs_for(self.device)) if capture else None
+        if capture:
+            refuse(refusals(self))
         trunk = {"params": self.trunk, "bits": bits, "r_max": r_max, "p_zero": p_zero, "name": "trunk"}
         head = {"params": self.head, "bits": head_bits, "r_max": None, "p_zero": None, "name": "head"}
         for group in (trunk, head):
@@ -133,7 +141,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         plan = plan_of(model)
         names = [n for n, _ in model.named_parameters() if in_head(n, plan.head) and n not in plan.frozen]
         self._head = dict(zip(names, self.head, strict=True))
-        self._phase = ranges(nvtx)
+        self._phase = Ranges(nvtx)
         self._update_plan: Int8UpdatePlan | None = None
         self._sites = tuple(s.site for s in self.zo.manifest)
         self._layouts = tuple(s.layout for s in self.zo.manifest)
@@ -174,10 +182,20 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         return INT8_VERSION
 
     @property
+    def group_losses(self) -> torch.Tensor:
+        """Losses of the last step's groups, means over the rows, fp64 [groups] on the device: for people.
+
+        In nats, in squared units, or as ``loss_fn`` gave them.
+        """
+        if self.loss == "cross_entropy":
+            return nats(self.losses, self._rows, self.fraction_bits)
+        losses = self.losses.double()
+        return losses if self.loss == "float_cross_entropy" else losses / self._rows
+
+    @property
     def mean_loss(self) -> torch.Tensor:
-        """Mean over the last step's groups and rows, fp64 on the device, in nats (or squared units): for people."""
-        mean = self.losses.double().mean()
-        return nats(mean, self._rows, self.fraction_bits) if self.loss == "cross_entropy" else mean / self._rows
+        """Mean of :attr:`group_losses`."""
+        return self.group_losses.mean()
 
     def _fill_scalars(self) -> Noise:
         trunk, head = self.param_groups
@@ -239,12 +257,21 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         if loss_fn is not None and self.loss != "float_cross_entropy":
             raise ValueError(f"loss_fn goes with loss='float_cross_entropy'; this one is {self.loss!r}, in integers")
         x = self._input(x)
-        rows = x.shape[0]
+        if self._captured is None:
+            return self._eager(x.values, x.exponent, y, loss_fn)
+        target = (y.values, y.exponent) if isinstance(y, Int8Tensor) else y
+        loss = self._captured.step(self, loss_fn, x.values, x.exponent, target, loss_fn)
+        self._rows = x.shape[0]
+        return loss
+
+    @torch.no_grad()
+    def _eager(self, values, exponent, y, loss_fn) -> torch.Tensor:
+        x, y = Int8Tensor(values, exponent), Int8Tensor(*y) if isinstance(y, tuple) else y
 
         def run(p):
             return self._run(x, y, p, loss_fn)
 
-        return self._take(run, rows)
+        return self._take(run, x.shape[0])
 
     @torch.no_grad()
     def step(self, closure=None) -> torch.Tensor:
@@ -255,13 +282,15 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError("ElasticZOInt8.step needs a closure that returns the loss; or call train_step(x, y)")
+        if self._captured is not None:
+            refuse(["step(closure) takes its batch from the host at each call: train_step(x, y)"])
         if self.head:
             raise ValueError(
                 "step(closure) cannot see the labels that the head's integer backward needs: train_step(x, y)"
             )
 
         def run(p):
-            with self._running(p), self._phase("perturbed forward"):
+            with self._running(p), self._phase("forward"):
                 loss = closure()
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
                 raise ValueError("the closure must return a tensor of one element")
@@ -274,7 +303,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         plan = self._plan(x, p)
         x = dataclasses.replace(x, memory=self.arena)
         with self.arena.running(plan, self.device), self._running(p) as tape:
-            with self._phase("perturbed forward"):
+            with self._phase("forward"):
                 out = self.model(x)
             if not isinstance(out, Int8Tensor):
                 raise TypeError(f"the model must return an Int8Tensor, got {type(out).__name__}")
@@ -282,7 +311,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
                 losses, error = self._losses_of(out, y, loss_fn)
             used = self._used(p)
             if tape is not None and used is not None:
-                with self._phase("head"):
+                with self._phase("head backward"):
                     self._backward(tape, out, y, error, used, p)
             gradients = {} if tape is None else dict(tape.gradients)
             del out, x
@@ -330,11 +359,12 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         losses = []
         try:
             self.zo.visited = None if self._checked else set()
-            for p in passes:
-                own, grads = run(p)
-                losses.append(own)
-                for name, parts in grads.items():
-                    gradients[name] += parts
+            with self._phase.layers(self.model, lambda name: in_head(name, plan_of(self.model).head)):
+                for p in passes:
+                    own, grads = run(p)
+                    losses.append(own)
+                    for name, parts in grads.items():
+                        gradients[name] += parts
             self._check_visits()
         except PassError as error:
             names = [s.names[0].rpartition(".")[0] for s in self.zo.manifest if s.site == error.site]
@@ -345,11 +375,12 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         self.losses = torch.cat(losses)
         self._opt_called = True
         if self.trunk:
-            self.g = torch.sign(self.losses[0::2] - self.losses[1::2]).to(torch.int32)
+            with self._phase("g"):
+                self.g = torch.sign(self.losses[0::2] - self.losses[1::2]).to(torch.int32)
             with self._phase("update"):
                 self._update(noise)
         if gradients:
-            with self._phase("head"):
+            with self._phase("head update"):
                 self._update_head(gradients)
         self._step += 1
         return self.losses.sum()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class GuardedOptimizer:
     """Runs a torch optimizer's step so that it takes effect only where ``ok`` (a bool on the device) is true.
 
-    Plain SGD needs no more than zeroed gradients. Any other optimizer moves its parameters or its state even then, so both
-    are held and put back; state that the step created is zeroed.
+    An optimizer made with ``fused=True`` does that itself, by the flag that torch's GradScaler gives it, and reads its learning
+    rates from device scalars that :meth:`fill` keeps: a captured step of it sees them change. Plain SGD needs no more than
+    zeroed gradients. Any other optimizer moves its parameters or its state even then, so both are held and put back; state that
+    the step created is zeroed.
 
     Args:
         optimizer: over the head's parameters.
@@ -30,6 +38,64 @@ class GuardedOptimizer:
             raise NotImplementedError(
                 f"{type(optimizer).__name__} keeps its step count on the host: make it with fused=True or capturable=True"
             )
+        self._lrs: list[torch.Tensor] = []
+        self._filled: list[float] = []
+        if self.fused:
+            self._lrs = [torch.zeros((), device=g["params"][0].device) for g in groups]
+            self._filled = [0.0] * len(groups)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimizer takes learning rates and the flag of a skipped step from the device."""
+        groups = self.optimizer.param_groups
+        return all(g.get("fused") and g["params"] and not torch.is_tensor(g["lr"]) for g in groups)
+
+    def refusals(self) -> list[str]:
+        """Why a step of this optimizer cannot be captured; empty if it can."""
+        name, groups = type(self.optimizer).__name__, self.optimizer.param_groups
+        found = []
+        if any(torch.is_tensor(g["lr"]) for g in groups):
+            found.append(f"the head's {name} has a tensor as lr, which load_state_dict replaces: give it a number")
+        if not all(g.get("fused") for g in groups):
+            found.append(f"the head's {name} would bake its learning rate into the graph: make it with fused=True")
+        hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        if any(getattr(self.optimizer, hook, None) for hook in hooks):
+            found.append(f"the head's {name} has step hooks, which a replay would not call")
+        return found
+
+    def settings(self) -> tuple:
+        """All numbers but lr: those that a captured step has baked in."""
+        names = [n for n in self.optimizer.defaults if n not in ("lr", "capturable")]
+        return tuple(g.get(n) for g in self.optimizer.param_groups for n in names)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The optimizer's state on the device."""
+        state = self.optimizer.state
+        held = [state.get(p, {}) for g in self.optimizer.param_groups for p in g["params"]]
+        return [value for own in held for value in own.values() if torch.is_tensor(value)]
+
+    def fill(self) -> None:
+        """Bring the device's learning rates up to date; nothing to do unless one changed."""
+        if not self._lrs:
+            return
+        for i, group in enumerate(self.optimizer.param_groups):
+            if group["lr"] != self._filled[i]:
+                self._lrs[i].fill_(group["lr"])
+                self._filled[i] = group["lr"]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but into the tensors that are there: a captured step goes on reading them."""
+        before = {p: dict(own) for p, own in self.optimizer.state.items()}
+        made = [{k: g[k] for k in ("fused", "foreach", "capturable") if k in g} for g in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state_dict)
+        for group, own in zip(self.optimizer.param_groups, made, strict=True):
+            group.update(own)  # how a step is carried out is this run's business, not that of the run that was saved
+        for p, own in self.optimizer.state.items():
+            for name, new in own.items():
+                old = before.get(p, {}).get(name)
+                if torch.is_tensor(old) and old.shape == new.shape and old.dtype == new.dtype:
+                    own[name] = old.copy_(new)
 
     def _plain_sgd(self) -> bool:
         return type(self.optimizer) is torch.optim.SGD and not any(
@@ -40,6 +106,9 @@ class GuardedOptimizer:
     def step(self, ok: torch.Tensor) -> None:
         """One step with the gradients in ``.grad``, where ``ok``."""
         parameters = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if self._lrs and self.fused:
+            self._fused_step(ok, parameters)
+            return
         if self._plain_sgd():
             for p in parameters:
                 p.grad = torch.where(ok, p.grad, torch.zeros_like(p.grad))
@@ -55,3 +124,34 @@ class GuardedOptimizer:
                 if torch.is_tensor(new):
                     old = held.get(p, {}).get(name)
                     new.copy_(torch.where(ok.to(new.device), new, torch.zeros_like(new) if old is None else old))
+
+    def _fused_step(self, ok: torch.Tensor, parameters: list[torch.Tensor]) -> None:
+        state = self.optimizer.state
+        known = {p: set(state.get(p, {})) for p in parameters}
+        self.fill()
+        with self._device_numbers(~ok):
+            self.optimizer.step()
+        for p in parameters:
+            for name, new in state[p].items():
+                # A skipped first step leaves a new momentum buffer as it was allocated: uninitialised.
+                if name not in known[p] and torch.is_tensor(new):
+                    new.copy_(torch.where(ok, new, torch.zeros_like(new)))
+
+    @contextlib.contextmanager
+    def _device_numbers(self, skip: torch.Tensor):
+        """The optimizer with its learning rates and the flag of a skipped step on the device, for the time of a step."""
+        groups, capturing = self.optimizer.param_groups, _capturing()
+        held = [(g["lr"], g.get("capturable")) for g in groups]
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skip.float()
+        try:
+            for group, lr in zip(groups, self._lrs, strict=True):
+                group["lr"] = lr
+                if capturing and "capturable" in group:  # asked of every capture; fused state is on the device anyway
+                    group["capturable"] = True
+            yield
+        finally:
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+            for group, (lr, capturable) in zip(groups, held, strict=True):
+                group["lr"] = lr
+                if capturable is not None:
+                    group["capturable"] = capturable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..nn.arena import ArenaPlan
 from ..ops.int8_tensor import Int8Tensor
 
@@ -22,6 +24,13 @@ class Int8Memory:
             "live_bytes": largest.live_bytes,
             "parameter_bytes": sum(p.numel() for p in self.model.parameters()),
         }
+
+    def _baked(self) -> tuple:
+        trunk = self.param_groups[0]
+        return trunk["r_max"], trunk["p_zero"]
+
+    def _held(self) -> list[torch.Tensor]:
+        return [] if self.arena.buffer is None else [self.arena.buffer]
 
     def _record(self, x: Int8Tensor, p) -> ArenaPlan:
         """The plan of a pass, from a trial on the meta device."""

@@ -6,9 +6,10 @@ import torch
 
 from ..ops.int8_update import check_bits
 from ..ops.noise import Noise
+from .state import Copies
 
 
-class Int8State:
+class Int8State(Copies):
     """state_dict and load_state_dict of :class:`ezo_kernels.ElasticZOInt8`."""
 
     def _identity(self) -> dict:

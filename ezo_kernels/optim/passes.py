@@ -52,8 +52,6 @@ class Passes:
     def _backward(self, losses: list[torch.Tensor]) -> None:
         """Add the mean of these groups' gradients to the head's."""
         used = [loss for g, loss in enumerate(losses) if self._uses(g)]
-        if not self.head:
-            return
         if not all(loss.requires_grad for loss in used):
             raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
         total = used[0] if len(used) == 1 else torch.stack(used).mean()
@@ -66,11 +64,11 @@ class Passes:
         for g in range(p.groups):
             checking = self._checking() if g == 0 else contextlib.nullcontext()
             with torch.set_grad_enabled(bool(self.head)), checking, self.zo.running(group_pass(p, g)):
-                with self._phase("perturbed forward"):
+                with self._phase("forward"):
                     loss = run()
                 self._check_loss(loss)
             if self.head and self._uses(g):
-                with self._phase("head"):
+                with self._phase("head backward"):
                     self._backward_one(loss / used if used > 1 else loss)
             losses.append(loss.detach().float().reshape(()))
         return torch.stack(losses)
@@ -88,10 +86,10 @@ class Passes:
 
     def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
         groups = p.groups
-        rows = rows_of(x) * groups
+        rows = rows_of(x)
         with torch.set_grad_enabled(bool(self.head)), self._checking():
-            with self._phase("perturbed forward"), self.zo.running(p, rows):
-                output = call(self.model, stack(x, groups), stack(kwargs, groups) if kwargs else kwargs)
+            with self._phase("forward"), self.zo.running(p, rows * groups):
+                output = call(self.model, stack(x, groups, rows), stack(kwargs, groups, rows))
             parts = [part(output, g, groups) for g in range(groups)]
             losses = []
             with self._phase("loss"):
@@ -107,8 +105,9 @@ class Passes:
                 )
             self.zo.batch_stats = stats
             self._rows_checked = True
-        with self._phase("head"):
-            self._backward(losses)
+        if self.head:
+            with self._phase("head backward"):
+                self._backward(losses)
         return torch.stack([loss.detach().float().reshape(()) for loss in losses])
 
     @torch.no_grad()
@@ -124,9 +123,9 @@ class Passes:
         """The loss [1] of pure backpropagation; buffers that its forward writes are held, for a step that is skipped."""
         if not self._buffers:
             self._buffers = [(b, b.clone()) for b in self.model.buffers()]
-        with torch.enable_grad(), self._phase("perturbed forward"):
+        with torch.enable_grad(), self._phase("forward"):
             loss = run()
         self._check_loss(loss)
-        with self._phase("head"):
+        with self._phase("head backward"):
             self._backward([loss])
         return loss.detach().float().reshape(1)

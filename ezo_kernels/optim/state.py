@@ -7,7 +7,27 @@ import dataclasses
 import torch
 
 
-class OptimizerState:
+class Copies:
+    """deepcopy and pickle of an optimiser, which go with its model, and what a captured step asks of it."""
+
+    def __getstate__(self) -> dict:
+        # torch's own keeps its three attributes alone. "step" is there once a scheduler has wrapped it, around this object.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
+
+    @property
+    def capture_counters(self) -> dict[str, int] | None:
+        """Captures, replays and eager steps of a captured step; None without one."""
+        return None if self._captured is None else self._captured.counters()
+
+    def _results(self, loss) -> tuple:
+        return loss, self.losses, self.g
+
+    def _took(self, results) -> None:
+        _, self.losses, self.g = results
+        self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
+
+
+class OptimizerState(Copies):
     """state_dict and load_state_dict of :class:`ElasticZO`."""
 
     def _manifest(self) -> list:
@@ -60,7 +80,7 @@ class OptimizerState:
         if (head is None) != (self.head_optimizer is None):
             raise ValueError("the state and this run do not both have a head")
         if head is not None:
-            self.head_optimizer.optimizer.load_state_dict(head)
+            self.head_optimizer.load_state_dict(head)
             self.param_groups[1:] = self.head_optimizer.optimizer.param_groups
         with torch.no_grad():
             for mine, saved in tensors:

@@ -19,7 +19,7 @@ from ezo_kernels.ops import (
 from ezo_kernels.ops._int8_update_triton import update_table
 from ezo_kernels.ops._tiles import int8_tile
 from ezo_kernels.ops._triton import jit, tl
-from ezo_kernels.ops.int8_conv2d import int8_conv2d
+from ezo_kernels.ops.int8_conv2d import int8_conv1d, int8_conv2d
 from ezo_kernels.ops.int8_pass import IntegerPerturbation
 from ezo_kernels.ops.int8_tensor import Int8Tensor
 from ezo_kernels.ops.noise import Noise
@@ -212,6 +212,18 @@ CONVS = {
 }
 
 
+def test_conv1d(on_cpu, key):
+    """A kernel of one point, as PointNet's, and one of every option."""
+    options = {"site": SITE, "bias_site": BIAS_SITE, "weight_exponent": exponent(-6), "bias_exponent": exponent(-9)}
+    for x, w, how in (
+        (tensor(4, 3, 17, groups=2), ints(9, 3, 1, seed=1), {}),
+        (tensor(2, 6, 13, groups=2), ints(4, 3, 3, seed=1), dict(stride=2, padding=2, dilation=2, groups=2)),
+    ):
+        b = ints(len(w), seed=2)
+        for strategy in ("buffer", "twice"):
+            compare(on_cpu, int8_conv1d, x, w, b, make_pass(key), strategy=strategy, **how, **options)
+
+
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_shapes(on_cpu, key, name):
     shape, weight, options = CONVS[name]
@@ -269,6 +281,11 @@ def test_round_shift(on_cpu, key, rounding):
 
 def test_relu(on_cpu):
     compare(on_cpu, int8_pointwise.int8_relu, tensor(3, 701, low=-128, groups=3))
+
+
+def test_maximum_over_a_dimension(on_cpu):
+    compare(on_cpu, torch.amax, tensor(4, 3, 21, low=-128, groups=2), 2)
+    compare(on_cpu, torch.amax, tensor(2, 3, 4, 5, groups=2), 1)
 
 
 @pytest.mark.parametrize("kind", ["max", "avg"])

@@ -7,7 +7,7 @@ import torch
 
 from ezo_kernels import ops
 from ezo_kernels.ops._update_triton import update_table
-from ezo_kernels.ops.noise import Noise
+from ezo_kernels.ops.noise import Noise, key_tensor
 
 
 def plan(params, sites, layouts, noise):
@@ -80,6 +80,17 @@ def test_a_skipped_step_leaves_every_bit_alone(key, dtype):
     ops.update_([w], key, torch.zeros(2), sites=[1], noise=noise, plan=plan([w], [1], ["matrix"], noise))
     kind = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(w.view(kind), before.view(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_several_steps_in_one_launch(on_cpu, dtype):
+    """Rounded after each step, in registers: what a launch a step gives."""
+    params = [torch.randn(20, 40).to(dtype), torch.randn(6, 5, 3, 3).to(dtype)]
+    keys = torch.stack([key_tensor(1, 2), key_tensor(2**63, 9), key_tensor(1, 3)])
+    coef = torch.tensor([[0.1, -0.2], [0.0, 0.0], [0.3, 0.0]])
+    ours, theirs = both(on_cpu, params, ["matrix", "conv"], keys, coef, Noise("clt4"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_forward_and_the_update_make_the_same_z(key, noise):

@@ -1,0 +1,148 @@
+"""Which way a perturbed linear layer is multiplied: a pure function of shape, dtype, noise and architecture.
+
+| strategy | what it does |
+|---|---|
+| ``fused`` | W + eps z and W - eps z are formed in the tile that multiplies; any shape |
+| ``two_products`` | x W^T and x z^T in one kernel, joined in its epilogue; for few rows |
+| ``slab`` | W + eps z and W - eps z of some outputs go to memory, then torch's batched matmul; for many rows |
+
+Only ``slab`` needs memory beside inputs and outputs, 32 MB at most. The numbers come from ``strategies.json``, which is shipped
+and never measured on the user's machine: the same run makes the same choices. It holds, by architecture, up to how many rows
+two products are taken, and from how many rows slabs are, for noise that is dear, plain or cheap to make (:data:`KINDS`).
+Rows are those of one group, so that a pass made one group at a time, or with more queries, chooses alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pathlib
+from dataclasses import dataclass
+
+import torch
+
+from ._tiles import slab_bytes, slab_plan
+
+STRATEGIES = ("auto", "fused", "two_products", "slab")
+_TABLE = pathlib.Path(__file__).with_name("strategies.json")
+#: What a value of each noise costs; others are ``plain``.
+KINDS = {"gaussian": "dear", "sparse": "dear", "hadamard": "cheap", "rademacher": "cheap"}
+_SIXTEEN = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What was chosen.
+
+    Args:
+        name: one of :data:`STRATEGIES`, never ``auto``.
+        workspace_bytes: memory for perturbed weights that it takes, if there is as much.
+    """
+
+    name: str
+    workspace_bytes: int = 0
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(_TABLE.read_text())
+
+
+@functools.cache
+def table_hash() -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the shipped table, for logs."""
+    return hashlib.sha256(_TABLE.read_bytes()).hexdigest()[:16]
+
+
+def two_products_faults(
+    x_dtype: torch.dtype, w_dtype: torch.dtype, noise: str, z_dtype: str, precision: str, transposed: bool
+) -> list[str]:
+    """Why two products cannot be taken, or nothing.
+
+    The tensor core gets z in x's dtype, and the update must apply that same z: so either the site's z has that dtype, or
+    z is the same in both (signs are).
+    """
+    faults = []
+    if transposed:
+        faults.append("the weight is stored [K, N]")
+    if w_dtype != x_dtype:
+        faults.append(f"the weight is {w_dtype} and x {x_dtype}: it would be rounded")
+    exact = (
+        noise == "rademacher" or (x_dtype == torch.float32 and precision == "ieee") or _SIXTEEN.get(x_dtype) == z_dtype
+    )
+    if not exact:
+        faults.append(f"z of this site is {z_dtype}, and the tensor core would round it to {precision or x_dtype}")
+    return faults
+
+
+def slab_faults(transposed: bool, precision: str, torch_precision: str) -> list[str]:
+    """Why slabs cannot be taken, or nothing; ``torch_precision``: of torch's own fp32 products."""
+    faults = []
+    if transposed:
+        faults.append("the weight is stored [K, N]")
+    if precision != torch_precision:
+        faults.append(f"its product is torch's, which is {torch_precision} now, not {precision}")
+    return faults
+
+
+def regular(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether rows of x [..., K] and of W [N, K] are contiguous and begin at multiples of 8 elements: 16-byte loads."""
+    steps = (*x.stride()[:-1], w.stride(0), w.shape[1])
+    return x.stride(-1) == 1 and w.stride(1) == 1 and all(step % 8 == 0 for step in steps)
+
+
+def choose(
+    rows: int, shape: tuple[int, int], x_dtype: torch.dtype, w_dtype: torch.dtype, noise: str, *, arch: int,
+    signs: tuple[int, ...] = (1, -1), z_dtype: str = "float32", precision: str = "ieee",
+    torch_precision: str = "ieee", transposed: bool = False, regular: bool = True, asked: str = "auto",
+) -> Strategy:  # fmt: skip
+    """The strategy of a linear layer.
+
+    Args:
+        rows: of one group, never of the stacked batch.
+        shape: of the weight as it is stored, [N, K] or [K, N].
+        x_dtype, w_dtype: of the product and of the weight.
+        noise: its name.
+        arch: compute capability, 90 for an H100; 0 for the CPU reference, which is always ``fused`` unless asked.
+        signs: of the pass; (0,) is never anything but ``fused``.
+        z_dtype: of the site's z, by name.
+        precision: ``ieee`` or ``tf32`` of fp32.
+        torch_precision: of torch's own fp32 products (``ieee`` for 16 bits).
+        transposed: the weight is stored [K, N].
+        regular: :func:`regular` of x and the weight.
+        asked: a strategy by name, or ``auto``.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: a strategy that was asked for by name and cannot be taken, with every reason.
+    """
+    if asked not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {asked!r}")
+    faults = two_products_faults(x_dtype, w_dtype, noise, z_dtype, precision, transposed)
+    if tuple(signs) == (0,):
+        return Strategy("fused")
+    if asked == "two_products":
+        if faults:
+            raise NotImplementedError("strategy 'two_products': " + "; ".join(faults))
+        return Strategy("two_products")
+    no_slab = slab_faults(transposed, precision, torch_precision)
+    slab = Strategy(
+        "slab", 0 if no_slab else slab_bytes(slab_plan(*shape, x_dtype.itemsize), shape[1], x_dtype.itemsize)
+    )
+    if asked == "slab":
+        if no_slab:
+            raise NotImplementedError("strategy 'slab': " + "; ".join(no_slab))
+        return slab
+    if asked == "fused" or arch == 0 or x_dtype == torch.float32 or not regular:
+        return Strategy("fused")
+    # a GPU that the table has never seen is taken for the newest one that is older, or for the oldest
+    table, kind = _table(), KINDS.get(noise, "plain")
+    if not faults and rows <= _known(table["two_products_rows"], arch)[kind]:
+        return Strategy("two_products")
+    large = shape[0] * shape[1] >= table["slab_weights"]
+    return slab if large and not no_slab and rows >= _known(table["slab_rows"], arch)[kind] else Strategy("fused")
+
+
+def _known(table: list[dict], arch: int) -> dict:
+    return max((row for row in table if row["arch"] <= arch), key=lambda row: row["arch"], default=table[0])

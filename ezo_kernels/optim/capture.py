@@ -1,0 +1,295 @@
+"""A whole training step as one CUDA graph: forwards, losses, g, clip, update, and the head's backward and optimiser.
+
+A graph replays kernels with the addresses and host numbers of the capture, so each step the host compares all of them with what
+the graph has (its key), brings the scalars that a schedule moves up to date, copies the batch in, and replays. A step with
+another key, such as a short last batch, runs eagerly on the same kernels and the same stream; a key that comes
+:data:`WARM_UP` times in a row is captured next. Those steps are steps of the run like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+#: Eager steps with one key in a row before it is captured: the first checks the model, those after it load every kernel and
+#: fill the allocator's caches.
+WARM_UP = 3
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class CudaGraphs:
+    """torch's CUDA graphs, as much of them as :class:`CapturedStep` needs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def __getstate__(self) -> dict:
+        return {"device": self.device, "_stream": None}
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """Run on the capture stream, after what the current one was given and before what it will be."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of ``run()``, which is not carried out; waits for the device."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the threads of a DataLoader may go on allocating pinned memory.
+        where = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        before = torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.device(self.device), where:
+                run()
+        except BaseException:
+            torch.cuda.set_stream(before)  # torch leaves the capture stream current if ending the capture fails, too
+            raise
+        return graph
+
+    def drop(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Give the graph's memory back once nothing on the device uses it."""
+        torch.cuda.synchronize(self.device)
+        graph.reset()
+
+
+def graphs_for(device: torch.device) -> CudaGraphs:
+    """What captures on this device.
+
+    Raises:
+        ValueError: a device without CUDA graphs.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"capture=True makes a CUDA graph of the step, and the model is on {device.type!r}: leave it out"
+        )
+    return CudaGraphs(device)
+
+
+class _Same:
+    """Compares equal to one that holds the very same objects, at the same addresses where they are tensors."""
+
+    def __init__(self, *objects) -> None:
+        self.objects = objects
+        self.places = tuple(o.data_ptr() if torch.is_tensor(o) else 0 for o in objects)
+
+    def __eq__(self, other) -> bool:
+        return (
+            isinstance(other, _Same)
+            and self.places == other.places
+            and len(self.objects) == len(other.objects)
+            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+        )
+
+    __hash__ = None
+
+
+def identity_of(loss_fn, problems: list[str]):
+    """What tells one loss from another: its code, not the function object, which a loop may make anew each step."""
+    if loss_fn is None:
+        return None
+    if isinstance(loss_fn, functools.partial):
+        own = _Same(*loss_fn.args, *loss_fn.keywords.values())
+        return identity_of(loss_fn.func, problems), tuple(loss_fn.keywords), own
+    if isinstance(loss_fn, nn.Module):
+        return _Same(loss_fn, *loss_fn.parameters(), *loss_fn.buffers()), loss_fn.training
+    if isinstance(loss_fn, types.BuiltinFunctionType) and not isinstance(loss_fn.__self__, torch.Tensor):
+        return _Same(loss_fn)
+    if isinstance(loss_fn, types.FunctionType):
+        if loss_fn.__closure__:
+            names = ", ".join(loss_fn.__code__.co_freevars)
+            problems.append(
+                f"loss_fn closes over {names}, whose values a graph would keep for ever: pass them through "
+                "functools.partial, or make it an nn.Module"
+            )
+        return loss_fn.__code__, _Same(*(loss_fn.__defaults__ or ()), *(loss_fn.__kwdefaults__ or {}).values())
+    problems.append(
+        f"loss_fn is a {type(loss_fn).__name__}, whose state on the host a replay would not see: pass a function "
+        "or an nn.Module"
+    )
+    return _Same(loss_fn)
+
+
+def refusals(opt) -> list[str]:
+    """Why no step of this optimizer can be captured; empty if it can."""
+    found = [] if getattr(opt, "head_optimizer", None) is None else opt.head_optimizer.refusals()
+    for name, module in opt.model.named_modules():
+        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+            found.append(f"{name or 'the model'!r} has hooks, which a replay would not call: remove them")
+    for name, p in opt.model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            found.append(f"{name!r} has gradient hooks, which a replay would not call: remove them")
+    if torch.is_autocast_enabled(opt.device.type) and torch.is_autocast_cache_enabled():
+        found.append("autocast keeps its casts of weights on the host: torch.autocast(..., cache_enabled=False)")
+    return found
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise NotImplementedError with all of ``problems``, if there are any."""
+    if problems:
+        raise NotImplementedError("this step cannot be captured: " + "; ".join(problems))
+
+
+def _signature(leaf, problems: list[str]):
+    if not torch.is_tensor(leaf):
+        if leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
+            return type(leaf), leaf
+        problems.append(f"an argument is a {type(leaf).__name__}, whose state on the host a replay would not see")
+        return _Same(leaf)
+    return tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.device
+
+
+@dataclass
+class _Candidate:
+    """A key on its way to being captured, with the inputs that its steps read."""
+
+    key: tuple
+    inputs: list
+    steps: int = 0
+    results: tuple = ()
+
+
+class CapturedStep:
+    """Replays the step of one optimizer, which offers it:
+
+    ``_eager(*inputs)`` the step; ``_fill_scalars()`` host numbers to device scalars; ``_baked()`` the host numbers and
+    ``_held()`` the tensors beside the model's that a graph keeps; ``_results(loss)`` the tensors that a step leaves, 8-byte
+    dtypes first; ``_took(results)`` takes them over.
+
+    Attributes:
+        captures, replays, eager_steps: how often each happened.
+    """
+
+    def __init__(self, graphs) -> None:
+        self._graphs = graphs
+        self.captures = self.replays = self.eager_steps = 0
+        self._graph, self._key, self._inputs, self._out, self._shapes = None, None, [], None, ()
+        self._candidate: _Candidate | None = None
+        self._slots: list | None = None
+        self._modules: list = []
+
+    def __getstate__(self) -> dict:
+        return {"graphs": self._graphs}  # a copy has tensors of its own: it captures anew
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["graphs"])
+
+    def counters(self) -> dict[str, int]:
+        return {"captures": self.captures, "replays": self.replays, "eager_steps": self.eager_steps}
+
+    def _where(self, opt) -> tuple:
+        """Addresses of everything that lives longer than a step, read from where the modules keep it."""
+        if self._slots is None:
+            self._modules = list(opt.model.modules())
+            self._slots = [(table, n) for m in self._modules for table in (m._parameters, m._buffers) for n in table]
+        tensors = (table.get(name) for table, name in self._slots)
+        own = tuple(0 if t is None else t.data_ptr() for t in tensors)
+        return own, tuple(t.data_ptr() for t in opt._held()), tuple(m.training for m in self._modules)
+
+    def step(self, opt, loss_fn, *inputs) -> torch.Tensor:
+        """The step ``opt._eager(*inputs)``, by replay if all is as it was captured.
+
+        Raises:
+            NotImplementedError: a step that cannot be captured, with every reason.
+            RuntimeError: the capture failed, with torch's reason. Either way nothing has changed.
+        """
+        leaves, spec = pytree.tree_flatten(inputs)
+        problems: list[str] = []
+        cast = torch.is_autocast_enabled(opt.device.type), torch.get_autocast_dtype(opt.device.type)
+        signatures = [_signature(leaf, problems) for leaf in leaves if leaf is not loss_fn]
+        key = (spec, signatures, identity_of(loss_fn, problems), cast, opt._baked(), self._where(opt))
+        if self._graph is not None and key == self._key:
+            self._candidate = None
+            return self._replay(opt, leaves)
+        candidate = self._candidate
+        if candidate is None or candidate.key != key:
+            problems += refusals(opt)
+            away = sorted({str(leaf.device) for leaf in leaves if torch.is_tensor(leaf) and leaf.device != opt.device})
+            if away:
+                problems.append(f"tensors of the batch are on {', '.join(away)} and the model on {opt.device}")
+            refuse(problems)
+            static = [leaf.detach().clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
+            candidate = self._candidate = _Candidate(key, static)
+        else:
+            _copy(candidate.inputs, leaves)
+        if candidate.steps < WARM_UP:
+            with self._graphs.stream():
+                loss = opt._eager(*pytree.tree_unflatten(candidate.inputs, spec))
+            candidate.steps += 1
+            candidate.results = tuple((t.dtype, tuple(t.shape)) for t in opt._results(loss))
+            self.eager_steps += 1
+            return loss
+        refuse(refusals(opt))
+        self._capture(opt, candidate, spec)
+        return self._replay(opt, leaves)
+
+    def _capture(self, opt, candidate: _Candidate, spec) -> None:
+        self.drop()
+        opt._fill_scalars()
+        shapes = candidate.results
+        size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes)
+        out = torch.empty(size, dtype=torch.uint8, device=opt.device)
+        held = opt._results(None)
+
+        def run() -> None:
+            results = opt._results(opt._eager(*pytree.tree_unflatten(candidate.inputs, spec)))
+            torch.cat([t.reshape(-1).view(torch.uint8) for t in results], out=out)
+
+        try:
+            self._graph = self._graphs.record(run)
+        except Exception as error:
+            self._candidate = None
+            raise RuntimeError(
+                f"the step could not be captured: {error}. Does the model or the loss wait for the device (.item(), "
+                "printing, indexing by a mask)? capture=False runs it eagerly"
+            ) from error
+        finally:
+            opt._took(held)  # tensors of the graph's own memory are not for users
+        self._key, self._inputs, self._out, self._shapes = candidate.key, candidate.inputs, out, shapes
+        self._candidate = None
+        self.captures += 1
+
+    def _replay(self, opt, leaves) -> torch.Tensor:
+        opt._fill_scalars()
+        _copy(self._inputs, leaves)
+        with opt._phase("replay"):
+            self._graph.replay()
+        self.replays += 1
+        results, flat = (
+            [],
+            self._out.clone(),
+        )  # a copy, so that a loss that the user keeps does not change with the next step
+        for dtype, shape in self._shapes:
+            size = dtype.itemsize * torch.Size(shape).numel()
+            results.append(flat[:size].view(dtype).view(shape))
+            flat = flat[size:]
+        opt._took(results)
+        return results[0]
+
+    def drop(self) -> None:
+        """Forget the graph; its memory goes back."""
+        if self._graph is not None:
+            self._graphs.drop(self._graph)
+        self._graph, self._key, self._inputs, self._out = None, None, [], None
+
+
+@torch.no_grad()
+def _copy(static: list, leaves: list) -> None:
+    for mine, leaf in zip(static, leaves, strict=True):
+        if torch.is_tensor(mine):
+            mine.copy_(leaf, non_blocking=True)

@@ -1,0 +1,88 @@
+"""The two-product kernel against the CPU operator, in fp32 and fp16. bf16 is for a GPU: the interpreter's is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_linear import SIGNS, _inputs, check, make
+
+from ezo_kernels import ops
+from ezo_kernels.ops import _linear_small_triton
+from ezo_kernels.ops._tiles import small_tile
+from ezo_kernels.ops.noise import Noise
+
+OPTIONS = {"site": 0xFEDCBA98, "bias_site": 7, "precision": "ieee", "strategy": "two_products"}
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch):
+    """Counts launches of the kernel that is under test: a test that ran another one must fail."""
+    count = []
+    launch = _linear_small_triton.launch_linear_small
+    monkeypatch.setattr(_linear_small_triton, "launch_linear_small", lambda *a: (count.append(1), launch(*a)))
+    yield count
+    assert count
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_noises(on_cpu, key, noise, shared):
+    p = ops.Perturbation(key, torch.tensor([0.4]), noise[0], query=3)
+    check(on_cpu, *make(5, 40, 70, groups=1 if shared else p.groups), p, shared=shared, strategy="two_products")
+
+
+@pytest.mark.parametrize("rows", [1, 17, 65])
+@pytest.mark.parametrize(("n", "k", "noise_name"), [(3, 25, "clt4"), (10, 84, "hadamard"), (70, 128, "clt4")])
+def test_shapes(on_cpu, key, rows, n, k, noise_name):
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise(noise_name))
+    check(on_cpu, *make(rows, n, k, groups=2), p, strategy="two_products")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
+def test_queries(on_cpu, key, signs, shared):
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"), query=9, queries=3, signs=signs)
+    x, w, b = make(18, 20, 40, groups=1 if shared else p.groups)
+    check(on_cpu, x, w, b, p, shared=shared, strategy="two_products")
+    check(on_cpu, x, w, None, p, shared=shared, strategy="two_products")
+
+
+@pytest.mark.parametrize("name", ["clt4", "hadamard", "rademacher"])
+@pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
+def test_half(on_cpu, key, signs, name):
+    p = ops.Perturbation(key, torch.tensor([0.05]), Noise(name), signs=signs)
+    x, w, b = make(20, 30, 48, torch.float16, groups=p.groups)
+    check(on_cpu, x, w, b, p, strategy="two_products", z_dtype="float16")
+
+
+@pytest.mark.parametrize(("name", "x"), list(_inputs()), ids=lambda v: v if isinstance(v, str) else "")
+def test_strides(on_cpu, key, name, x):
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"))
+    check(on_cpu, x, torch.randn(36, 20).t(), torch.randn(40)[::2], p, strategy="two_products")
+    check(on_cpu, x, torch.randn(40, 72)[::2, ::2], None, p, shared=True, strategy="two_products")
+
+
+@pytest.mark.parametrize("tile", [(16, 64, 64), (32, 32, 128), (64, 64, 32)], ids=str)
+@pytest.mark.parametrize("name", ["gaussian", "rademacher", "hadamard"])
+def test_tiles(monkeypatch, on_cpu, key, name, tile):
+    chosen = dataclasses.replace(small_tile(20, torch.float32, name, True, 90), half=tile[0], bn=tile[1], bk=tile[2])
+    monkeypatch.setattr(_linear_small_triton, "small_tile", lambda *_: chosen)
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise(name))
+    check(on_cpu, *make(20, 33, 70, groups=2), p, strategy="two_products")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_eps_zero_gives_equal_groups(key, shared):
+    x, w, b = make(20, 20, 70)
+    p = ops.Perturbation(key, torch.zeros(1), queries=2)
+    y = ops.perturbed_linear(x if shared else x.repeat(4, 1), w, b, p, shared=shared, **OPTIONS).chunk(4)
+    assert all(torch.equal(y[0], part) for part in y)
+
+
+def test_the_pair_is_its_two_signs(key):
+    x, w, b = make(20, 20, 70, groups=2)
+    both = ops.perturbed_linear(x, w, b, ops.Perturbation(key, torch.tensor([0.4])), **OPTIONS).chunk(2)
+    for sign, part, y in zip((1, -1), x.chunk(2), both, strict=True):
+        p = ops.Perturbation(key, torch.tensor([0.4]), signs=(sign,))
+        assert torch.equal(ops.perturbed_linear(part, w, b, p, **OPTIONS), y)

@@ -1,0 +1,184 @@
+"""The strategy of a linear layer: a pure function, its table, and what each strategy computes on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+
+import pytest
+import torch
+
+import ezo_kernels as ezo
+from ezo_kernels import ops
+from ezo_kernels.ops import _strategy
+from ezo_kernels.ops._strategy import choose
+from ezo_kernels.ops.noise import NOISES, key_tensor
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SITE = {"site": 5, "bias_site": 6}
+
+
+def name(rows=16, shape=(4096, 4096), x=BF16, w=BF16, noise="clt4", arch=90, z_dtype="bfloat16", **options):
+    return choose(rows, shape, x, w, noise, arch=arch, z_dtype=z_dtype, **options).name
+
+
+def test_regimes():
+    assert [name(rows) for rows in (1, 64, 65, 1299)] == ["two_products", "two_products", "fused", "fused"]
+    assert [name(rows) for rows in (1300, 8192)] == ["slab", "slab"]
+    assert [name(rows, noise="gaussian", z_dtype="float32") for rows in (16, 229, 230)] == ["fused", "fused", "slab"]
+    assert [name(rows, arch=80) for rows in (32, 33)] == ["two_products", "fused"]
+    assert [name(rows, arch=80, noise="gaussian") for rows in (16, 17)] == ["two_products", "fused"]
+
+
+def test_two_products_only_with_the_z_of_the_update():
+    assert name(z_dtype="float32") == "fused" and name(z_dtype="float16") == "fused"
+    assert name(z_dtype="float32", noise="rademacher") == "two_products"
+    assert name(w=F32) == "fused" and name(transposed=True) == "fused"
+    assert name(regular=False) == "fused" and name(regular=False, asked="two_products") == "two_products"
+    assert name(signs=(0,)) == "fused" and name(signs=(1,)) == "two_products"
+    with pytest.raises(NotImplementedError, match=r"stored \[K, N\].*would be rounded.*z of this site"):
+        name(w=F32, transposed=True, z_dtype="float32", asked="two_products")
+    with pytest.raises(NotImplementedError, match="round it to tf32"):
+        name(x=F32, w=F32, z_dtype="float32", precision="tf32", asked="two_products")
+    assert name(x=F32, w=F32, z_dtype="float32", asked="two_products") == "two_products"
+
+
+@pytest.mark.parametrize("arch", [70, 80, 86, 89, 90, 100, 103, 120, 130])
+@pytest.mark.parametrize("noise", [n for n in NOISES if n != "sparse_int8"])
+def test_unseen_shapes_get_a_sound_choice(arch, noise):
+    for rows in (1, 7, 63, 100, 1 << 20):
+        chosen = choose(rows, (4096, 4096), BF16, BF16, noise, arch=arch, z_dtype="bfloat16")
+        assert chosen.name in (("fused", "two_products") if rows < 64 else ("slab",) if rows > 100 else ("fused",))
+        assert chosen.workspace_bytes == (32 << 20 if chosen.name == "slab" else 0)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            chosen.name = "other"
+
+
+def test_a_cpu_takes_the_reference_unless_asked():
+    assert name(arch=0) == "fused" and name(arch=0, asked="two_products") == "two_products"
+    assert name(1 << 20, arch=0) == "fused" and name(arch=0, asked="slab") == "slab"
+
+
+def test_regular():
+    x, w = torch.ones(4, 24), torch.ones(6, 24)
+    assert _strategy.regular(x, w) and _strategy.regular(torch.ones(2, 3, 24), w)
+    assert not _strategy.regular(x[:, :20], w[:, :20]) and not _strategy.regular(torch.ones(24, 4).t(), w)
+    assert not _strategy.regular(x, torch.ones(6, 25)[:, :24])
+
+
+def test_the_hash_is_of_the_shipped_file():
+    file = pathlib.Path(_strategy.__file__).with_name("strategies.json")
+    assert _strategy.table_hash() == hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def test_unknown_names():
+    x, w = torch.ones(2, 3), torch.ones(4, 3)
+    p = ops.Perturbation(key_tensor(1, 2), torch.ones(1))
+    with pytest.raises(ValueError, match="strategy must be one of auto, fused"):
+        ops.perturbed_linear(x, w, None, p, strategy="fast", **SITE)
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        name(asked="fast")
+    with pytest.raises(TypeError, match="z_dtype must be 'float32' or x's own"):
+        ops.perturbed_linear(x, w, None, p, z_dtype="bfloat16", **SITE)
+
+
+def _layer(dtype, noise, eps, strategy, shared=False, signs=(1, -1), bias=True):
+    generator = torch.Generator().manual_seed(1)
+    p = ops.Perturbation(key_tensor(1, 2), torch.tensor([eps]), ops.Noise(noise), queries=2, signs=signs)
+    x = torch.randn(5 if shared else 5 * p.groups, 70, generator=generator).to(dtype)
+    w = torch.randn(40, 70, generator=generator).to(dtype)
+    b = torch.randn(40, generator=generator).to(dtype) if bias else None
+    z_dtype = "float32" if dtype == F32 else str(dtype).removeprefix("torch.")
+    y = ops.perturbed_linear(x, w, b, p, shared=shared, strategy=strategy, z_dtype=z_dtype, precision="ieee", **SITE)
+    return x, w, b, p, y.double()
+
+
+def _exact(x, w, b, p, z_dtype, shared):
+    """fp64, with the z of the contract rounded as the site says."""
+    out = []
+    for g in range(p.groups):
+        q, sign = g // len(p.signs), p.signs[g % len(p.signs)]
+        rows = x if shared else x.chunk(p.groups)[g]
+        z = ops.materialize(w.shape, seed=1, step=2, site=5, query=q, noise=p.noise.name).to(z_dtype).double()
+        y = rows.double() @ (w.double() + sign * p.eps.double() * z).T
+        if b is not None:
+            y += b.double() + sign * p.eps.double() * ops.materialize(
+                b.shape, seed=1, step=2, site=6, query=q, noise=p.noise.name
+            ).double()  # fmt: skip
+        out.append(y)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("signs", [(1, -1), (1,), (-1,)], ids=str)
+@pytest.mark.parametrize("strategy", ["fused", "two_products", "slab"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_strategies_compute_the_contract(dtype, strategy, signs, shared):
+    for noise in ("gaussian", "hadamard"):
+        x, w, b, p, y = _layer(dtype, noise, 0.3, strategy, shared, signs, bias=noise == "gaussian")
+        want = _exact(x, w, b, p, dtype, shared)
+        # fused and slab round W + eps z (and on a CPU the bias), two_products nothing but the output
+        limit = {F32: 1e-6, BF16: 2**-8, F16: 2**-11}[dtype] * (1.01 if strategy == "two_products" else 4)
+        size = (x.double().abs() @ w.double().abs().T).max() if strategy != "two_products" else want.abs().max()
+        floor = 1e-5 if dtype == F32 else 0.0
+        assert (y - want).abs().max() <= limit * size + floor
+
+
+@pytest.mark.parametrize("strategy", ["fused", "two_products", "slab"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_eps_zero_gives_equal_groups(dtype, strategy):
+    x, w, b, p, _ = _layer(dtype, "clt4", 0.0, strategy)
+    rows = x.chunk(p.groups)[0].repeat(p.groups, 1)
+    z_dtype = "float32" if dtype == F32 else "bfloat16"
+    y = ops.perturbed_linear(rows, w, b, p, strategy=strategy, z_dtype=z_dtype, precision="ieee", **SITE).chunk(
+        p.groups
+    )
+    assert all(torch.equal(y[0], part) for part in y)
+
+
+def test_z_is_rounded_where_the_site_says():
+    """x = identity shows W + eps z itself: at eps = 1 and W = 0 it is z."""
+    p = ops.Perturbation(key_tensor(1, 2), torch.ones(1), signs=(1,))
+    w = torch.zeros(24, 16, dtype=BF16)
+    z = ops.materialize(w.shape, seed=1, step=2, site=5)
+    for strategy in ("fused", "two_products", "slab"):
+        y = ops.perturbed_linear(torch.eye(16, dtype=BF16), w, None, p, strategy=strategy, z_dtype="bfloat16", **SITE)
+        assert torch.equal(y.T, z.to(BF16))
+
+
+def test_converted_layers_take_the_strategy(monkeypatch):
+    count, of = [], ops.linear._two_products_cpu
+    monkeypatch.setattr(ops.linear, "_two_products_cpu", lambda *args: (count.append(1), of(*args)))
+    x, y = torch.randn(8, 6), torch.zeros(8, dtype=torch.long)
+    losses = {}
+    for strategy in ("fused", "two_products"):
+        torch.manual_seed(0)
+        model = ezo.convert_(
+            torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)), head=0, strategy=strategy
+        )
+        opt = ezo.ElasticZO(model, eps=0.1, seed=3)
+        opt.train_step(x, y)
+        losses[strategy] = opt.losses.clone()
+        assert bool(count) == (strategy == "two_products")
+    torch.testing.assert_close(losses["fused"], losses["two_products"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        ezo.convert_(torch.nn.Linear(2, 2), strategy="fast")
+    with pytest.raises(ValueError, match="integer layers"):
+        ezo.convert_(torch.nn.Linear(2, 2), precision="int8", strategy="fused")
+
+
+def test_a_layer_that_cannot_take_it_says_why():
+    model = ezo.convert_(torch.nn.Linear(6, 3).to(BF16), strategy="two_products")
+    opt = ezo.ElasticZO(model, eps=0.1, noise="clt4")
+    with pytest.raises(NotImplementedError, match="z of this site is float32"):
+        opt.train_step(torch.randn(8, 6, dtype=BF16), torch.zeros(8, dtype=torch.long))
+
+
+def test_fused_rounds_z_before_it_meets_the_weight():
+    p = ops.Perturbation(key_tensor(1, 2), torch.tensor([0.3]), signs=(1,))
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(BF16)
+    z = ops.materialize(w.shape, seed=1, step=2, site=5)
+    y = ops.perturbed_linear(torch.eye(64, dtype=BF16), w, None, p, strategy="fused", z_dtype="bfloat16", **SITE)
+    rounded, whole = ((w.float() + of * p.eps).to(BF16) for of in (z.to(BF16).float(), z))
+    assert torch.equal(y.T, rounded) and not torch.equal(rounded, whole)
