@@ -275,6 +275,7 @@ def test_bad_integer_options_are_refused_before_training(ezo, folder, untrained,
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(train, tmp_path, monkeypatch, number):
     whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
+    before = signal.getsignal(signal.SIGINT)
     train("--checkpoint", whole)
     take_step = Run._take_step
 
@@ -289,7 +290,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(train, tmp_path, monkeypatch, 
     # The step in which it arrived is finished, and nothing is said of accuracy.
     assert code == 128 + number and "stopped after step 5 of 14" in err and f"--resume {part}" in err
     assert "accuracy" not in out and not (tmp_path / "a.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert train("--resume", part, "--checkpoint", part)[0] == 0
     assert same_state(ckpt.read(whole), ckpt.read(part))
 
@@ -362,6 +363,8 @@ def untrained(monkeypatch):
         (("--batch", "1000"), "a batch of 1000 out of 117 rows"),
         (("--seed", "-1"), "seed is -1"),
         (("--max-steps", "0"), "--max-steps is 0"),
+        (("--capture", "--device", "cpu"), "capture=True"),
+        (("--capture", "--method", "bp"), "--capture: no meaning with --method bp"),
         (("--threads", "0"), "--threads is 0"),
         (("--model", "mlp", "--hidden", "a,b"), "hidden is 'a,b'"),
         (("--model", "mlp", "--hidden", "0"), "an MLP takes"),

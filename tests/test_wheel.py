@@ -49,6 +49,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
     assert {"ezo_kernels/py.typed", "ezo_kernels/data/mnist_validation.txt"} <= wanted
+    assert {f"ezo_kernels/ops/csrc/{name}" for name in ("ezo_noise.cuh", "ezo_update.cuh", "update.cu")} <= wanted
     assert wanted - names == set()
 
 

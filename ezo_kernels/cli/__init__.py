@@ -1,4 +1,4 @@
-"""The program ``ezo``: train, eval, info, data. Every error is one line on stderr and exit code 2."""
+"""The program ``ezo``: train, eval, info, data, profile, experiment, cut. Every error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def main(argv: list[str] | None = None) -> int:
         show = args.traceback
         if args.command == "train":
             from .train import train as command
+        elif args.command == "profile":
+            from .profile import profile as command
+        elif args.command == "cut":
+            from .cut import cut as command
+        elif args.command == "experiment":
+            from .experiments.run import experiment as command
         else:
             from . import commands
 

@@ -12,7 +12,7 @@ from ..nn import convert_
 from . import checkpoint as ckpt
 from . import outputs, system
 from .recipe import Recipe
-from .run import accuracy, build_model, inputs
+from .run import accuracy, build_model, data_for, inputs
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -25,7 +25,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if recipe.integer:
         convert_(model, head=recipe.head_argument, precision="int8")
     ckpt.load_model(model, contents, args.checkpoint)
-    data = load(recipe.data, args.data_dir)
+    data = data_for(recipe, load(recipe.data, args.data_dir))
     short = {"validation": "valid", "test": "test"}[args.split]
     x = inputs(getattr(data, f"x_{short}"), data.name, recipe.precision).to(device)
     value = accuracy(model, x, torch.from_numpy(getattr(data, f"y_{short}")).to(device))
@@ -48,6 +48,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """``ezo info``: what runs here, and how each layer of a model would be trained."""
     from ..nn import summary
+    from ..ops._strategy import table_hash
     from ..ops.noise import rng_version
 
     device = system.pick_device(args.device)
@@ -57,6 +58,7 @@ def info(args: argparse.Namespace) -> int:
     for name, version in system.versions().items():
         print(f"{name:12} {version}")
     print(f"{'noise':12} {rng_version(7)}")
+    print(f"{'strategies':12} {table_hash()}")
     print(f"{'device':12} {device.type}: {system.device_name(device)}")
     print(f"\n{args.model}, head {args.head}:")
     print(summary(model))

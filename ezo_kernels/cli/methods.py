@@ -10,26 +10,35 @@ from ..optim import ElasticZO, ElasticZOInt8
 from .recipe import Recipe
 
 
-def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    recipe: Recipe, model: torch.nn.Module, int8=ElasticZOInt8, capture: bool = False
+) -> torch.optim.Optimizer:
     """Convert ``model`` in place where the method asks for it, and make its optimizer.
+
+    Args:
+        recipe, model: of the run.
+        int8: the class of integer optimizers.
+        capture: replay steps as one CUDA graph, the head's SGD fused; a trunk's bits are the same with and without.
 
     Raises:
         ValueError: whatever of the recipe it cannot take: an unknown noise, a head that does not exist, eps <= 0, ...
     """
+    if capture and recipe.method != "elastic":
+        raise ValueError(f"--capture: no meaning with --method {recipe.method}")
     if recipe.integer:
         convert_(model, head=recipe.head_argument, precision="int8")
         trunk, head = recipe.integers_at(0, 1)
         loss = "cross_entropy" if recipe.loss == "integer" else "float_cross_entropy"
         mode = "stacked" if recipe.mode == "auto" else recipe.mode
-        return ElasticZOInt8(
+        return int8(
             model, **trunk, head_bits=head["bits"], queries=recipe.queries, seed=recipe.seed, rounds=recipe.rounds,
-            fraction_bits=recipe.fraction_bits, loss=loss, mode=mode,
+            fraction_bits=recipe.fraction_bits, loss=loss, mode=mode, capture=capture,
         )  # fmt: skip
     noise = {"noise": recipe.noise, "p_zero": recipe.zeros, "rounds": recipe.rounds}
     zo = {"lr": recipe.lr, "eps": recipe.eps, "clip": recipe.clip, "queries": recipe.queries, "seed": recipe.seed}
     if recipe.method == "elastic":
         convert_(model, head=recipe.head_argument)
-        return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, mode=recipe.mode)
+        return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, mode=recipe.mode, capture=capture)
     # What ElasticZO is held against: not imported by a run that does not compare.
     from ..optim import baselines
 

@@ -52,18 +52,19 @@ def check_plot(path: Path | None) -> None:
         raise ModuleNotFoundError("--plot needs matplotlib: pip install 'ezo-kernels[plot]'") from None
 
 
+def jsonable(value):
+    """A record with null for numbers that are not finite, which every JSON reader takes, and lists for tuples."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    return [jsonable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, record: dict) -> None:
-    """Write a record; numbers that are not finite become null, which every JSON reader takes."""
-
-    def finite(value):
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
-
+    """Write a record as :func:`jsonable` gives it."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(finite(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(jsonable(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_plot(path: Path, record: dict) -> None:

@@ -83,6 +83,30 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
 
 
+def add_experiment(commands) -> None:
+    """``ezo experiment``."""
+    from .experiments.catalogue import EXPERIMENTS
+
+    lines = "\n".join(f"  {name:12} {experiment.summary}" for name, experiment in EXPERIMENTS.items())
+    parser = commands.add_parser(
+        "experiment",
+        help="what the ElasticZO paper evaluates, with seeds, a table and a plot; goes on where it was stopped",
+        description=f"Run an experiment into DIR/NAME.json and NAME.png; what is there already is not run again.\n\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=sorted(EXPERIMENTS), metavar="NAME", help="one of the above")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go; made if need be")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each trial, on the digits: no evidence")
+    parser.add_argument(
+        "--data", nargs="+", choices=R.DATA, metavar="NAME", help=f"{', '.join(R.DATA)} (default: mnist; quick: digits)"
+    )
+    add_data_dir(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: 0 1 2; quick: 0 1)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of every trial (default: 10; quick: 1)")
+    add_device(parser)
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+
+
 def build() -> Parser:
     parser = Parser(prog="ezo", description="Zeroth-order training at the memory of inference.")
     parser.add_argument("--version", action="version", version=f"ezo-kernels {__version__}")
@@ -94,6 +118,7 @@ def build() -> Parser:
     add_data_dir(train)
     add_device(train)
     train.add_argument("--offline", action="store_true", help="do not download: the cache, else the digits")
+    train.add_argument("--capture", action="store_true", help="replay each step as one CUDA graph; on a GPU alone")
     train.add_argument(
         "--max-steps", type=int, metavar="N", help="stop after N steps; the schedule spans --epochs still"
     )
@@ -123,6 +148,46 @@ def build() -> Parser:
     info.add_argument("--head", default="fc2,fc3", metavar="fc2,fc3|N|0|all", help="(default: fc2,fc3)")
     info.add_argument("--precision", choices=("float", "int8"), default="float", help="(default: float)")
     add_device(info)
+
+    profile = commands.add_parser(
+        "profile",
+        help="where the time of a training step goes, by operator and by kernel",
+        description="Take steps of a training under torch.profiler; the model it trains is thrown away.",
+    )
+    add_recipe(profile)
+    add_data_dir(profile)
+    add_device(profile)
+    profile.add_argument("--offline", action="store_true", help="do not download: the cache, else the digits")
+    profile.add_argument("--steps", type=int, default=20, metavar="N", help="steps measured (default: 20)")
+    profile.add_argument("--top", type=int, default=15, metavar="N", help="rows of a table (default: 15)")
+    profile.add_argument("--out", type=Path, metavar="DIR", help="folder for profile.json and trace.json (Perfetto's)")
+    profile.add_argument(
+        "--roofline",
+        type=Path,
+        metavar="FILE",
+        help="of python -m bench roofline --lines FILE: adds the share of the roof",
+    )
+    profile.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+
+    cut = commands.add_parser(
+        "cut",
+        help="which layers to give to backpropagation: bytes, time and predicted gain of every cut, and a choice",
+        description="Choose the head of a model with its initial weights, from the first batch of the training images.",
+    )
+    cut.add_argument("--model", choices=("lenet5", "mlp"), default="lenet5", help="(default: lenet5)")
+    cut.add_argument("--hidden", default="256,128", metavar="N,N", help="widths of the MLP's hidden layers")
+    cut.add_argument("--data", choices=R.DATA, default="mnist", help="(default: mnist)")
+    add_data_dir(cut)
+    cut.add_argument("--batch", type=int, default=32, metavar="N", help="rows, as in the training (default: 32)")
+    cut.add_argument("--queries", type=int, default=1, metavar="N", help="directions a step (default: 1)")
+    cut.add_argument("--memory", type=int, metavar="BYTES", help="budget at the peak of a step (default: none)")
+    cut.add_argument("--time", type=float, metavar="SECONDS", help="budget of a step (default: none)")
+    cut.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and draws (default: 0)")
+    cut.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    cut.add_argument("--plot", type=Path, metavar="FILE.png", help="write gain, memory and time against the cut")
+    add_device(cut)
+
+    add_experiment(commands)
 
     data = commands.add_parser("data", help="get a data set into the cache, with its checksum compared")
     data.add_argument("name", choices=("mnist", "fashion_mnist"))

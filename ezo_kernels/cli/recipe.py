@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
-MODELS = ("lenet5", "mlp")
+MODELS = ("lenet5", "mlp", "pointnet")
 DATA = ("mnist", "fashion_mnist", "digits")
 METHODS = ("elastic", "mezo", "bp", "frozen")
 SCHEDULES = ("cosine", "constant")
@@ -20,6 +20,8 @@ INT8_ONLY = ("r_max", "bits", "head_bits", "loss", "fraction_bits")
 DEFAULT_P_ZERO = {True: "0.97,0.98@0.3,0.99@0.6,0.9975@0.8", False: "0"}
 #: the head when none is named, by method
 DEFAULT_HEAD = {"elastic": "fc2,fc3", "mezo": "0", "bp": "all", "frozen": "fc2,fc3"}
+#: what fc2,fc3 is in PointNet, whose batch norm between them is the head's, too
+POINTNET_HEAD = "2"
 
 
 def parse_schedule(text: str, name: str, kind: type) -> list[tuple[float, float | int]]:
@@ -93,7 +95,10 @@ class Recipe:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")
         # A frozen dataclass; the default of one field depends on another.
-        object.__setattr__(self, "head", self.head or DEFAULT_HEAD[self.method])
+        head = DEFAULT_HEAD[self.method]
+        if self.model == "pointnet" and "," in head:
+            head = POINTNET_HEAD
+        object.__setattr__(self, "head", self.head or head)
         object.__setattr__(self, "p_zero", self.p_zero or DEFAULT_P_ZERO[self.precision == "int8"])
         if self.method == "bp" and self.head != "all":
             raise ValueError(f"method bp trains every layer by backpropagation: --head all, not {self.head}")

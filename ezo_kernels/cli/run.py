@@ -8,14 +8,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..data import Batches, Dataset, quantize_images, standardize
-from ..models import MLP, LeNet5
-from ..ops.int8_tensor import Int8Tensor
+from ..data import Batches, Dataset, point_clouds, quantize_images, standardize
+from ..models import MLP, LeNet5, PointNet
+from ..ops.int8_tensor import Int8Tensor, quantize
 from .methods import make_optimizer
 from .recipe import Recipe
 
 #: of the weights that a run starts from: an int8 run quantises fp32 ones
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
+#: of int8 clouds, whose coordinates are within [-1, 1]
+CLOUD_EXPONENT = -7
 #: rows of an evaluation's batch: large enough to be fast, and a bounded amount of memory
 EVALUATION_ROWS = 1000
 
@@ -25,6 +27,9 @@ def build_model(recipe: Recipe, device: torch.device) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(recipe.seed)
     if recipe.model == "lenet5":
         model = LeNet5(generator=generator)
+    elif recipe.model == "pointnet":
+        # Batch norm has no integer form.
+        model = PointNet(10, norm=not recipe.integer, generator=generator)
     else:
         model = MLP(28 * 28, *recipe.hidden_widths, 10, generator=generator)
     return model.to(device, DTYPES[recipe.precision])
@@ -35,8 +40,16 @@ def loss_fn(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), y)
 
 
+def data_for(recipe: Recipe, data: Dataset) -> Dataset:
+    """The data as the recipe's model takes it: PointNet's as clouds of points drawn from the images, others' as they are."""
+    return point_clouds(data) if recipe.model == "pointnet" else data
+
+
 def inputs(images, name: str, precision: str):
-    """Images uint8 [n, 28, 28] as what a model of this precision takes."""
+    """Images uint8 [n, 28, 28], or clouds float32 [n, 3, points] in the unit sphere, as models of this precision take them."""
+    if images.dtype.kind == "f":
+        x = torch.from_numpy(images)
+        return quantize(x, CLOUD_EXPONENT) if precision == "int8" else x.to(DTYPES[precision])
     return quantize_images(images, name) if precision == "int8" else standardize(images, name, DTYPES[precision])
 
 
@@ -59,16 +72,20 @@ def accuracy(model: torch.nn.Module, x, y: torch.Tensor) -> float:
 class Run:
     """One training run on data in memory.
 
+    Args:
+        recipe, data, device: what, on what as :func:`data_for` gives it, where.
+        make: ``make(recipe, model)`` -> the optimizer, as :func:`.methods.make_optimizer`.
+
     Attributes:
         step, steps: steps taken so far, and of the whole run.
         history: a dict an epoch: epoch, step, loss (mean over the epoch's finite losses), validation_accuracy, seconds.
         losses: fp32 [steps an epoch] on the device, the losses of the current epoch; NaN where there is none yet.
     """
 
-    def __init__(self, recipe: Recipe, data: Dataset, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, data: Dataset, device: torch.device, make=make_optimizer) -> None:
         self.recipe, self.data, self.device = recipe, data, device
         self.model = build_model(recipe, device)
-        self.optimizer = make_optimizer(recipe, self.model)
+        self.optimizer = make(recipe, self.model)
         # The schedule is a factor on what the optimizer was given.
         self.base_lrs = [group.get("lr") for group in self.optimizer.param_groups]
         x, y = self.tensors("train")

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
 from ..data import Dataset, DownloadError, load
 from ..ops._constants import INT8_VERSION
+from ..optim import Diagnostics
 from . import checkpoint as ckpt
 from . import outputs, system
-from .methods import noise_version
+from .methods import make_optimizer, noise_version
 from .recipe import FLOAT_ONLY, INT8_ONLY, Recipe
-from .run import Run
+from .run import Run, data_for
 
 #: where Ctrl-C leaves the run if no --checkpoint was given
 INTERRUPTED = Path("ezo-interrupted.pt")
@@ -171,7 +173,7 @@ def train(args: argparse.Namespace) -> int:
     device = system.pick_device(args.device)
     asked = recipe.data
     data, recipe = get_data(recipe, args.data_dir, args.offline)
-    run = Run(recipe, data, device)
+    run = Run(recipe, data_for(recipe, data), device, functools.partial(make_optimizer, capture=args.capture))
     if resumed:
         if resumed["genuine"] != data.genuine:
             raise ValueError(f"{args.resume}: a checkpoint of other data: genuine was {resumed['genuine']}")
@@ -190,13 +192,22 @@ def train(args: argparse.Namespace) -> int:
     last = min(args.max_steps or run.steps, run.steps)
     progress = Progress(run, args.quiet, last)
 
+    watch, findings = Diagnostics(run.optimizer, warn=False), []
+
+    def after_step(run: Run) -> None:
+        progress.after_step(run)
+        for finding in watch.observe(run.losses[(run.step - 1) % len(run.batches)]):
+            progress.bar.write(f"ezo: WARNING: {finding}", file=sys.stderr)
+            findings.append(asdict(finding))
+
     def after_epoch(run: Run) -> None:
         progress.after_epoch(run)
         if args.checkpoint:
             save(args.checkpoint)
 
     with interruptible() as received:
-        finished = run.train(args.max_steps, lambda: bool(received), progress.after_step, after_epoch)
+        finished = run.train(args.max_steps, lambda: bool(received), after_step, after_epoch)
+        watch.close()
         progress.bar.close()
         if not finished:
             path = args.checkpoint or INTERRUPTED
@@ -211,6 +222,7 @@ def train(args: argparse.Namespace) -> int:
     # The one time that the test images are read: nothing is chosen after it.
     test = run.test()
     result = record(run, asked, history[-1]["validation_accuracy"], test, history, 0.0)
+    result["findings"] = findings
     result["seconds"] = time.perf_counter() - began
     if args.json:
         outputs.write_json(args.json, result)

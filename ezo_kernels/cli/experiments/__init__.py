@@ -1,0 +1,1 @@
+"""``ezo experiment``: what the ElasticZO paper evaluates, run from one command, resumable."""

@@ -1,0 +1,330 @@
+"""The experiments: each a pure list of trials, with the columns of its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..recipe import Recipe
+from .recipes import FROZEN_LRS, HEADS, recipe
+from .summary import Column
+from .trial import Trial
+
+#: steps of a trial under --quick, and its seeds
+QUICK_STEPS, QUICK_SEEDS = 6, (0, 1)
+
+TEST, VALID = Column("test_error", "test error, %", 100), Column("validation_error", "validation error, %", 100)
+SECONDS, STEP_MS = Column("seconds", "seconds", 1, 1), Column("step_ms", "ms a step", 1, 2)
+BYTES = Column("step_bytes", "bytes of a step, MB", 1e-6, 3)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a plan is made for: a data set, a seed, and how long.
+
+    Args:
+        data, fingerprint: name and hash of the data set; train_rows: its training images.
+        seed, epochs: of every trial. quick: cut all of them to :data:`QUICK_STEPS` steps and sweeps to their ends.
+    """
+
+    data: str
+    fingerprint: str
+    train_rows: int
+    seed: int
+    epochs: int
+    quick: bool
+
+    def trial(self, arm: str, recipe: Recipe, **options) -> Trial:
+        """A trial of this scope; a quick one stops early."""
+        if self.quick:
+            options["max_steps"] = min(options.get("max_steps") or QUICK_STEPS, QUICK_STEPS)
+        return Trial(arm, recipe, self.fingerprint, **options)
+
+    def elastic(self, head: str, precision: str = "fp32", **options) -> Recipe:
+        """ElasticZO's recipe at this scope."""
+        return recipe(self.data, head, self.seed, options.pop("epochs", self.epochs), precision, **options)
+
+    def other(self, method: str, head: str = "", **options) -> Recipe:
+        """The recipe of a method that ElasticZO is held against."""
+        return Recipe(data=self.data, method=method, head=head, seed=self.seed, epochs=self.epochs, **options)
+
+    def ends(self, values: tuple) -> tuple:
+        """A sweep: all of its values, or the first and the last one of a quick run."""
+        return (values[0], values[-1]) if self.quick else values
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A name, one line of help, the trials of a scope, and what is shown of them.
+
+    ``refine`` changes the summary's rows before they are shown: what follows from several of them.
+    """
+
+    name: str
+    summary: str
+    trials: Callable[[Scope], list[Trial]]
+    columns: tuple[Column, ...]
+    plotted: tuple[Column, ...]
+    x_label: str = ""
+    refine: Callable[[list[dict]], list[dict]] = lambda table: table
+
+
+def baseline(scope: Scope) -> list[Trial]:
+    """The paper's Table 1. Frozen trunk and full BP take their rate from the validation split."""
+    out = []
+    for head, name in HEADS.items():
+        out += [
+            scope.trial(f"{name}, fp32", scope.elastic(head)),
+            scope.trial(f"{name}, int8, float loss", scope.elastic(head, "int8", loss="float")),
+            scope.trial(f"{name}, int8, integer only", scope.elastic(head, "int8")),
+        ]
+    out.append(scope.trial("full BP, fp32", scope.other("bp"), head_lrs=scope.ends(FROZEN_LRS)))
+    for head in ("fc3", "fc2,fc3"):
+        out.append(
+            scope.trial(
+                f"frozen trunk, head {head}, fp32", scope.other("frozen", head), head_lrs=scope.ends(FROZEN_LRS)
+            )
+        )
+    return out
+
+
+EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+def epsilon(scope: Scope) -> list[Trial]:
+    """Three orders of magnitude, and the eps that balances rounding against bias."""
+    out = [scope.trial("sweep", scope.elastic("0", eps=eps), x=eps, probes=("g",)) for eps in scope.ends(EPS)]
+    return [*out, scope.trial("computed", scope.elastic("0"), eps_rule="balance", probes=("g",))]
+
+
+def place_computed(table: list[dict]) -> list[dict]:
+    """The computed eps is known only when its trials are done: it is put where the curve has it."""
+    return [{**row, "x": row["metrics"]["eps"]["mean"]} if row["arm"] == "computed" else row for row in table]
+
+
+BATCHES = (32, 64, 128, 256, 512, 1024)
+
+
+def batch(scope: Scope) -> list[Trial]:
+    """One learning rate for all, so that nothing but the batch differs."""
+    out = []
+    steps = scope.epochs * (scope.train_rows // BATCHES[0])
+    for size in scope.ends(BATCHES):
+        an_epoch = scope.train_rows // size
+        if not an_epoch:
+            raise ValueError(f"a batch of {size} out of {scope.train_rows} images of {scope.data}: too few")
+        equal = scope.elastic("0", batch=size)
+        out.append(scope.trial("equal samples", equal, x=size, probes=("g",)))
+        longer = replace(equal, epochs=-(-steps // an_epoch))
+        out.append(scope.trial("equal steps", longer, x=size, max_steps=steps, probes=("g",)))
+    return out
+
+
+P_ZERO, R_MAX, BITS = (0.5, 0.9, 0.99), (3, 15, 63), (-1, 0, 1)
+
+
+def noise(scope: Scope) -> list[Trial]:
+    """Distributions in floats; in integers one option at a time, constant over the run."""
+    out = [
+        scope.trial(f"fp32 {name}", scope.elastic("0", noise=name), probes=("g",))
+        for name in ("gaussian", "rademacher")
+    ]
+    for p in scope.ends(P_ZERO):
+        own = scope.elastic("0", noise="sparse", p_zero=str(p))
+        out.append(scope.trial(f"fp32 sparse, p_zero {p}", own, probes=("g",)))
+    common = {"r_max": 15, "p_zero": 0.97, "bits": 0}
+    for name, values in (("p_zero", (0.9, 0.97, 0.99)), ("r_max", R_MAX), ("bits", BITS)):
+        for value in scope.ends(values):
+            options = {k: str(v) for k, v in {**common, name: value}.items()}
+            out.append(scope.trial(f"int8 {name} {value}", scope.elastic("0", "int8", **options)))
+    return out
+
+
+SIGN = tuple(Column(f"sign_agreement_{bits}", f"agreement, {bits} bits, %", 100) for bits in (0, 2, 4, 8))
+
+
+def sign(scope: Scope) -> list[Trial]:
+    """g from the float loss, from the paper's integer rule and from ours; all watch all signs."""
+    out = []
+    for head, name in HEADS.items():
+        for what, options in (
+            ("float loss", {"loss": "float"}),
+            ("integer loss, the paper's rule", {"fraction_bits": 0}),
+            ("integer loss, 8 fraction bits", {}),
+        ):
+            out.append(scope.trial(f"{name}, {what}", scope.elastic(head, "int8", **options), probes=("signs",)))
+    return out
+
+
+def memory(scope: Scope) -> list[Trial]:
+    """No training: bytes of a step, measured and by the paper's equations, both groups in one pass and one by one."""
+    out = []
+    for size in (32, 256):
+        for precision in ("fp32", "int8"):
+            for mode in ("sequential", "stacked"):
+                for head, name in HEADS.items():
+                    own = scope.elastic(head, precision, batch=size, mode=mode)
+                    out.append(scope.trial(f"batch {size}: {name}, {precision}, {mode}", own, task="bytes"))
+        out.append(scope.trial(f"batch {size}: full BP, fp32", scope.other("bp", batch=size), task="bytes"))
+    return out
+
+
+def against_full_zo(table: list[dict]) -> list[dict]:
+    """Bytes over those of the first arm of the same batch, sequential full ZO in fp32, measured and by the equations.
+
+    Of ElasticZO in fp32 also full BP's over its own.
+    """
+
+    def group(row: dict) -> tuple:
+        return row["data"], row["arm"].partition(":")[0]
+
+    first: dict[tuple, dict] = {}
+    backprop = {group(row): row["metrics"] for row in table if ": full BP" in row["arm"]}
+    out = []
+    for row in table:
+        own = row["metrics"]
+        base = first.setdefault(group(row), own)
+        over = {
+            f"{name}_over_full_zo": {
+                "mean": own[name]["mean"] / base[name]["mean"],
+                "spread": None,
+                "n": own[name]["n"],
+            }
+            for name in ("step_bytes", "paper_bytes")
+        }
+        if ": ElasticZO" in row["arm"] and ", fp32" in row["arm"] and group(row) in backprop:
+            ratio = backprop[group(row)]["step_bytes"]["mean"] / own["step_bytes"]["mean"]
+            over["full_bp_over"] = {"mean": ratio, "spread": None, "n": own["step_bytes"]["n"]}
+        out.append({**row, "metrics": {**own, **over}})
+    return out
+
+
+SHARES = {
+    "share_forward": "forward", "share_loss": "loss", "share_head_backward": "head backward", "share_g": "g",
+    "share_update": "update", "share_head_update": "head update",
+    "share_backward_and_update": "backward and update (BP)", "share_other": "other",
+}  # fmt: skip
+
+
+def time(scope: Scope) -> list[Trial]:
+    """Phases of a step, as the paper's Figure 7."""
+    out = []
+    for head, name in HEADS.items():
+        for precision in ("fp32", "int8"):
+            out.append(scope.trial(f"{name}, {precision}", scope.elastic(head, precision), task="phases"))
+    return [*out, scope.trial("full BP, fp32", scope.other("bp"), task="phases")]
+
+
+CUTS = ("0", "1", "2", "3", "4", "all")
+
+
+def partition(scope: Scope) -> list[Trial]:
+    """Every cut of LeNet-5; x is the number of weight layers in the head."""
+    cuts = scope.ends(CUTS)
+    return [scope.trial("ElasticZO", scope.elastic(head), x=5 if head == "all" else int(head)) for head in cuts]
+
+
+def mark_elbow(table: list[dict]) -> list[dict]:
+    """``elbow`` is 1 at the cut farthest below the chord of (bytes, validation error), both scaled to [0, 1].
+
+    Of fewer than three cuts there is none. The validation split decides, not the test set.
+    """
+    out = [{**row, "metrics": {**row["metrics"]}} for row in table]
+    for name in dict.fromkeys(row["data"] for row in out):
+        own = sorted((row for row in out if row["data"] == name), key=lambda row: row["x"])
+        if len(own) < 3:
+            continue
+        points = [(r["metrics"]["step_bytes"]["mean"], r["metrics"]["validation_error"]["mean"]) for r in own]
+        (x0, y0), (x1, y1) = points[0], points[-1]
+        if x0 == x1 or y0 == y1:
+            continue
+        # On the chord x' + y' = 1, below it less.
+        gains = [1 - (x - x0) / (x1 - x0) - (y - y1) / (y0 - y1) for x, y in points]
+        best = gains.index(max(gains))
+        for i, row in enumerate(own):
+            row["metrics"]["elbow"] = {"mean": float(i == best), "spread": None, "n": len(row["seeds"])}
+    return out
+
+
+#: degrees of the turned images, and epochs by backpropagation on the upright ones before
+TURN, START_EPOCHS = 45.0, 3
+
+
+def finetune(scope: Scope) -> list[Trial]:
+    """From one start a seed, by backpropagation on upright images: each method adapts it to turned ones."""
+    start = replace(scope.other("bp"), epochs=min(START_EPOCHS, scope.epochs))
+    common = {"rotate": TURN, "start": start}
+    out = [scope.trial(name, scope.elastic(head), **common) for head, name in HEADS.items()]
+    out.append(scope.trial("full BP", scope.other("bp"), head_lrs=scope.ends(FROZEN_LRS), **common))
+    for head in ("fc3", "fc2,fc3"):
+        own = scope.other("frozen", head)
+        out.append(scope.trial(f"frozen trunk, head {head}", own, head_lrs=scope.ends(FROZEN_LRS), **common))
+    return out
+
+
+def pointcloud(scope: Scope) -> list[Trial]:
+    """PointNet on clouds drawn from the images' pixels; its recipes are LeNet-5's and have not been searched for."""
+    # On a CPU a step of 32 clouds takes about half a second.
+    common = {"model": "pointnet", "batch": 8 if scope.quick else 32}
+    out = []
+    for head, name in zip(("0", "1", "2"), HEADS.values(), strict=True):
+        out.append(scope.trial(name, scope.elastic(head, **common)))
+    out.append(scope.trial("full BP", scope.other("bp", **common), head_lrs=scope.ends(FROZEN_LRS)))
+    for head in ("1", "2"):
+        own = scope.other("frozen", head, **common)
+        out.append(scope.trial(f"frozen trunk, last {head} by BP", own, head_lrs=scope.ends(FROZEN_LRS)))
+    return out
+
+
+_ALL = (
+    Experiment(
+        "baseline", "Table 1 of the paper: full ZO, ElasticZO, full BP and the tuned frozen trunk; fp32 and int8",
+        baseline, (VALID, TEST, SECONDS, STEP_MS, BYTES), (TEST, STEP_MS, BYTES),
+    ),
+    Experiment(
+        "epsilon", "eps over three orders of magnitude, and one computed from gradient statistics", epsilon,
+        (VALID, TEST, Column("g_variance", "variance of g", 1, 3), Column("skipped_steps", "skipped", 1, 0), BYTES),
+        (VALID, Column("g_variance", "variance of g")), "eps", place_computed,
+    ),
+    Experiment(
+        "batch", "32 to 1024 images a step, at equal samples and at equal steps", batch,
+        (VALID, TEST, Column("steps", "steps", 1, 0), Column("g_variance", "variance of g", 1, 3), SECONDS, BYTES),
+        (VALID, Column("g_variance", "variance of g"), BYTES), "batch",
+    ),
+    Experiment(
+        "noise", "gaussian, rademacher, sparse; in integers p_zero, r_max and bits", noise,
+        (VALID, TEST, Column("g_variance", "variance of g", 1, 3), STEP_MS), (VALID,),
+    ),
+    Experiment(
+        "sign", "sign of the integer loss against the float loss's, while training on either", sign,
+        (VALID, TEST, *SIGN), (VALID, SIGN[0], SIGN[-1]),
+    ),
+    Experiment(
+        "memory", "bytes of a step: measured, planned, and by the paper's equations", memory,
+        (
+            BYTES, Column("planned_bytes", "planned, MB", 1e-6, 3), Column("paper_bytes", "the paper's equations, MB", 1e-6, 3),
+            Column("step_bytes_over_full_zo", "over full ZO fp32", 1, 4),
+            Column("paper_bytes_over_full_zo", "the same by the equations", 1, 4),
+            Column("full_bp_over", "full BP over ElasticZO, measured", 1, 3),
+        ),
+        (BYTES, Column("paper_bytes", "the paper's equations, MB", 1e-6)), refine=against_full_zo,
+    ),
+    Experiment(
+        "finetune", "trained on upright images, adapted to turned ones; BP and the frozen trunk beside",
+        finetune, (Column("start_validation_error", "validation before, %", 100), VALID, TEST, SECONDS), (VALID, TEST),
+    ),
+    Experiment(
+        "pointcloud", "PointNet on point clouds of the images: full ZO, ElasticZO, full BP and the tuned frozen trunk",
+        pointcloud, (VALID, TEST, SECONDS, STEP_MS, BYTES), (TEST, STEP_MS, BYTES),
+    ),
+    Experiment(
+        "time", "shares of a step in forward, loss, head and update", time,
+        (STEP_MS, *(Column(name, f"{what}, %", 100, 1) for name, what in SHARES.items())),
+        (STEP_MS, Column("share_forward", "share of the forwards, %", 100)),
+    ),
+    Experiment(
+        "partition", "accuracy and memory against the cut, from pure ZO to pure BP, with the elbow", partition,
+        (VALID, TEST, BYTES, STEP_MS, Column("elbow", "elbow", 1, 0)), (VALID, BYTES), "weight layers by BP", mark_elbow,
+    ),
+)  # fmt: skip
+EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}

@@ -1,0 +1,22 @@
+"""The recipes of the experiments: chosen on the validation split (docs/recipes.md), all with one query."""
+
+from __future__ import annotations
+
+from ..recipe import Recipe
+
+#: rates of a frozen trunk's head, of which the validation split takes the best, each seed on its own
+FROZEN_LRS = (0.02, 0.05, 0.1, 0.2, 0.4)
+#: head as ``Recipe.head`` has it -> what the table calls it; the paper's names are our reading of them
+HEADS = {
+    "0": "full ZO",
+    "fc3": "ElasticZO, last layer by BP (ZO-Feat-Cls2)",
+    "fc2,fc3": "ElasticZO, last two layers by BP (ZO-Feat-Cls1)",
+}
+#: options of integers with no head: steps of one unit, at first many, then few; p_zero is the learning rate
+PURE_INT8 = {"r_max": "15,31@0.3,63@0.6,127@0.85", "p_zero": "0.9,0.97@0.3,0.99@0.6,0.9975@0.85", "bits": "0"}
+
+
+def recipe(data: str, head: str, seed: int, epochs: int, precision: str = "fp32", **options) -> Recipe:
+    """ElasticZO on LeNet-5; what ``options`` do not say is as chosen on the validation split."""
+    own = PURE_INT8 if precision == "int8" and head == "0" else {}
+    return Recipe(data=data, head=head, seed=seed, epochs=epochs, precision=precision, **{**own, **options})

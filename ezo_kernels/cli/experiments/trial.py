@@ -1,0 +1,85 @@
+"""A trial: all that decides one number of an experiment; and what it is filed under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from ...ops._constants import INT8_VERSION
+from ...ops.noise import rng_version
+from ..recipe import Recipe
+
+#: what a trial does with its recipe: :mod:`.tasks` has a function of each name
+TASKS = ("train", "bytes", "phases")
+PROBES = ("g", "signs")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an experiment: pure data, so that a list of them can be compared, hashed and counted without running it.
+
+    Args:
+        arm: what the table and the plot call it; not part of what is hashed, so arms may share a trial.
+        recipe: method, data, model, head, precision, rates, seed, epochs and batch.
+        data: fingerprint of the data set: other files are other trials.
+        task: ``train`` and validate, then test once; ``bytes`` or ``phases`` of a step.
+        x: where the arm's curve has it (eps, batch, ...); not hashed, either.
+        max_steps: stop there; the schedule spans the recipe's epochs still.
+        head_lrs: rates of the head, or of backpropagation, of which the validation split takes the best; none: the recipe's.
+        eps_rule: ``balance`` computes eps before the first step (:mod:`.epsilon`) and overrides the recipe's.
+        rotate: degrees by which all images are turned first, or None.
+        start: a recipe that is trained on the upright images before; ``recipe`` goes on from its weights.
+        probes: what is watched beside the losses, of :data:`PROBES`.
+    """
+
+    arm: str
+    recipe: Recipe
+    data: str
+    task: str = "train"
+    x: float | None = None
+    max_steps: int | None = None
+    head_lrs: tuple[float, ...] = ()
+    eps_rule: str | None = None
+    rotate: float | None = None
+    start: Recipe | None = None
+    probes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}: there are {', '.join(TASKS)}")
+        if strangers := set(self.probes) - set(PROBES):
+            raise ValueError(f"unknown probes {', '.join(sorted(strangers))}: there are {', '.join(PROBES)}")
+        if self.eps_rule not in (None, "balance"):
+            raise ValueError(f"eps_rule is {self.eps_rule!r}: None or 'balance'")
+        if self.start is not None and (self.eps_rule or "int8" in (self.start.precision, self.recipe.precision)):
+            raise ValueError("a start goes with floats and with an eps of its own: no eps_rule, no int8")
+
+    def specification(self) -> dict:
+        """All that decides the result, as JSON takes it, with the versions of noise and integer arithmetic."""
+        values = asdict(self)
+        for label in ("arm", "x"):
+            del values[label]
+        values["rng_version"] = rng_version(self.recipe.rounds)
+        values["numerics_version"] = INT8_VERSION if self.recipe.integer else None
+        return json.loads(json.dumps(values))
+
+    @property
+    def key(self) -> str:
+        """sha256 of the specification: another recipe, seed, data set or contract is another trial."""
+        return hashlib.sha256(json.dumps(self.specification(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial with what it gave: ``result`` is the same on every run, ``timings`` is not."""
+
+    trial: Trial
+    result: dict
+    timings: dict
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All of its numbers by name."""
+        found = {**self.result, **self.timings}
+        return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
