@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import cpu, estimate, gpu, memory, report, static
+from . import cpu, estimate, gpu, memory, report, roofline, static
 
-COMMANDS = {"cpu": cpu, "estimate": estimate, "gpu": gpu, "memory": memory, "report": report, "static": static}
+COMMANDS = {
+    "cpu": cpu,
+    "estimate": estimate,
+    "gpu": gpu,
+    "memory": memory,
+    "report": report,
+    "roofline": roofline,
+    "static": static,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

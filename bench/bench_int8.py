@@ -6,6 +6,7 @@
 | plain | the same operator without noise, on the batch of both groups |
 | buffer, twice | the perturbed pair by either strategy, requantised |
 | fp32 | (step) the same step in floating point |
+| captured int8, captured fp32 | (step) both replayed as one CUDA graph (GPU) |
 
 Outputs are compared with the CPU reference, bit for bit, before anything is timed. On a GPU weights rotate over 200 MB.
 """
@@ -74,7 +75,7 @@ def test_int_mm(benchmark, device, rows, n, k):
         pytest.skip("torch._int_mm wants more than 16 rows on CUDA")
     x, w = integers((rows, k), device), integers((n, k), device, 1)
     run = rotate(lambda w: [torch._int_mm(x, w.t()) for _ in range(2)], [w.clone() for _ in range(copies(w))])
-    time_case(benchmark, run, device, case="int_mm", rows=rows, n=n, k=k)
+    time_case(benchmark, run, device, case="int_mm", op="linear", rows=rows, n=n, k=k)
 
 
 @pytest.mark.parametrize("case", ["plain", "buffer", "twice"])
@@ -87,7 +88,7 @@ def test_linear(benchmark, device, rows, n, k, case):
     if p is not None:
         check(operation, x, w, p, **options)
     run = rotate(lambda w: operation(x, w, p), [w.clone() for _ in range(copies(w))])
-    time_case(benchmark, run, device, case=case, rows=rows, n=n, k=k)
+    time_case(benchmark, run, device, case=case, op="linear", rows=rows, n=n, k=k)
 
 
 @pytest.mark.parametrize("case", ["plain", "buffer", "twice"])
@@ -104,7 +105,7 @@ def test_conv2d(benchmark, device, images, c, o, size, case):
     if p is not None:
         check(operation, x, w, p, **options)
     run = rotate(lambda w: operation(x, w, p), [w.clone() for _ in range(copies(w))])
-    time_case(benchmark, run, device, case=case, rows=images, n=o, k=c * kernel**2, size=size)
+    time_case(benchmark, run, device, case=case, op="conv2d", rows=images, n=o, k=c * kernel**2, size=size)
 
 
 HEADS = {"pure ZO": 0, "fc3": ["fc3"], "fc2+fc3": ["fc2", "fc3"]}
@@ -113,21 +114,29 @@ HEADS = {"pure ZO": 0, "fc3": ["fc3"], "fc2+fc3": ["fc2", "fc3"]}
 def lenet_step(case: str, head: str, device: str):
     model = ezo.models.LeNet5(generator=torch.Generator().manual_seed(0)).to(device)
     y = torch.arange(32, device=device) % 10
-    if case == "fp32":
-        opt = ezo.ElasticZO(ezo.convert_(model, head=HEADS[head]), clip=5.0)
+    capture = case.startswith("captured")
+    if case.endswith("fp32"):
+        opt = ezo.ElasticZO(ezo.convert_(model, head=HEADS[head]), clip=5.0, capture=capture)
         x = torch.randn(32, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(device)
     else:
-        opt = ezo.ElasticZOInt8(ezo.convert_(model, head=HEADS[head], precision="int8"), strategy=case)
+        opt = ezo.ElasticZOInt8(
+            ezo.convert_(model, head=HEADS[head], precision="int8"),
+            strategy="auto" if capture else case,
+            capture=capture,
+        )
         x = Int8Tensor(integers((32, 1, 28, 28), device) >> 1, exponent(device, value=-5))
     return opt, lambda: opt.train_step(x, y)
 
 
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("case", ["auto", "buffer", "fp32"])
+@pytest.mark.parametrize("case", ["captured int8", "captured fp32", "auto", "buffer", "fp32"])
 def test_step(benchmark, device, head, case):
+    if device == "cpu" and case.startswith("captured"):
+        pytest.skip("a CUDA graph needs a GPU")
     opt, run = lenet_step(case, head, device)
-    run()
-    if case != "fp32":
+    for _ in range(5):  # a graph is made after a few eager steps
+        run()
+    if not case.endswith("fp32"):
         benchmark.extra_info.update(opt.memory())
-    time_case(benchmark, run, device, case=case, head=head, rows=32)
+    time_case(benchmark, run, device, graph=False, case=case, head=head, rows=32)

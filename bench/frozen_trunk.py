@@ -21,9 +21,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import ezo_kernels as ezo
+from ezo_kernels.cli.experiments.recipes import FROZEN_LRS
 from ezo_kernels.data import Batches, load, standardize
 
-FROZEN_LRS = (0.02, 0.05, 0.1, 0.2, 0.4)
 _COMMON = {"eps": 1e-3, "clip": 5.0, "noise": "gaussian"}
 #: data -> head -> recipe, chosen on the validation split (docs/recipes.md).
 RECIPES = {
@@ -36,6 +36,9 @@ RECIPES = {
         ("fc2", "fc3"): {"lr": 8e-4, "queries": 16, "head_lr": 0.1, **_COMMON},
     },
 }
+
+#: Passes over the training images, of both arms.
+EPOCHS = {"mnist": 10, "fashion_mnist": 20}
 
 
 def _errors(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -63,7 +66,7 @@ def _below(model: nn.Module, head: list[str], x: torch.Tensor) -> torch.Tensor:
 
 
 def frozen(splits: dict, head: list[str], seed: int, epochs: int, batch: int) -> dict:
-    """The frozen trunk at the best of :data:`FROZEN_LRS`."""
+    """The frozen trunk at the best of ``FROZEN_LRS``."""
     best = None
     for lr in FROZEN_LRS:
         model = _lenet(seed)
@@ -115,12 +118,13 @@ def main() -> None:
     parser.add_argument("--data", choices=sorted(RECIPES), required=True)
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=None, help=f"by default {EPOCHS}")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--heads", nargs="+", default=["fc3", "fc2,fc3"], help="each a list of layers, by commas")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    epochs = args.epochs or EPOCHS[args.data]
     torch.set_num_threads(args.threads)
     data = load(args.data, args.data_dir)
     if not data.genuine:
@@ -130,14 +134,14 @@ def main() -> None:
         for k in ("train", "valid", "test")
     }
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-    done = {(tuple(r["head"]), r["seed"]) for r in runs}
+    done = {(tuple(r["head"]), r["seed"], r["epochs"]) for r in runs}
     for seed in args.seeds:
         for head in (name.split(",") for name in args.heads):
-            if (tuple(head), seed) in done:
+            if (tuple(head), seed, epochs) in done:
                 continue
-            run = {"data": args.data, "head": head, "seed": seed, "epochs": args.epochs, "batch": args.batch}
-            run["elastic"] = elastic(splits, head, seed, args.epochs, args.batch, RECIPES[args.data][tuple(head)])
-            run["frozen"] = frozen(splits, head, seed, args.epochs, args.batch)
+            run = {"data": args.data, "head": head, "seed": seed, "epochs": epochs, "batch": args.batch}
+            run["elastic"] = elastic(splits, head, seed, epochs, args.batch, RECIPES[args.data][tuple(head)])
+            run["frozen"] = frozen(splits, head, seed, epochs, args.batch)
             run["ratio"] = run["elastic"]["test_error"] / run["frozen"]["test_error"]
             runs.append(run)
             environment = {"torch": torch.__version__, "device": "cpu", "ezo_kernels": ezo.__version__}

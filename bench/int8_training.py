@@ -17,20 +17,17 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import ezo_kernels as ezo
 from bench.frozen_trunk import _errors, _lenet, elastic, frozen
+from ezo_kernels.cli.experiments.probes import SignCounter
 from ezo_kernels.data import Batches, load, quantize_images, standardize
-from ezo_kernels.ops import int8_cross_entropy
 from ezo_kernels.optim import IntegerSchedule
 from ezo_kernels.optim.baselines import BackpropSGD
 
 #: Passes over the training images of an arm.
 EPOCHS, BATCH = {"pure": {"mnist": 180, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}, 32
-#: Signs are compared at every so many steps.
-COUNTED_STEPS = 4
 #: data -> arm -> options of ElasticZOInt8, and its schedule by fraction of the run.
 #: Steps of one unit, at first many, then few: p_zero is the learning rate.
 _PURE = {
@@ -79,30 +76,6 @@ def head_of(arm: str):
     return 0 if arm == "pure" else arm.split(",")
 
 
-class Counted(ezo.ElasticZOInt8):
-    """Counts how often the integer loss has the float loss's sign, by fraction bits."""
-
-    KINDS = (0, 2, 4, 8)
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.agreed = {bits: 0 for bits in self.KINDS}
-        self.pairs = self.calls = 0
-
-    def _losses_of(self, out, y, loss_fn):
-        self.calls += 1
-        if self.calls % COUNTED_STEPS:
-            return super()._losses_of(out, y, loss_fn)
-        exact = [F.cross_entropy(part, y, reduction="sum") for part in out.dequantize(torch.float64).chunk(out.groups)]
-        sign = torch.sign(torch.stack(exact[0::2]) - torch.stack(exact[1::2]))
-        self.pairs += len(sign)
-        for bits in self.KINDS:
-            own = int8_cross_entropy(out, y, fraction_bits=bits)
-            ours = torch.sign(own[0::2] - own[1::2])
-            self.agreed[bits] += int(((ours == sign) & (ours != 0)).sum())
-        return super()._losses_of(out, y, loss_fn)
-
-
 def int8_errors(model, x, y) -> float:
     """Share of wrong labels, by batches of 1000 with an exponent each."""
     return sum(
@@ -113,7 +86,7 @@ def int8_errors(model, x, y) -> float:
 def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
     options, milestones = INT8[data][arm]
     model = ezo.convert_(_lenet(seed), head=head_of(arm), precision="int8")
-    opt = Counted(model, seed=seed, **options)
+    opt = SignCounter(model, seed=seed, **options)
     batches = Batches(*images["train"], BATCH, seed)
     total = epochs * len(batches)
     schedule = IntegerSchedule(opt, {int(at * total): changes for at, changes in milestones.items()})
@@ -128,7 +101,7 @@ def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
         "seconds": time.perf_counter() - start, "validation_curve": curve, "validation_error": curve[-1],
         "test_error": int8_errors(model, *images["test"]), "rng_version": opt.rng_version,
         "numerics_version": opt.numerics_version, "memory": opt.memory(), "pairs": opt.pairs,
-        "agreement": {str(bits): n / max(1, opt.pairs) for bits, n in opt.agreed.items()},
+        "agreement": {str(bits): share for bits, share in opt.agreement.items()},
     }  # fmt: skip
 
 

@@ -11,71 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import weakref
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ezo_kernels as ezo
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made inside and are alive: ``now``, and at most ``peak``."""
-
-    def __init__(self, known=()) -> None:
-        super().__init__()
-        self.refs, self.known = {}, {t.untyped_storage()._cdata for t in known}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in pytree.tree_leaves(out):
-            if not isinstance(t, torch.Tensor) or t.is_meta:
-                continue
-            storage = t.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key in self.known or key in self.refs:
-                continue
-
-            def gone(_, key=key, size=size):
-                self.now -= size
-                del self.refs[key]
-
-            self.refs[key] = weakref.ref(storage, gone)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        return out
-
-
-def paper_tally(model: nn.Module, sample: torch.Tensor, batch: int) -> tuple[int, int]:
-    """Bytes of Full ZO in fp32 and in int8, 4 (P + B A) and P + B A + 4 B A32.
-
-    P counts parameters; A32 the outputs of the weight layers for one sample, which int8 also keeps in int32; A those, the
-    output of a ReLU after each of them but the last, and that of a pooling where the next weight layer takes less than that.
-    The input counts as nothing.
-
-    Args:
-        model: weight layers one after the other, in floats.
-        sample: one row of input, [1, ...].
-        batch: B.
-    """
-    seen: list[tuple[int, int]] = []
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    hooks = [m.register_forward_hook(lambda m, x, y: seen.append((x[0].numel(), y.numel()))) for m in layers]
-    try:
-        with torch.no_grad():
-            model(sample)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    accumulators = sum(out for _, out in seen)
-    relus = sum(out for _, out in seen[:-1])
-    pools = sum(taken for (_, out), (taken, _) in zip(seen, seen[1:], strict=False) if taken != out)
-    parameters, activations = sum(p.numel() for p in model.parameters()), accumulators + relus + pools
-    return 4 * (parameters + batch * activations), parameters + batch * activations + 4 * batch * accumulators
+from ezo_kernels.cli.experiments.probes import LiveBytes
+from ezo_kernels.planning import paper_tally
 
 
 def fp32_bytes(batch: int) -> int:
@@ -107,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     rows = []
     for batch in (32, 256):
-        full, small = paper_tally(ezo.models.LeNet5(), torch.zeros(1, 1, 28, 28), batch)
+        model, x = ezo.models.LeNet5(), torch.zeros(batch, 1, 28, 28)
+        full, small = (paper_tally(model, x, integer=integer)[0] for integer in (False, True))
         measured = fp32_bytes(batch)
         for strategy in ("auto", "buffer"):
             own = int8_bytes(batch, strategy)

@@ -1,6 +1,6 @@
-"""The tables of README.md and docs/performance.md, made from the files in bench/results.
+"""The tables of README.md and docs/performance.md and the latter's plots, made from the files in bench/results.
 
-python -m bench report            writes them between their markers
+python -m bench report            writes the tables between their markers, and draws the plots into docs/
 python -m bench report --check    exit status 1 if a table is not what the files say
 """
 
@@ -10,6 +10,8 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+
+from bench import plots, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -112,6 +114,30 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def gpu_records() -> list[dict]:
+    """What ``python -m bench gpu`` has written, a record a suite."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
+
+
+def goals() -> str:
+    """What the library has to reach, beside what was measured."""
+    records = gpu_records()
+    results = {record["suite"]: record["cases"] for record in records}
+    lines = ["| H200, bf16 unless stated | must reach | aim | measured |", "|---|---|---|---|"]
+    for row in targets.TARGETS:
+        sign = "at most " if row.lower else ""
+        must = f"{sign if row.must else ''}{targets.number(row.must)}"
+        lines.append(f"| {row.work} | {must} | {targets.number(row.aim)} | {targets.cell(row, results)} |")
+    names = sorted({record["environment"]["gpu"] for record in records})
+    if names:
+        lines += [
+            "",
+            f"Measured on {', '.join(names)}; of several shapes and noises the worst to the best, and how many.",
+        ]
+    lines += [f"\n![{name}]({name})" for name in plots.PLOTS if (ROOT / "docs" / name).exists()]
+    return "\n".join(lines)
+
+
 def speed() -> str:
     """The CPU's ratios and, where there are files of one, a GPU's figures."""
     lines = ["| CPU, one thread | microseconds | over the baseline's time |", "|---|---|---|"]
@@ -120,15 +146,16 @@ def speed() -> str:
         if title != "environment":
             for name, case in cases.items():
                 lines.append(f"| {title}: {name} | {case['first_us']:.0f} | {case['ratio']:.2f} |")
-    gpus = sorted(RESULTS.glob("gpu_*_*.json"))
-    if not gpus:
+    gpus = gpu_records()
+    if not any(record["cases"] for record in gpus):
         lines += ["", "No figure of a GPU: none has been measured."]
-    for path in gpus:
-        record = json.loads(path.read_text())
-        rows = [b for b in record.get("benchmarks", ()) if "device_us" in b["extra_info"]]
+    for record in gpus:
+        here, rows = record["environment"], record["cases"]
         if rows:
-            lines += ["", f"| {record['environment']['gpu']}: {record['part']} | device, us |", "|---|---|"]
-            lines += [f"| {b['name']} | {b['extra_info']['device_us']:.1f} |" for b in rows]
+            lines += ["", f"| {here['gpu']}: {record['suite']} | us | by |", "|---|---|---|"]
+            lines += [f"| {case['id'].split('::')[-1]} | {case['us']:.1f} | {case['by']} |" for case in rows]
+        if record["status"] != "finished":
+            lines += ["", f"{record['suite']}: {record['status']}, {len(record['not_run'])} cases not run."]
     return "\n".join(lines)
 
 
@@ -154,7 +181,7 @@ def static() -> str:
 
 TABLES = {
     "README.md": {"results": training, "integers": integers},
-    "docs/performance.md": {"speed": speed, "memory": memory, "static": static},
+    "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "static": static},
 }
 
 
@@ -169,6 +196,8 @@ def between(text: str, name: str, table: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     stale = []
+    if not args.check:
+        plots.draw({record["suite"]: record["cases"] for record in gpu_records()}, ROOT / "docs")
     for name, tables in TABLES.items():
         path = ROOT / name
         old = new = path.read_text()

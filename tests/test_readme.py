@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"^### (.+?)$.*?^```python\n(.*?)^```", README, re.MULTILINE
 
 
 def test_no_example_is_missed():
-    assert len(BLOCKS) == README.count("```python\n") == 4
+    assert len(BLOCKS) == README.count("```python\n") == 5
 
 
 @pytest.mark.parametrize("title, code", BLOCKS, ids=[title for title, _ in BLOCKS])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import pytest
 
-from bench import report
+from bench import plots, report, targets
 
 
 def test_tables_are_generated(capsys):
@@ -27,3 +28,36 @@ def test_a_stale_table_is_noticed(tmp_path, monkeypatch):
 def test_missing_markers_are_an_error():
     with pytest.raises(ValueError, match="markers"):
         report.between("no markers", "results", "table")
+
+
+def test_goals_say_the_worst_figure_and_whether_it_is_enough(tmp_path, monkeypatch):
+    shape = dict(n=4096, k=4096, rows=2048, dtype="bfloat16", by="graph")
+    cases = [
+        {"id": "a::two", "case": "two plain", "us": 90.0, **shape},
+        {"id": "a::one", "case": "one plain", "us": 80.0, **shape},
+        {"id": "a::h", "case": "fused", "noise": "hadamard", "strategy": "auto", "us": 80.0, **shape},
+        {"id": "a::g", "case": "fused", "noise": "gaussian", "strategy": "auto", "us": 160.0, **shape},
+    ]
+    record = {
+        "suite": "linear",
+        "status": "partial",
+        "environment": {"gpu": "Some GPU"},
+        "cases": cases,
+        "not_run": [1],
+    }
+    assert "| linear, 2048 rows, every noise | 0.8 | 0.92 | not measured |" in report.goals()
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "gpu_linear.json").write_text(json.dumps(record))
+    table = report.goals()
+    assert "| linear, 2048 rows, every noise | 0.8 | 0.92 | 0.5 to 1 (2): missed |" in table
+    assert "Measured on Some GPU" in table and table.count("not measured") == len(targets.TARGETS) - 1
+    assert "| g | 160.0 | graph |" in report.speed() and "linear: partial, 1 cases not run" in report.speed()
+    assert plots.draw({"linear": cases}, tmp_path) == ["linear.svg"]
+    assert "gaussian" in (tmp_path / "linear.svg").read_text() and plots.draw({}, tmp_path) == []
+
+
+def test_a_lower_time_is_the_better_one():
+    row = next(t for t in targets.TARGETS if t.lower and t.must == 80)
+    cases = [{"case": "captured", "head": "pure ZO", "us": us} for us in (85.0, 79.0)]
+    assert targets.cell(row, {"step": cases}) == "79: reached"
+    assert targets.cell(row, {"step": cases[:1]}) == "85: missed"

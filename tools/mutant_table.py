@@ -17,9 +17,11 @@ class Mutant:
 _OPS, _CPU = "ezo_kernels/ops/", "ezo_kernels/ops/_noise_cpu.py"
 _STEP, _NN = "ezo_kernels/optim/elastic_zo.py", "ezo_kernels/nn/"
 _NOISE = "tests/test_noise.py"
+_WATCH = "ezo_kernels/optim/diagnostics.py"
 _UPDATE = "tests/test_update.py"
 _GRADIENT = "tests/test_gradient.py"
 _LINEAR = "tests/test_ops.py -k linear"
+_DATA = "ezo_kernels/data/"
 _INT8_STEP = "tests/test_int8_step.py -k oracle"
 _MASK = "tests/test_noise.py -k 'mask or sparse'"
 
@@ -165,12 +167,12 @@ MUTANTS = (
         "fold_key(self._seed, self._step * 0, self._key)",
         "tests/test_step.py -k 'eager_mezo or schedulers'",
     ),
-    Mutant("clip ignored", _STEP, 'if group["clip"] is not None:', "if False:", "tests/test_step.py -k clip"),
+    Mutant("clip ignored", _STEP, "g if clip is None else g.clamp(-clip, clip)", "g", "tests/test_step.py -k clip"),
     Mutant(
         "a step that is not finite is applied",
         _STEP,
-        "torch.where(ok, self._lr * g / self.queries, torch.zeros_like(g))",
-        "self._lr * g / self.queries",
+        "torch.where(ok, self._lr * self.g / self.queries, torch.zeros_like(g))",
+        "self._lr * self.g / self.queries",
         "tests/test_step.py -k non_finite",
     ),
     Mutant(
@@ -257,5 +259,208 @@ MUTANTS = (
         "fold_key(self._seed, self._step, self._key)",
         "fold_key(self._seed, self._step * 0, self._key)",
         _INT8_STEP,
+    ),
+    # experiments
+    Mutant(
+        "trials of any recipe are one",
+        "ezo_kernels/cli/experiments/trial.py",
+        'for label in ("arm", "x"):',
+        'for label in ("arm", "x", "recipe"):',
+        "tests/test_experiments.py -k key",
+    ),
+    Mutant(
+        "the rate that the validation split likes least",
+        "ezo_kernels/cli/experiments/tasks.py",
+        "valid > best[1]",
+        "valid < best[1]",
+        "tests/test_experiments.py -k rates",
+    ),
+    Mutant(
+        "a trial filed after the next one began",
+        "ezo_kernels/cli/experiments/store.py",
+        "outputs.jsonable(record)\n        self.write()",
+        "outputs.jsonable(record)",
+        "tests/test_experiments.py -k restarted",
+    ),
+    # diagnostics
+    Mutant(
+        "a finding is told at every reading",
+        _WATCH,
+        "new = [finding for kind, finding in found.items() if kind not in self.active]",
+        "new = list(found.values())",
+        "tests/test_diagnostics.py -k noisy",
+    ),
+    Mutant(
+        "what has converged is a plateau",
+        _WATCH,
+        "(promised < PROMISED * level and not diverged)",
+        "(promised < 0 and not diverged)",
+        "tests/test_diagnostics.py -k converged",
+    ),
+    Mutant(
+        "evaluations count as activations of a step",
+        _WATCH,
+        "self.optimizer.zo.p is not None if self.zeroth",
+        "True if self.zeroth",
+        "tests/test_diagnostics.py -k evaluation",
+    ),
+    # data and PointNet
+    Mutant(
+        "images turned clockwise",
+        _DATA + "rotate.py",
+        "np.deg2rad(angles % 360)",
+        "np.deg2rad(-angles % 360)",
+        "tests/test_data_more.py -k quarter",
+    ),
+    Mutant(
+        "height and width confused by a rotation",
+        _DATA + "rotate.py",
+        "-sin * (height / width)",
+        "-sin * (width / height)",
+        "tests/test_data_more.py -k bilinear",
+    ),
+    Mutant(
+        "pixels drawn whatever their ink",
+        _DATA + "pointcloud.py",
+        "ink = np.cumsum(images.reshape(n, -1), axis=1",
+        "ink = np.cumsum(images.reshape(n, -1) > 0, axis=1",
+        "tests/test_pointcloud.py -k ink",
+    ),
+    Mutant(
+        "points crowd in a corner of their triangle",
+        _DATA + "modelnet.py",
+        "u = np.sqrt(u)",
+        "u = u * 1.0",
+        "tests/test_pointcloud.py -k uniform",
+    ),
+    Mutant(
+        "every epoch augments alike",
+        _DATA + "pointcloud.py",
+        'words(1, seed, "turn", epoch, index)',
+        'words(1, seed, "turn", 0, index)',
+        "tests/test_pointcloud.py -k rotation",
+    ),
+    Mutant(
+        "standardised by all rows",
+        _DATA + "regression.py",
+        "values[train].mean(0), values[train].std(0)",
+        "values.mean(0), values.std(0)",
+        "tests/test_data_more.py -k diabetes",
+    ),
+    Mutant(
+        "a weight written in place passes as a view",
+        "ezo_kernels/optim/check.py",
+        "and out is not of\n",
+        "\n",
+        "tests/test_pointnet.py -k writes",
+    ),
+    Mutant(
+        "the update of a Conv1d makes another z",
+        _NN + "int8_convert.py",
+        "conv = type(modules[owner]) in _CONVOLUTIONS and",
+        "conv = type(modules[owner]) is nn.Conv2d and",
+        "tests/test_int8_conv1d.py -k steps",
+    ),
+    Mutant(
+        "a freed storage stays counted",
+        "ezo_kernels/planning/live.py",
+        "self.now -= size",
+        "self.now -= 0",
+        "tests/test_memory_plan.py -k live",
+    ),
+    Mutant(
+        "G with the noise of its own micro-batch",
+        "ezo_kernels/planning/signal.py",
+        "(self.true.sum() - norms.sum()) / (k * (k - 1))",
+        "self.true.sum() / (k * k)",
+        "tests/test_choose_cut.py -k whole",
+    ),
+    Mutant(
+        "a budget of bytes that rules nothing out",
+        "ezo_kernels/planning/choice.py",
+        "total <= memory_budget",
+        "total > 0",
+        "tests/test_choose_cut.py -k memory_budget",
+    ),
+    # captured step
+    Mutant(
+        "a captured step replays the old batch",
+        "ezo_kernels/optim/capture.py",
+        "        _copy(self._inputs, leaves)\n",
+        "",
+        "tests/test_capture.py -k replays_equal",
+    ),
+    Mutant(
+        "a graph outlives the weights it reads",
+        "ezo_kernels/optim/capture.py",
+        "0 if t is None else t.data_ptr() for t in tensors",
+        "0 for t in tensors",
+        "tests/test_capture.py -k 'moved or assigned'",
+    ),
+    Mutant(
+        "a schedule does not reach a captured head",
+        "ezo_kernels/optim/head.py",
+        'self._lrs[i].fill_(group["lr"])',
+        "self._lrs[i].fill_(self._lrs[i] or 0.05)",
+        "tests/test_capture.py -k 'schedules or load_state'",
+    ),
+    # measurements
+    Mutant(
+        "figures of other sources are taken for ours",
+        "bench/gpu.py",
+        "return record if same ==",
+        "return record if same or same ==",
+        "tests/test_bench.py -k measures_nothing_again",
+    ),
+    Mutant(
+        "red tests do not stop the benchmarks",
+        "bench/gpu.py",
+        'print("the tests are not green: nothing is timed", file=sys.stderr)\n                return 1',
+        'print("the tests are not green: nothing is timed", file=sys.stderr)',
+        "tests/test_bench.py -k red_tests",
+    ),
+    Mutant(
+        "the table of targets shows the best figure",
+        "bench/targets.py",
+        "(max(found), min(found)) if target.lower else (min(found), max(found))",
+        "(min(found), max(found)) if target.lower else (max(found), min(found))",
+        "tests/test_report.py -k worst_figure",
+    ),
+    # strategies of a linear layer
+    Mutant(
+        "two products with a z that the tensor core rounds",
+        _OPS + "_strategy.py",
+        "    if not exact:\n",
+        "    if False:\n",
+        "tests/test_strategy.py",
+    ),
+    Mutant(
+        "every slab has the noise of the first",
+        _OPS + "noise.py",
+        "rows + N.u32(first_row) if first_row else rows",
+        "rows",
+        "tests/test_slab.py -k contract",
+    ),
+    Mutant(
+        "the second sign of a slab is the first",
+        _OPS + "_slab.py",
+        "y[i].copy_(F.linear(x[i], room[i],",
+        "y[i].copy_(F.linear(x[i], room[0],",
+        "tests/test_slab.py -k contract",
+    ),
+    Mutant(
+        "z keeps more bits than its site has",
+        _OPS + "noise.py",
+        'if z_dtype != "float32":',
+        "if False:",
+        "tests/test_strategy.py",
+    ),
+    # CUDA C++
+    Mutant(
+        "the root's first guess shifts a zero's sign in as a bit",
+        _OPS + "csrc/ezo_noise.cuh",
+        "(u32)((int)bits(v) >> 1)",
+        "(bits(v) >> 1)",
+        "tests/test_csrc.py -k ends_of_the_gaussian",
     ),
 )
