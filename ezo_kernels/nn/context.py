@@ -97,9 +97,9 @@ class ZOContext:
         unit = self.rows if self.rows is not None else self.p.groups
         return value.shape[0] > 0 and value.shape[0] % unit == 0
 
-    def part(self, value: torch.Tensor, group: int) -> torch.Tensor:
-        """Rows of one group of a stacked tensor, aligned so that every group runs alike."""
-        return aligned(value.chunk(self.p.groups)[group])
+    def parts(self, value: torch.Tensor):
+        """The rows of each group of a stacked tensor, in order, aligned so that every group runs alike."""
+        return map(aligned, value.chunk(self.p.groups))
 
 
 def group_pass(p: Perturbation, group: int) -> Perturbation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -115,9 +116,7 @@ def _run(module: Grouped, forward, args, kwargs):
         with swapped(module, {path: t[0] for path, t in spread.items()}):
             return forward(*args, **kwargs)
     if not module.owned and not module._modules and len(args) == 1 and not kwargs and zo.is_stacked(args[0]):
-        return torch.cat(
-            [forward(zo.part(args[0], g)) for g in range(zo.p.groups)]
-        )  # most heads: nothing to swap or narrow
+        return torch.cat([forward(own) for own in zo.parts(args[0])])  # most heads: nothing to swap or narrow
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not any(zo.is_stacked(leaf) for leaf in leaves):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -126,11 +125,11 @@ def _run(module: Grouped, forward, args, kwargs):
             f"(shapes {shapes}); run them one by one (mode='sequential')",
             module.owned[0][1] if module.owned else None,
         )
-    outputs = []
-    for g in range(zo.p.groups):
-        mine = [zo.part(leaf, g) if zo.is_stacked(leaf) else leaf for leaf in leaves]
+    groups, outputs = zo.p.groups, []
+    split = [zo.parts(leaf) if zo.is_stacked(leaf) else itertools.repeat(leaf, groups) for leaf in leaves]
+    for g, mine in enumerate(zip(*split, strict=True)):
         with swapped(module, {path: t[g] for path, t in spread.items()}), zo.one_group(g):
-            a, k = pytree.tree_unflatten(mine, spec)
+            a, k = pytree.tree_unflatten(list(mine), spec)
             outputs.append(forward(*a, **k))
     flat = [pytree.tree_flatten(out) for out in outputs]
     joined = [

@@ -33,23 +33,25 @@ def stack(x, groups: int, rows: int):
     return pytree.tree_map(repeat, x) if groups > 1 else x
 
 
-def part(output, group: int, groups: int):
-    """One group's rows of a stacked output: a tensor, or any nest of tuples, lists, dicts and Hugging Face outputs."""
+def parts_of(output, groups: int) -> list:
+    """The rows of each group of a stacked output: a tensor, or any nest of tuples, lists, dicts and Hugging Face outputs."""
     if groups == 1:
-        return output
+        return [output]
     if isinstance(output, torch.Tensor):
         if output.dim() == 0 or output.shape[0] % groups:
             raise ValueError(
                 f"the model's output of shape {tuple(output.shape)} does not hold {groups} groups along dimension 0; "
                 "use mode='sequential'"
             )
-        return aligned(output.chunk(groups)[group])
+        return [aligned(own) for own in output.chunk(groups)]
     if isinstance(output, dict):  # Hugging Face's ModelOutput is an OrderedDict with attributes
-        return type(output)(**{k: part(v, group, groups) for k, v in output.items()})
+        split = {k: parts_of(v, groups) for k, v in output.items()}
+        return [type(output)(**{k: own[g] for k, own in split.items()}) for g in range(groups)]
     if isinstance(output, (tuple, list)):
-        items = [part(v, group, groups) for v in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    return output
+        columns = [parts_of(v, groups) for v in output]
+        rows = [[own[g] for own in columns] for g in range(groups)]
+        return [type(output)(*row) if hasattr(output, "_fields") else type(output)(row) for row in rows]
+    return [output] * groups
 
 
 def call(model, x, kwargs):

@@ -9,7 +9,7 @@ import torch
 from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
-from .batches import call, part, rows_of, stack
+from .batches import call, parts_of, rows_of, stack
 from .check import checked_forward, rows_apart
 from .losses import loss_for
 
@@ -90,7 +90,7 @@ class Passes:
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             with self._phase("forward"), self.zo.running(p, rows * groups):
                 output = call(self.model, stack(x, groups, rows), stack(kwargs, groups, rows))
-            parts = [part(output, g, groups) for g in range(groups)]
+            parts = parts_of(output, groups)
             losses = []
             with self._phase("loss"):
                 for own in parts:
