@@ -455,6 +455,21 @@ MUTANTS = (
         "if False:",
         "tests/test_strategy.py",
     ),
+    # One sign a query
+    Mutant(
+        "the baseline holds the query's own loss",
+        "ezo_kernels/optim/estimate.py",
+        " * (n / (n - 1)) / eps",
+        " / eps",
+        "tests/test_estimate.py -k formula",
+    ),
+    Mutant(
+        "each query of one sign drops other features",
+        "ezo_kernels/nn/dropout.py",
+        "[0] if zo.one_mask else range(",
+        "range(",
+        "tests/test_estimate.py -k one_mask",
+    ),
     # CUDA C++
     Mutant(
         "the root's first guess shifts a zero's sign in as a bit",

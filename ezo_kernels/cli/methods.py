@@ -38,7 +38,8 @@ def make_optimizer(
     zo = {"lr": recipe.lr, "eps": recipe.eps, "clip": recipe.clip, "queries": recipe.queries, "seed": recipe.seed}
     if recipe.method == "elastic":
         convert_(model, head=recipe.head_argument)
-        return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, mode=recipe.mode, capture=capture)
+        own = {"antithetic": recipe.antithetic, "mode": recipe.mode, "capture": capture}
+        return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, **own)
     # What ElasticZO is held against: not imported by a run that does not compare.
     from ..optim import baselines
 

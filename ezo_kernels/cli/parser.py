@@ -62,6 +62,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     option("rounds", "Philox rounds, 7 or 10", type=int, metavar="N")
     option("queries", "directions a step", type=int, metavar="N")
+    option(
+        "antithetic",
+        "both signs of each direction; --no-antithetic: one, held against the other queries",
+        action=argparse.BooleanOptionalAction,
+    )
     option("mode", "all groups of a step in one pass, or one by one", choices=R.MODES)
     option("epochs", "passes over the training images", type=int, metavar="N")
     option("batch", "images a step", type=int, metavar="N")
@@ -98,11 +103,20 @@ def add_experiment(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go; made if need be")
     parser.add_argument("--quick", action="store_true", help="a few steps of each trial, on the digits: no evidence")
     parser.add_argument(
-        "--data", nargs="+", choices=R.DATA, metavar="NAME", help=f"{', '.join(R.DATA)} (default: mnist; quick: digits)"
+        "--data",
+        nargs="+",
+        choices=(*R.DATA, "diabetes"),
+        metavar="NAME",
+        help=f"{', '.join(R.DATA)} (default: mnist; quick: digits); of regression: diabetes",
     )
     add_data_dir(parser)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="of regression: a table, its first line names the columns")
+    parser.add_argument("--target", metavar="NAME", help="of regression: the column of --csv to predict")
+    parser.add_argument(
+        "--models", nargs="+", choices=R.MODELS, metavar="NAME", help=f"of partition: {', '.join(R.MODELS)} (default: lenet5)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: 0 1 2; quick: 0 1)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of every trial (default: 10; quick: 1)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of every trial (default: 10, of regression 200; quick: 1)")
     add_device(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
 

@@ -13,7 +13,7 @@ MODES = ("auto", "stacked", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
-FLOAT_ONLY = ("noise", "lr", "eps", "clip", "head_lr", "schedule")
+FLOAT_ONLY = ("noise", "antithetic", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "loss", "fraction_bits")
 
 #: p_zero when none is named: of int8, a rising one beside r_max's; else none
@@ -60,6 +60,7 @@ class Recipe:
     p_zero: str = ""
     rounds: int = 7
     queries: int = 1
+    antithetic: bool = True
     mode: str = "auto"
     epochs: int = 10
     batch: int = 32
@@ -92,6 +93,11 @@ class Recipe:
         for name in ("queries", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if not self.antithetic and (self.method != "elastic" or self.queries < 2):
+            raise ValueError(
+                f"no-antithetic, one forward a query, goes with method elastic and 2 queries or more, not {self.method} "
+                f"with {self.queries}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")
         # A frozen dataclass; the default of one field depends on another.

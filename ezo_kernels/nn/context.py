@@ -22,7 +22,8 @@ class Site:
 
     ``names`` are all its qualified names, the first one the site's own (more than one: tied). ``kind`` is how the forward
     perturbs it: ``fused`` (inside a kernel) or ``workspace`` (a copy a group). ``z_dtype`` is the dtype z is rounded to
-    before it meets the weight, the same in forward and update.
+    before it meets the weight, the same in forward and update: its name, or ``weight``, the weight's own where that has 16
+    bits and float32 where not, asked whenever z is made, so that a model may be cast after its conversion (docs/rng.md).
     """
 
     site: int
@@ -31,6 +32,13 @@ class Site:
     layout: str
     kind: str
     z_dtype: str = "float32"
+
+    def z_dtype_for(self, weight: torch.Tensor) -> str:
+        """Name of the dtype of z for this weight."""
+        return self.z_dtype if self.z_dtype != "weight" else _SIXTEEN.get(weight.dtype, "float32")
+
+
+_SIXTEEN = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass
@@ -44,8 +52,9 @@ class ZOContext:
         visited: sites that this pass perturbed, while a check listens; else None.
         batch_stats: batch-norm module -> (mean, unbiased variance) of each group of the step.
         micro: number of the micro-batch under gradient accumulation.
+        one_mask: a dropout draws one mask for all queries: their losses are compared with each other.
         calls: site -> how often a dropout ran in this pass.
-        strategy: of the linear layers, as in :func:`ezo_kernels.ops.perturbed_linear`.
+        strategy: of linear layers and convolutions, as in :func:`ezo_kernels.ops.perturbed_linear`.
         tape: what records an integer head for its backward, while a step runs.
     """
 
@@ -55,9 +64,18 @@ class ZOContext:
     visited: set[int] | None = None
     batch_stats: dict = field(default_factory=dict)
     micro: int = 0
+    one_mask: bool = False
     calls: dict = field(default_factory=dict)
     strategy: str = "auto"
     tape: object = None
+
+    def __post_init__(self) -> None:
+        self._sites = {s.site: s for s in self.manifest}
+
+    def z_dtype(self, site: int, weight: torch.Tensor) -> str:
+        """:meth:`Site.z_dtype_for` of a site of the manifest; float32 for one that is not in it."""
+        known = self._sites.get(site)
+        return "float32" if known is None else known.z_dtype_for(weight)
 
     @property
     def stacked(self) -> bool:

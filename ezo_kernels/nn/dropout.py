@@ -1,4 +1,4 @@
-"""Dropout that draws one mask for both signs of a query, so that the loss difference is not noise."""
+"""Dropout that draws one mask for all forwards whose losses are compared, so that their difference is not noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MICRO = 1 << 12
 
 
 class ZODropout(nn.modules.dropout._DropoutNd):
-    """A dropout of torch whose mask, in a zeroth-order pass, is that of its query for both signs.
+    """A dropout of torch whose mask, in a zeroth-order pass, is that of its query for both signs, or one for all queries.
 
     Differentiable, so it serves in the head too. Outside a pass, or in eval mode, it is torch's own.
     """
@@ -52,12 +52,13 @@ class ZODropout(nn.modules.dropout._DropoutNd):
         shape = (rows, *input.shape[1:2]) if per_channel else (rows, *input.shape[1:])
         features = math.prod(shape[1:])
         scale = 65536.0 / (65536 - round(65536 * self.p))
+        queries = [0] if zo.one_mask else range(p.query, p.query + p.queries)
         masks = []
-        for q in range(p.query, p.query + p.queries):
+        for q in queries:
             mask = dropout_mask(
                 rows, features, self.p, p.key, site=self.site + call, query=q + zo.micro * _MICRO, rounds=p.noise.rounds
             ).view(shape)
-            masks += [mask] * len(p.signs)
+            masks += [mask] * (p.groups // len(queries))
         mask = torch.cat(masks) if len(masks) > 1 else masks[0]
         if per_channel:
             mask = mask.view(*mask.shape, *(1,) * (input.dim() - 2))

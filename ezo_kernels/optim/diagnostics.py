@@ -280,13 +280,15 @@ class Diagnostics:
     def _plateau(self, rows: torch.Tensor) -> Finding | None:
         if not self.zeroth:
             return None
-        groups = 2 * self.optimizer.queries
+        paired = getattr(self.optimizer, "antithetic", True)
+        groups = self.optimizer.queries * (2 if paired else 1)
         good = torch.isfinite(rows).all(1)
         if not good.any():
             return None
         scales = torch.tensor(self._scales, dtype=torch.float64)[good]
         rows = rows[good]
-        differences = (rows[:, 1 : 1 + groups : 2] - rows[:, 2 : 2 + groups : 2]).abs()
+        losses = rows[:, 1 : 1 + groups]
+        differences = (losses[:, 0::2] - losses[:, 1::2] if paired else losses - losses.mean(1, keepdim=True)).abs()
         fall = differences.sum(1) if self.integer else rows[:, 1 + groups :].square().mean(1)
         self._windows.append(_Window(rows[:, 0].mean().item(), (scales * fall).sum().item(), differences.mean().item()))
         if self._first_loss is None:
@@ -308,14 +310,13 @@ class Diagnostics:
             seen += f". g promised a fall of {promised:.3g} in these steps, so most of it is noise"
         tries = []
         relative = difference / level if level else math.inf
+        whose = "the two signs" if paired else "the queries"
         if relative > EPS_LARGE:
             tries.append(
-                f"a smaller {'r_max' if self.integer else 'eps'}: the losses of the two signs differ by {relative:.0%}"
+                f"a smaller {'r_max' if self.integer else 'eps'}: the losses of {whose} differ by {relative:.0%}"
             )
         elif 0 < relative < EPS_SMALL and not self.integer:
-            tries.append(
-                f"a larger eps: the losses of the two signs differ by {relative:.1g} of the loss, fp32's rounding"
-            )
+            tries.append(f"a larger eps: the losses of {whose} differ by {relative:.1g} of the loss, fp32's rounding")
         tries.append(f"more queries (now {self.optimizer.queries}), a larger batch or {self._smaller_steps()}")
         tries.append("a cut that gives more layers to backpropagation")
         numbers = {"loss": loss, "best_before": best, "promised": promised, "difference": difference}

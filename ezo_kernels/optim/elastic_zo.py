@@ -24,6 +24,7 @@ from ..ops._perturbation import NotStackedError, PassError
 from ..ops.noise import check_index, fold_key, rng_version
 from .batches import call, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
+from .estimate import check_antithetic, projected_gradient
 from .head import GuardedOptimizer
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
@@ -59,7 +60,10 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         lr: of the trunk.
         eps: perturbation scale, above 0.
         noise: a name of :data:`ezo_kernels.ops.noise.NOISES`; ``gaussian_fast`` on CUDA only.
-        queries: directions a step; two forwards each.
+        queries: directions a step.
+        antithetic: both signs of each direction, two forwards a query. False: its plus sign alone, one forward a query, and
+            g is its loss less the mean of the others' over eps (docs/method.md); needs 2 queries. One mask of a dropout then
+            serves all queries.
         head_lr: of the head's SGD.
         head_optimizer: instead of it, a function of the head's parameters that returns a torch optimizer, or one.
         clip: largest magnitude of g, or None.
@@ -96,6 +100,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         rounds: int = 7,
         mode: str = "auto",
         head_grad: str = "mean",
+        antithetic: bool = True,
         stochastic_rounding: bool = True,
         nvtx: bool = False,
         capture: bool = False,
@@ -115,6 +120,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self.queries = check_index(queries, "queries", 1 << 12)
         if queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
+        check_antithetic(antithetic, queries, head_grad)
+        self.antithetic = antithetic
         seed = check_index(seed, "seed", 1 << 64)
         self.noise = Noise(noise, rounds, p_zero)
         if noise == "sparse_int8":
@@ -172,7 +179,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
 
     @property
     def _groups(self) -> int:
-        return 2 * self.queries if self.trunk else 1
+        return self.queries * (1 + self.antithetic) if self.trunk else 1
 
     @property
     def workspace_bytes(self) -> int:
@@ -195,7 +202,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
 
     def _baked(self) -> tuple:
         head = () if self.head_optimizer is None else self.head_optimizer.settings()
-        return (self.param_groups[0]["clip"], self.mode, self.head_grad, self.stochastic_rounding, *head)
+        fixed = (self.mode, self.head_grad, self.antithetic, self.stochastic_rounding)
+        return (self.param_groups[0]["clip"], *fixed, *head)
 
     def _held(self) -> list[torch.Tensor]:
         return [] if self.head_optimizer is None else self.head_optimizer.tensors()
@@ -246,8 +254,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
         self._fill_scalars()
         fold_key(self._seed, self._step, self._key)
-        self.zo.micro = self._micro
-        return Perturbation(self._key, self._eps, self.noise, 0, self.queries)
+        self.zo.micro, self.zo.one_mask = self._micro, not self.antithetic
+        return Perturbation(self._key, self._eps, self.noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -370,15 +378,15 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         if not self.trunk:
             return ok, None
         clip = self.param_groups[0]["clip"]
-        pair = losses.view(self.queries, 2)
-        g = (pair[:, 0] - pair[:, 1]) / (2.0 * self._eps)
+        g = projected_gradient(losses, self._eps, self.antithetic)
         ok = ok & torch.isfinite(g).all()
         self.g = g if clip is None else g.clamp(-clip, clip)
         return ok, torch.where(ok, self._lr * self.g / self.queries, torch.zeros_like(g))
 
     def _update(self, coef: torch.Tensor) -> None:
         if self._plan is None or not self._plan.fits(self.trunk):
-            self._plan = UpdatePlan.build(self.trunk, self._sites, self._layouts, self.noise)
+            z_dtypes = [s.z_dtype_for(p) for s, p in zip(self.zo.manifest, self.trunk, strict=True)]
+            self._plan = UpdatePlan.build(self.trunk, self._sites, self._layouts, self.noise, z_dtypes=z_dtypes)
         update_(
             self.trunk,
             self._key,

@@ -47,7 +47,9 @@ class Passes:
 
     def _uses(self, group: int) -> bool:
         """Whether the head learns from this group."""
-        return self.head_grad == "mean" or group % 2 == HEAD_GRADS.index(self.head_grad) - 1 or not self.trunk
+        if self.head_grad == "mean" or not self.antithetic or not self.trunk:
+            return True
+        return group % 2 == HEAD_GRADS.index(self.head_grad) - 1
 
     def _backward(self, losses: list[torch.Tensor]) -> None:
         """Add the mean of these groups' gradients to the head's."""

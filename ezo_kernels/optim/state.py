@@ -31,7 +31,22 @@ class OptimizerState(Copies):
     """state_dict and load_state_dict of :class:`ElasticZO`."""
 
     def _manifest(self) -> list:
-        return [(s.site, list(s.names), list(s.shape), s.layout, s.z_dtype) for s in self.zo.manifest]
+        sites = zip(self.zo.manifest, self.trunk, strict=True)
+        return [(s.site, list(s.names), list(s.shape), s.layout, s.z_dtype_for(p)) for s, p in sites]
+
+    def _check_manifest(self, theirs: list) -> None:
+        theirs, ours = ([list(row) for row in rows] for rows in (theirs, self._manifest()))
+        if [row[:4] for row in theirs] != [row[:4] for row in ours]:
+            raise ValueError("the state is of another model, or of one converted with another head")
+        differ = [(row[1][0], a[4], row[4]) for a, row in zip(theirs, ours, strict=True) if a[4:] != row[4:]]
+        if differ:
+            name, saved, here = differ[0]
+            more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
+            raise ValueError(
+                f"z of {name!r} is {saved} in the state and {here} in this run{more}: give the weights the dtype that they were "
+                "saved in, and convert_ the strategy (z of 16-bit linear weights is rounded with 'auto' and 'two_products', "
+                "not with 'fused' and 'slab')"
+            )
 
     def add_param_group(self, param_group: dict) -> None:
         if getattr(self, "param_groups", None):
@@ -47,6 +62,7 @@ class OptimizerState(Copies):
             "rng_version": self.rng_version,
             "noise": dataclasses.asdict(self.noise),
             "queries": self.queries,
+            "antithetic": self.antithetic,
             "manifest": self._manifest(),
             "seed": self._seed.clone(),
             "step": self._step.clone(),
@@ -70,13 +86,13 @@ class OptimizerState(Copies):
             raise ValueError(f"this is no state of ElasticZO: it lacks {missing}") from None
         if version != self.rng_version:
             raise ValueError(f"the state is of noise contract {version!r}, this run of {self.rng_version!r}")
-        if noise != dataclasses.asdict(self.noise) or queries != self.queries:
+        antithetic = state_dict.get("antithetic", True)  # what states from before this option were
+        if (noise, queries, antithetic) != (dataclasses.asdict(self.noise), self.queries, self.antithetic):
             raise ValueError(
-                f"the state is of noise {noise} with {queries} queries, this run of {dataclasses.asdict(self.noise)} "
-                f"with {self.queries}"
+                f"the state is of noise {noise} with {queries} queries, antithetic={antithetic}, this run of "
+                f"{dataclasses.asdict(self.noise)} with {self.queries}, antithetic={self.antithetic}"
             )
-        if [list(row) for row in manifest] != [list(row) for row in self._manifest()]:
-            raise ValueError("the state is of another model, or of one converted with another head")
+        self._check_manifest(manifest)
         if (head is None) != (self.head_optimizer is None):
             raise ValueError("the state and this run do not both have a head")
         if head is not None:

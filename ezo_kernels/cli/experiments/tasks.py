@@ -1,4 +1,4 @@
-"""What a trial does with its recipe: train and test, count a step's bytes, or time its phases."""
+"""What a trial does with its recipe: train and test, count a step's bytes, time its phases, or choose a cut."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from dataclasses import replace
 import torch
 
 from ...data import Dataset, rotated
+from ...planning import choose_cut, int8_step_bytes, plan_int8_step
+from ...planning.live import LiveBytes
 from ...planning.memory import plan_step
 from ...planning.tally import paper_bytes
 from ..methods import make_optimizer
 from ..recipe import Recipe
 from ..run import Run, build_model, data_for, inputs, loss_fn
+from . import regression
 from .epsilon import balanced_eps
-from .probes import GradientTrace, LiveBytes, PhaseTimer, SignCounter
+from .probes import GradientTrace, PhaseTimer, SignCounter
 from .trial import Trial
 
+SPLITS = ("train", "valid", "test")
 #: steps before phases are timed, and at most so many that are
 WARM_STEPS, TIMED_STEPS = 3, 50
 
 
 def forwards(recipe: Recipe, batch: int) -> int:
     """Rows that go forward through the whole of the network in a step: the price that arms are compared at."""
-    return batch * (2 * recipe.queries if recipe.method in ("elastic", "mezo") and recipe.head != "all" else 1)
+    zeroth_order = recipe.method in ("elastic", "mezo") and recipe.head != "all"
+    return batch * (recipe.queries * (1 + recipe.antithetic) if zeroth_order else 1)
 
 
 def step_bytes(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     """The most that lives at one time of what a step allocates, with the parameters, in bytes.
 
-    Of floats the storages that torch makes in the second step; of integers the arena. The batch itself does not count.
+    The storages that torch makes in the second step; of integers the arena is one of them. The batch itself does not count.
     """
     model = build_model(recipe, device)
     optimizer = make_optimizer(recipe, model)
     x = inputs(data.x_train[: recipe.batch], data.name, recipe.precision).to(device)
     y = torch.from_numpy(data.y_train[: recipe.batch]).to(device)
     if recipe.integer:
-        for _ in range(2):
-            optimizer.train_step(x, y)
-        found = optimizer.memory()
-        return found["measured_bytes"] + found["parameter_bytes"]
+        return int8_step_bytes(optimizer, x, y).total
     optimizer.train_step(x, y, loss_fn=loss_fn)  # the first one checks the model, with passes of its own
     own = list(model.parameters())
     with LiveBytes([x, y, *own]) as live:
@@ -115,21 +117,40 @@ def train(trial: Trial, data: Dataset, device: torch.device, after_step: Callabl
 
 
 def count_bytes(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:
-    """Bytes of a step: measured, by the paper's equations and, of floats, planned without training."""
-    sample = inputs(data.x_train[:1], data.name, "fp32")
+    """Bytes of a step: measured, planned without one, and by the paper's equations."""
     recipe, model = trial.recipe, build_model(trial.recipe, torch.device("cpu"))
-    x = sample.expand(recipe.batch, *sample.shape[1:])
-    result = {
-        "step_bytes": step_bytes(recipe, data, device),
-        "paper_bytes": paper_bytes(model, x, recipe.head_argument, integer=recipe.integer),
-    }
-    if not recipe.integer:
-        y = torch.zeros(recipe.batch, dtype=torch.int64)
+    x = inputs(data.x_train[: recipe.batch], data.name, recipe.precision)
+    if len(x) < recipe.batch:
+        raise ValueError(f"a batch of {recipe.batch} out of {len(x)} images of {data.name}: too few")
+    y = torch.zeros(recipe.batch, dtype=torch.int64)
+    if recipe.integer:
+        mode = "stacked" if recipe.mode == "auto" else recipe.mode
+        plan = plan_int8_step(model, x, y, head=recipe.head_argument, mode=mode, queries=recipe.queries)
+    else:
         head = None if recipe.method == "bp" else recipe.head_argument
-        plan = plan_step(model, x, y, loss_fn, head=head, mode=recipe.mode, queries=recipe.queries)
-        result["planned_bytes"] = plan.total
+        frozen = recipe.method == "frozen"
+        plan = plan_step(model, x, y, loss_fn, head=head, mode=recipe.mode, queries=recipe.queries, frozen=frozen)
+    measured = step_bytes(recipe, data, device)
+    result = {"step_bytes": measured, "planned_bytes": plan.total, "planned_over_measured": plan.total / measured}
+    if recipe.method != "frozen":  # the paper has no equation of a trunk that nobody trains
+        floats = x.dequantize() if recipe.integer else x
+        result["paper_bytes"] = paper_bytes(model, floats, recipe.head_argument, integer=recipe.integer)
     after_step()
     return result, {}
+
+
+def choose(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:
+    """The cut that :func:`ezo_kernels.choose_cut` takes, from the initial weights and the first training images."""
+    recipe = trial.recipe
+    first = {f"{kind}_{split}": getattr(data, f"{kind}_{split}")[: recipe.batch] for kind in "xy" for split in SPLITS}
+    some = data_for(recipe, replace(data, **first))
+    x = inputs(some.x_train, some.name, recipe.precision).to(device)
+    y = torch.from_numpy(some.y_train).to(device)
+    choice = choose_cut(build_model(recipe, device), (x, y), mode=recipe.mode, queries=recipe.queries, seed=recipe.seed)
+    rows = [{"layers": r.layers, "bytes": r.bytes, "gain": r.gain} for r in choice.rows]
+    after_step()
+    # Times do not enter it: there is no time budget.
+    return {"chosen": choice.layers, "cuts": rows}, {"step_ms_of_cuts": [1000 * r.seconds for r in choice.rows]}
 
 
 def phases(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:
@@ -173,4 +194,4 @@ def phases(trial: Trial, data: Dataset, device: torch.device, after_step: Callab
     return {"timed_steps": steps - WARM_STEPS}, {"step_ms": 1000 * total / (steps - WARM_STEPS), **share}
 
 
-RUN = {"train": train, "bytes": count_bytes, "phases": phases}
+RUN = {"train": train, "bytes": count_bytes, "phases": phases, "choice": choose, "regression": regression.train}
