@@ -14,14 +14,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from bench import static
 from ezo_kernels.ops import _cuda
 from ezo_kernels.ops._noise_triton import NOISE_ID
 from ezo_kernels.ops._variants import ARCHS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: dtype of the weights, and of z -> code of the table
+DTYPES = {"fp32": 0, "bf16": 1, "fp16": 2, "bf16 z": 3, "fp16 z": 4}
 
 
 @functools.cache
@@ -88,7 +87,7 @@ class Count:
 
 
 def update(noise: str, dtype: str, arch: int, stochastic: bool = True, one: bool = True, rounds: int = 7) -> Count:
-    """Compile the update for weights of one dtype, and count."""
+    """Compile the update for weights of one dtype (``bf16 z``: z is rounded to it), and count."""
     defines = _cuda.update_defines(NOISE_ID[noise], rounds, stochastic, one, {DTYPES[dtype]})
     usage, sass = static.disassemble(cubin("update.cu", _cuda.compile_options(defines), arch))
     instructions, loops = static.parse(sass)

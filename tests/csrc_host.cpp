@@ -66,9 +66,11 @@ static void programs(const i64* table, int count, int n, const Steps& a) {
     const i64* const entry = table + (work >> 32) * kFields;
     for (u32 t = 0; t < kThreads; ++t) {
       const u32 tile = (u32)work & 0x7fffffffu;
-      if (entry[2] == 0) update_tile<NOISE, 7, 0, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
-      if (entry[2] == 1) update_tile<NOISE, 7, 1, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
-      if (entry[2] == 2) update_tile<NOISE, 7, 2, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
+      if (entry[2] == 0) update_tile<NOISE, 7, 0, false, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
+      if (entry[2] == 1) update_tile<NOISE, 7, 1, false, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
+      if (entry[2] == 2) update_tile<NOISE, 7, 2, false, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
+      if (entry[2] == 3) update_tile<NOISE, 7, 1, true, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
+      if (entry[2] == 4) update_tile<NOISE, 7, 2, true, STOCHASTIC, ONE, kR, kC, kThreads>(entry, tile, t, a);
     }
   }
 }

@@ -52,6 +52,8 @@ def convert_(
             :class:`ezo_kernels.Int8Tensor`. Its ``state_dict`` then holds int8 values and, beside each, ``..._exponent``.
         strategy: of linear layers in ``float``: ``auto`` (by the shipped table), ``fused``, ``two_products`` or
             ``slab``; the last two are refused in a pass by a layer that cannot take them (:mod:`ezo_kernels.ops._strategy`).
+            With ``auto`` and ``two_products`` z of their 16-bit weights is rounded to the weight's dtype, whatever strategy a
+            pass then takes (docs/rng.md).
 
     Returns:
         ``model``.
@@ -74,7 +76,7 @@ def convert_(
         if strategy != "auto":
             raise ValueError("strategy is of float layers; that of integer layers is ElasticZOInt8's")
         return convert_int8_(model, head, filter_fn, sample)
-    plan = make_plan(model, head, filter_fn, sample)
+    plan = make_plan(model, head, filter_fn, sample, strategy)
     zo = ZOContext(manifest=tuple(plan.sites), strategy=strategy)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sites = {name: s for s in plan.sites for name in s.names}

@@ -48,7 +48,8 @@ class ZOLinear(nn.Linear):
             return super().forward(input)
         self.zo.visit(self.site, self.bias_site)
         return perturbed_linear(
-            input, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0, strategy=self.zo.strategy
+            input, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0,
+            strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

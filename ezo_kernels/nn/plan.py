@@ -118,7 +118,21 @@ def _check_ties(names: dict[nn.Parameter, list[str]], head: tuple[str, ...]) -> 
             )
 
 
-def make_plan(model: nn.Module, head, filter_fn=None, sample=None) -> Plan:
+#: Strategies of :func:`ezo_kernels.convert_` with which a linear layer of 16 bits may be multiplied as two products.
+_TWO_PRODUCTS = ("auto", "two_products")
+
+
+@dataclass
+class _Use:
+    """What a trunk parameter is to the modules that hold it."""
+
+    name: str
+    layout: str
+    kind: str = "fused"
+    linear: bool = True  # everywhere the weight of a ZOLinear
+
+
+def make_plan(model: nn.Module, head, filter_fn=None, sample=None, strategy: str = "auto") -> Plan:
     """Decide everything; raises instead of touching the model. Arguments as :func:`ezo_kernels.convert_`."""
     plan = Plan(head=resolve_head(model, head, sample))
     names: dict[nn.Parameter, list[str]] = {}
@@ -148,16 +162,17 @@ def make_plan(model: nn.Module, head, filter_fn=None, sample=None) -> Plan:
     _refuse(model, plan.head, trunk)
     if not trunk:
         return plan
-    layouts: dict[nn.Parameter, tuple[str, str, str]] = {}
+    uses: dict[nn.Parameter, _Use] = {}
 
-    def use(parameter: nn.Parameter, name: str, layout: str, kind: str) -> None:
-        known = layouts.setdefault(parameter, (layout, kind, name))
-        if known[0] != layout:
+    def use(parameter: nn.Parameter, name: str, layout: str, kind: str, linear: bool) -> None:
+        known = uses.setdefault(parameter, _Use(name, layout))
+        if known.layout != layout:
             raise ValueError(
-                f"{known[2]!r} and {name!r} are one parameter used as {known[0]} and as {layout}: untie them"
+                f"{known.name!r} and {name!r} are one parameter used as {known.layout} and as {layout}: untie them"
             )
         if kind == "workspace":
-            layouts[parameter] = (layout, kind, name)
+            known.kind = kind
+        known.linear = known.linear and linear
 
     unit = None
     for name, module in model.named_modules():
@@ -193,11 +208,12 @@ def make_plan(model: nn.Module, head, filter_fn=None, sample=None) -> Plan:
         for path, parameter in own.items():
             conv = cls in (ZOConv1d, ZOConv2d) and path == "weight"
             layout = "conv" if conv else default_layout(parameter.shape)
-            use(parameter, f"{name}.{path}".lstrip("."), layout, "workspace" if name in plan.grouped else "fused")
+            fused = plan.fused.get(name)
+            linear = fused is ZOLinear and path == "weight"
+            use(parameter, f"{name}.{path}".lstrip("."), layout, "fused" if fused else "workspace", linear)
     order = sorted(names, key=lambda p: names[p][0])
-    plan.sites = [
-        Site(i, tuple(names[p]), tuple(p.shape), layouts[p][0], layouts[p][1])
-        for i, p in enumerate(order)
-        if p in layouts
-    ]
+    for i, p in enumerate(order):
+        if p in uses:
+            z_dtype = "weight" if uses[p].linear and strategy in _TWO_PRODUCTS else "float32"
+            plan.sites.append(Site(i, tuple(names[p]), tuple(p.shape), uses[p].layout, uses[p].kind, z_dtype))
     return plan

@@ -17,7 +17,7 @@ import torch
 
 from ._noise_triton import NOISE_ID, noise_args
 from ._tiles import ElementTile
-from ._update_triton import FIELDS
+from ._update_triton import FIELDS, FLAGS, code_of
 
 FOLDER = Path(__file__).with_name("csrc")
 #: Wide tiles: a thread keeps its columns over several rows, so that what depends on the column alone is made once.
@@ -41,14 +41,14 @@ def source(name: str) -> str:
     return _INCLUDE.sub(inline, (FOLDER / name).read_text())
 
 
-def update_defines(noise_id: int, rounds: int, stochastic: bool, one: bool, dtypes) -> dict[str, int]:
+def update_defines(noise_id: int, rounds: int, stochastic: bool, one: bool, codes) -> dict[str, int]:
     """What update.cu is compiled with.
 
     Args:
         noise_id: of ``NOISE_ID``.
         stochastic: rounding of 16-bit weights.
         one: one step of one query.
-        dtypes: those that occur.
+        codes: of the parameters, those that occur (``_update_triton.code_of``).
     """
     hadamard, sparse = noise_id == NOISE_ID["hadamard"], noise_id == NOISE_ID["sparse"]
     return {
@@ -61,9 +61,7 @@ def update_defines(noise_id: int, rounds: int, stochastic: bool, one: bool, dtyp
         "EZO_THREADS": 32 * TILE.warps,
         # registers that a thread may have, as blocks an SM must hold
         "EZO_BLOCKS": 2 if hadamard else 5 if sparse else 6,
-        "EZO_FP32": int(torch.float32 in dtypes),
-        "EZO_BF16": int(torch.bfloat16 in dtypes),
-        "EZO_FP16": int(torch.float16 in dtypes),
+        **{f"EZO_{flag}": int(code in codes) for code, flag in enumerate(FLAGS)},
     }
 
 
@@ -100,7 +98,7 @@ def _function(file: str, entry: str, defines: dict[str, int], device: torch.devi
     return _functions[key]
 
 
-def launch_update(params, keys, coef, table, query, stochastic, noise) -> None:
+def launch_update(params, keys, coef, table, rounded, query, stochastic, noise) -> None:
     """As ``_update_triton.launch_update``, with a table of :data:`TILE`."""
     programs = table.numel() - len(params) * FIELDS
     if programs <= 0:
@@ -108,9 +106,8 @@ def launch_update(params, keys, coef, table, query, stochastic, noise) -> None:
     cupy = require()
     threshold, scale = noise_args(noise)
     steps, queries = coef.shape
-    defines = update_defines(
-        NOISE_ID[noise.name], noise.rounds, stochastic, steps == 1 and queries == 1, {w.dtype for w in params}
-    )
+    codes = {code_of(w.dtype, rounds_z, noise) for w, rounds_z in zip(params, rounded, strict=True)}
+    defines = update_defines(NOISE_ID[noise.name], noise.rounds, stochastic, steps == 1 and queries == 1, codes)
     ints = [np.int32(n) for n in (len(params), steps, queries, query, threshold)]
     pointers = [np.uint64(t.data_ptr()) for t in (table, keys, coef)]
     with cupy.cuda.Device(table.device.index), torch.cuda.device_of(table):

@@ -19,6 +19,7 @@ import torch
 from ._address import address, strided
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._noise_triton import UNIT as UNITS
+from ._rounding_triton import round_z
 from ._tiles import LARGE, linear_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -140,7 +141,7 @@ def linear_kernel(
                     NOISE, ROUNDS, UNIT, ASM, threshold, scale,
                 )  # fmt: skip
             if ROUNDED:
-                z = z.to(dtype).to(tl.float32)
+                z = round_z(z, dtype, ASM)
             plus, minus = perturb_tile(w, z, eps, dtype)
             if SIGNS == 2:
                 if SHARED:
@@ -215,6 +216,7 @@ def launch_linear(
         rounded: z of the weight is rounded to x's dtype.
     """
     require()
+    rounded = rounded and not noise.sixteen_bits
     n, k = w.shape[::-1] if transposed else w.shape
     groups = queries * len(signs)
     rows = out.numel() // (n * groups)

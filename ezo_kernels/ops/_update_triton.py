@@ -21,37 +21,21 @@ from . import _constants as C
 from ._address import MOST_DIMS, address, strided
 from ._layout import grid
 from ._noise_triton import NOISE_ID, lane_units, load_key, noise_args, noise_constexprs, signed32, z_units
+from ._rounding_triton import round_stochastic, round_z
 from ._tiles import update_tile
 from ._triton import constexpr, jit, require, tl
 from ._variants import Variant
 from .noise import Noise
 
 _S_ROUNDING = constexpr(C.STREAM_ROUNDING)
-_SMALLEST_NORMAL, _ULP, _ULPS, _TWO_M16 = map(constexpr, (2.0**-14, 2.0**-24, 2.0**24, 2.0**-16))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Numbers of one parameter in the table: address, site, dtype, whether fast, rows, columns, channels, padded, tiles
-#: across, whether conv, n1..n3, s0..s3, row stride, channel stride.
+#: Numbers of one parameter in the table: address, site, code (:func:`code_of`), whether fast, rows, columns, channels, padded,
+#: tiles across, whether conv, n1..n3, s0..s3, row stride, channel stride.
 FIELDS = 19
 _FIELDS = constexpr(FIELDS)
-
-
-@jit
-def _round_stochastic(v, lanes, CODE: tl.constexpr):
-    """fp32 rounded to bf16 (CODE 1, as int16) or fp16 (CODE 2), up with the probability of the discarded part."""
-    # a NaN may have all bits set: adding to it would make it a number
-    lanes = tl.where(v == v, lanes, 0)
-    bits = v.to(tl.int32, bitcast=True)
-    if CODE == 1:
-        out = ((bits + lanes) >> 16).to(tl.int16)
-    else:
-        normal = ((bits + (lanes >> 3)) & -8192).to(tl.float32, bitcast=True)
-        ulps = tl.abs(v) * _ULPS
-        whole = tl.floor(ulps)
-        small = (whole + tl.floor((ulps - whole) + lanes.to(tl.float32) * _TWO_M16)) * _ULP
-        small = (small.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
-        out = tl.where(tl.abs(v) < _SMALLEST_NORMAL, small, normal).to(tl.float16)
-    return out
+#: By the code of the parameters: what a kernel is compiled for.
+FLAGS = ("FP32", "BF16", "FP16", "BF16_Z", "FP16_Z")
 
 
 @jit
@@ -75,10 +59,14 @@ def _general(at, entry_ptr, rows, columns):
 @jit
 def _tile(
     entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
-    CODE: tl.constexpr, ONE: tl.constexpr, STOCHASTIC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CODE: tl.constexpr, ROUNDED: tl.constexpr, ONE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a parameter of dtype CODE. bf16 is read and written as int16, the upper half of an fp32."""
+    """One tile of a parameter of dtype CODE. bf16 is read and written as int16, the upper half of an fp32.
+
+    ROUNDED: z has the parameter's dtype.
+    """
     dtype: tl.constexpr = tl.float32 if CODE == 0 else tl.int16 if CODE == 1 else tl.float16
     base = tl.load(entry_ptr).to(tl.pointer_type(dtype))
     site = tl.load(entry_ptr + 1).to(tl.int32)
@@ -113,6 +101,8 @@ def _tile(
             # a skipped step leaves every bit alone, that of -0 too
             if coef != 0.0:
                 z = z_units(k0, k1, site, query + q, counter_rows, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
+                if ROUNDED:
+                    z = round_z(z, tl.bfloat16 if CODE == 1 else tl.float16, ASM)
                 v = v - z * coef
                 moved = 1
         if moved != 0:
@@ -123,7 +113,7 @@ def _tile(
                 blocks = (first + tl.arange(0, C // 8) * 8)[None, :].to(tl.uint32)
                 stream = (query * 0 + _S_ROUNDING).to(tl.uint32)
                 lanes = lane_units(k0, k1, site, stream, counter_rows, blocks, ROUNDS, ASM)
-                out = _round_stochastic(v, lanes, CODE)
+                out = round_stochastic(v, lanes, CODE)
             elif CODE == 1:
                 out = v.to(tl.bfloat16).to(tl.int16, bitcast=True)
             else:
@@ -141,11 +131,12 @@ def _tile(
 @jit(do_not_specialize=["count", "steps", "queries", "query", "threshold"])
 def update_kernel(
     table_ptr, key_ptr, coef_ptr, count, steps, queries, query, threshold, scale,
-    FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, ONE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, BF16_Z: tl.constexpr, FP16_Z: tl.constexpr,
+    ONE: tl.constexpr, STOCHASTIC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """FP32, BF16, FP16: which dtypes the parameters have; a parameter's own is a branch of the whole program.
+    """FP32, BF16, FP16: which dtypes the parameters have; BF16_Z, FP16_Z: those whose z has the dtype, too. A parameter's
+    own is a branch of the whole program.
 
     ONE: there is one step of one query, and no loop: a training step of one query, without the registers of a loop.
     """
@@ -157,23 +148,40 @@ def update_kernel(
         if code == 0:
             _tile(
                 entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
-                0, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+                0, False, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
             )  # fmt: skip
     if BF16:  # noqa: SIM102
         if code == 1:
             _tile(
                 entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
-                1, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+                1, False, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
             )  # fmt: skip
     if FP16:  # noqa: SIM102
         if code == 2:
             _tile(
                 entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
-                2, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+                2, False, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+            )  # fmt: skip
+    if BF16_Z:  # noqa: SIM102
+        if code == 3:
+            _tile(
+                entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
+                1, True, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
+            )  # fmt: skip
+    if FP16_Z:  # noqa: SIM102
+        if code == 4:
+            _tile(
+                entry_ptr, tile, key_ptr, coef_ptr, steps, queries, query, threshold, scale,
+                2, True, ONE, STOCHASTIC, R, C, NOISE, ROUNDS, UNIT, ASM,
             )  # fmt: skip
 
 
-def update_table(params, sites, layouts, noise, tile=None) -> torch.Tensor:
+def code_of(dtype: torch.dtype, rounded: bool, noise) -> int:
+    """What the table says of a parameter: 0 fp32, 1 bf16, 2 fp16; 3 and 4 are bf16 and fp16 with z rounded to them."""
+    return DTYPES.index(dtype) + (2 if rounded and not noise.sixteen_bits else 0)
+
+
+def update_table(params, sites, layouts, noise, tile=None, rounded=None) -> torch.Tensor:
     """The device table of :func:`launch_update`; valid while the parameters stay where they are.
 
     Args:
@@ -181,6 +189,7 @@ def update_table(params, sites, layouts, noise, tile=None) -> torch.Tensor:
         sites, layouts: of each.
         noise: a :class:`Noise`.
         tile: of another kernel; by default this one's.
+        rounded: whether z of each is rounded to its dtype; by default none is.
 
     Returns:
         int64, on the parameters' device.
@@ -190,8 +199,9 @@ def update_table(params, sites, layouts, noise, tile=None) -> torch.Tensor:
     """
     tile = tile or update_tile(noise.name)
     entries = np.zeros((len(params), FIELDS), np.int64)
+    rounded = rounded or [False] * len(params)
     work = []
-    for i, (w, site, layout) in enumerate(zip(params, sites, layouts, strict=True)):
+    for i, (w, site, layout, rounds_z) in enumerate(zip(params, sites, layouts, rounded, strict=True)):
         where, place = grid(w.shape, layout, noise.segment), address(w, layout)
         if place is None:
             raise NotImplementedError(
@@ -207,7 +217,7 @@ def update_table(params, sites, layouts, noise, tile=None) -> torch.Tensor:
             and where.channels % 8 == 0 and place.strides[-1] % 8 == 0
         )  # fmt: skip
         entries[i] = [
-            w.data_ptr(), signed32(site), DTYPES.index(w.dtype), fast, where.rows, where.columns, where.channels,
+            w.data_ptr(), signed32(site), code_of(w.dtype, rounds_z, noise), fast, where.rows, where.columns, where.channels,
             where.padded, across, layout == "conv", *place.sizes[1:], *place.strides, place.row, place.channel,
         ]  # fmt: skip
         work.append(np.arange(tiles, dtype=np.int64) + (i << 32))
@@ -215,13 +225,14 @@ def update_table(params, sites, layouts, noise, tile=None) -> torch.Tensor:
     return torch.from_numpy(table).to(params[0].device)
 
 
-def launch_update(params, keys, coef, table, query, stochastic, noise) -> None:
+def launch_update(params, keys, coef, table, rounded, query, stochastic, noise) -> None:
     """Update every parameter, in place, in one launch.
 
     Args:
         params: those of ``table``.
         keys, coef: int32 [steps, 2], fp32 [steps, queries], on the device, contiguous.
         table: of :func:`update_table` for these parameters and this noise.
+        rounded: as the table was made with.
         query: first direction of ``coef``.
         stochastic: rounding of 16-bit parameters.
         noise: a :class:`Noise`.
@@ -232,11 +243,11 @@ def launch_update(params, keys, coef, table, query, stochastic, noise) -> None:
         return
     tile = update_tile(noise.name)
     threshold, scale = noise_args(noise)
-    present = {w.dtype for w in params}
+    present = {code_of(w.dtype, rounds_z, noise) for w, rounds_z in zip(params, rounded, strict=True)}
     with torch.cuda.device_of(table):
         update_kernel[(programs,)](
             table, keys, coef, len(params), *coef.shape, query, threshold, scale,
-            FP32=torch.float32 in present, BF16=torch.bfloat16 in present, FP16=torch.float16 in present,
+            **{flag: code in present for code, flag in enumerate(FLAGS)},
             ONE=coef.numel() == 1, STOCHASTIC=bool(stochastic), R=tile.rows, C=tile.columns,
             **noise_constexprs(noise, tile.columns),
             num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
@@ -246,17 +257,25 @@ def launch_update(params, keys, coef, table, query, stochastic, noise) -> None:
 # ----------------------------------------------------------------------------------------------------------- variants
 
 
+_TESTED = {
+    ("bf16", "gaussian"), ("bf16", "hadamard"), ("fp32", "clt4"), ("fp16", "sparse"), ("bf16+bf16 z", "gaussian"),
+    ("fp16 z", "clt4"),
+}  # fmt: skip
+
+
 def variants():
     """For the static report and the compile tests; the fast and the strided path are both in each."""
     require()
     dtypes = {"bf16": ("BF16",), "fp16": ("FP16",), "fp32": ("FP32",), "fp32+bf16": ("FP32", "BF16")}
+    # weights that two products multiply, and biases
+    dtypes |= {"bf16 z": ("BF16_Z",), "fp16 z": ("FP16_Z",), "bf16+bf16 z": ("BF16", "BF16_Z")}
     for dtype, flags in dtypes.items():
         for name in NOISE_ID:
-            if name == "sparse_int8":
+            if name == "sparse_int8" or (name == "rademacher" and "z" in dtype):
                 continue
             noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
             tile = update_tile(name)
-            present = {flag: flag in flags for flag in ("FP32", "BF16", "FP16")}
+            present = {flag: flag in flags for flag in FLAGS}
             forms = [(True, True)]  # stochastic, one step of one query
             if "16" in dtype and name == "gaussian":
                 forms += [(False, True), (True, False)]
@@ -279,8 +298,5 @@ def variants():
                     num_stages=1,
                     expects=("multiply", "integer mma") if name == "hadamard" else ("multiply",),
                     z_per_program=tile.rows * tile.columns * sum(present.values()),
-                    representative=stochastic
-                    and one
-                    and (dtype, name)
-                    in {("bf16", "gaussian"), ("bf16", "hadamard"), ("fp32", "clt4"), ("fp16", "sparse")},
+                    representative=stochastic and one and (dtype, name) in _TESTED,
                 )

@@ -96,6 +96,11 @@ class Noise:
         """Whether the bits are the contract's on every backend with a true fma."""
         return self.name != "gaussian_fast"
 
+    @property
+    def sixteen_bits(self) -> bool:
+        """Whether z is the same in 16 bits: signs are."""
+        return self.name == "rademacher"
+
 
 def rng_version(rounds: int = 7) -> str:
     """The contract's version string, as logs and checkpoints carry it."""

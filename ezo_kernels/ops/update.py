@@ -9,7 +9,8 @@
 Several steps are made in one pass over the weights, which rounds after each as a pass of its own would: a log of seeds is
 replayed at the price of its noise. Arithmetic is fp32, each product rounded, one rounding to the weight's dtype at the end
 of a step: to nearest for fp32, stochastic (stream 4 of the noise contract) for 16-bit weights, where an update is smaller
-than half an ulp more often than not.
+than half an ulp more often than not. z of a 16-bit parameter is rounded to its dtype first where the caller says that the
+forward's was (``z_dtypes``).
 """
 
 from __future__ import annotations
@@ -51,26 +52,30 @@ def update_strategy(noise: str, dtypes, cupy: bool) -> str:
 class UpdatePlan:
     """Where the parameters of an update lie: built once, valid while :meth:`fits`.
 
-    On CUDA ``table`` holds addresses, so a parameter that was moved or rebound needs a new plan. ``strategy`` is the kernel
-    that the table is for: ``triton`` or ``cuda``; a CPU has neither.
+    On CUDA ``table`` holds addresses, so a parameter that was moved, rebound or cast needs a new plan. ``strategy`` is the
+    kernel that the table is for: ``triton`` or ``cuda``; a CPU has neither. ``rounded``: whether z of each parameter is rounded
+    to its dtype; empty for none.
     """
 
     sites: tuple[int, ...]
     layouts: tuple[str, ...]
-    addresses: tuple[tuple[int, ...], ...]
+    addresses: tuple[tuple, ...]
     table: torch.Tensor
     strategy: str = "triton"
+    rounded: tuple[bool, ...] = ()
 
     @staticmethod
-    def _address(p: torch.Tensor) -> tuple[int, ...]:
-        return (p.data_ptr() if p.is_cuda else 0, *p.shape, *p.stride())
+    def _address(p: torch.Tensor) -> tuple:
+        return (p.data_ptr() if p.is_cuda else 0, p.dtype, *p.shape, *p.stride())
 
     @classmethod
-    def build(cls, params, sites, layouts, noise: Noise, strategy: str | None = None) -> UpdatePlan:
+    def build(
+        cls, params, sites, layouts, noise: Noise, strategy: str | None = None, z_dtypes=None
+    ) -> UpdatePlan:  # fmt: skip
         """The plan of these parameters; raises as :func:`update_` does, and spares its later calls the checks.
 
         Args:
-            params, sites, layouts, noise: as in :func:`update_`.
+            params, sites, layouts, noise, z_dtypes: as in :func:`update_`.
             strategy: ``triton`` or ``cuda``; by default :func:`update_strategy` chooses.
         """
         if strategy is not None and strategy not in STRATEGIES:
@@ -87,6 +92,7 @@ class UpdatePlan:
             if w.device != params[0].device:
                 raise ValueError(f"update_: parameters on {w.device} and on {params[0].device}")
             grid(w.shape, layout, noise.segment)  # refuses a layout before anything is written
+        rounded = _rounded(params, z_dtypes)
         sites = [check_index(s, "site", 1 << 32) for s in sites]
         table = torch.empty(0, dtype=torch.int64)
         if params and params[0].is_cuda:
@@ -96,12 +102,25 @@ class UpdatePlan:
             strategy = strategy or update_strategy(noise.name, {w.dtype for w in params}, _cuda.available())
             if strategy == "cuda":
                 _cuda.require()
-            table = update_table(params, sites, layouts, noise, _cuda.TILE if strategy == "cuda" else None)
-        return cls(tuple(sites), tuple(layouts), tuple(map(cls._address, params)), table, strategy or "triton")
+            table = update_table(params, sites, layouts, noise, _cuda.TILE if strategy == "cuda" else None, rounded)
+        where = tuple(map(cls._address, params))
+        return cls(tuple(sites), tuple(layouts), where, table, strategy or "triton", rounded)
 
     def fits(self, params) -> bool:
-        """Whether the parameters are still where the plan says."""
+        """Whether the parameters are still where the plan says, and what."""
         return self.addresses == tuple(map(self._address, params))
+
+
+def _rounded(params, z_dtypes) -> tuple[bool, ...]:
+    """Whether z of each parameter is rounded to its dtype."""
+    if z_dtypes is None:
+        return (False,) * len(params)
+    if len(z_dtypes) != len(params):
+        raise ValueError(f"update_: {len(params)} params and {len(z_dtypes)} z_dtypes")
+    for w, name in zip(params, z_dtypes, strict=True):
+        if name != "float32" and name != str(w.dtype).removeprefix("torch."):
+            raise TypeError(f"update_: z_dtypes of a {w.dtype} parameter is 'float32' or its own 16 bits, got {name!r}")
+    return tuple(name != "float32" for name in z_dtypes)
 
 
 def round_stochastic(v: torch.Tensor, lanes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -137,13 +156,13 @@ def rounding_lanes(shape, key, site: int, where, rounds: int) -> torch.Tensor:
 
 
 def _update_cpu(
-    params, keys, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero, strategy="triton"
+    params, keys, coef, table, sites, layouts, rounded, query, stochastic, noise, rounds, p_zero, strategy="triton"
 ) -> None:
     spec = Noise(noise, rounds, p_zero)
     # a skipped step leaves every bit alone, that of -0 too
     steps = [(key, scales) for key, scales in zip(keys, coef.tolist(), strict=True) if any(scales)]
-    for w, site, conv in zip(params, sites, layouts, strict=True):
-        layout = LAYOUTS[conv]
+    for w, site, conv, rounds_z in zip(params, sites, layouts, rounded, strict=True):
+        layout, z_dtype = LAYOUTS[conv], str(w.dtype).removeprefix("torch.") if rounds_z else "float32"
         if not w.numel() or not steps:
             continue
         acc = w.detach().float().contiguous()
@@ -151,7 +170,7 @@ def _update_cpu(
         for key, scales in steps:
             for q, scale in enumerate(scales):
                 if scale != 0.0:
-                    shift_cpu([acc], acc, [-scale], key, site, query + q, spec, layout)
+                    shift_cpu([acc], acc, [-scale], key, site, query + q, spec, layout, z_dtype)
             if w.dtype != torch.float32:
                 if stochastic:
                     lanes = rounding_lanes(w.shape, key, site, grid(w.shape, layout, spec.segment), rounds)
@@ -164,7 +183,7 @@ def _update_cpu(
 
 
 def _update_cuda(
-    params, keys, coef, table, sites, layouts, query, stochastic, noise, rounds, p_zero, strategy="triton"
+    params, keys, coef, table, sites, layouts, rounded, query, stochastic, noise, rounds, p_zero, strategy="triton"
 ) -> None:
     if strategy == "cuda":
         from ._cuda import launch_update
@@ -172,13 +191,13 @@ def _update_cuda(
         from ._update_triton import launch_update
 
     keys, coef = keys.contiguous(), coef.contiguous()
-    launch_update(params, keys, coef, table, query, stochastic, Noise(noise, rounds, p_zero))
+    launch_update(params, keys, coef, table, rounded, query, stochastic, Noise(noise, rounds, p_zero))
 
 
 _update = register(
     "update_",
-    "(Tensor(a!)[] params, Tensor key, Tensor coef, Tensor table, int[] sites, int[] layouts, int query, "
-    "bool stochastic, str noise, int rounds, float p_zero, str strategy='triton') -> ()",
+    "(Tensor(a!)[] params, Tensor key, Tensor coef, Tensor table, int[] sites, int[] layouts, "
+    "bool[] rounded, int query, bool stochastic, str noise, int rounds, float p_zero, str strategy='triton') -> ()",
     cpu=_update_cpu,
     cuda=_update_cuda,
 )
@@ -208,6 +227,7 @@ def update_(
     stochastic_rounding: bool = True,
     plan: UpdatePlan | None = None,
     strategy: str | None = None,
+    z_dtypes: list[str] | None = None,
 ) -> None:
     """Subtract ``coef[q] * z_q`` from every parameter, in place, in one launch.
 
@@ -222,11 +242,13 @@ def update_(
         noise: that of the forward.
         query: first direction of ``coef``.
         stochastic_rounding: of 16-bit parameters; to nearest if False.
-        plan: :class:`UpdatePlan` of these parameters, to spare building it; it has the strategy.
+        plan: :class:`UpdatePlan` of these parameters, to spare building it; it has the strategy and the dtypes of z.
         strategy: ``triton`` or ``cuda`` (CUDA C++ through CuPy); by default :func:`update_strategy` chooses.
+        z_dtypes: what the forward rounded z of each parameter to: ``float32``, or the parameter's own 16-bit dtype (its
+            name), as ``z_dtype`` of :func:`ezo_kernels.ops.perturbed_linear`; by default ``float32`` for all.
 
     Raises:
-        TypeError: dtypes, or a parameter that is neither a tensor nor shares its memory.
+        TypeError: dtypes, of z too, or a parameter that is neither a tensor nor shares its memory.
         NotImplementedError: ``sparse_int8``, ``gaussian_fast`` on a CPU, or a strategy on a CPU.
         ImportError: ``cuda`` without CuPy.
         ValueError: lengths, devices, an unknown layout or strategy, a plan of other tensors.
@@ -245,15 +267,17 @@ def update_(
     if params and not params[0].device == coef.device == key.device:
         raise ValueError(f"update_: a parameter is on {params[0].device}, coef on {coef.device}, key on {key.device}")
     if plan is None:
-        plan = UpdatePlan.build(params, sites, layouts, noise, strategy)
+        plan = UpdatePlan.build(params, sites, layouts, noise, strategy, z_dtypes)
     elif strategy not in (None, plan.strategy):
         raise ValueError(f"update_: the plan was built for strategy {plan.strategy!r}, not {strategy!r}")
     elif not (plan.fits(params) and plan.sites == tuple(sites) and plan.layouts == tuple(layouts)):
         raise ValueError("update_: the plan was built for other tensors; build it again after moving a parameter")
+    elif z_dtypes is not None and _rounded(params, z_dtypes) != (plan.rounded or (False,) * len(params)):
+        raise ValueError("update_: the plan was built for other dtypes of z")
     if not params:
         return
     _update(
         params, key.view(-1, 2), coef.view(-1, coef.shape[-1]), plan.table, list(plan.sites),
-        [LAYOUTS.index(name) for name in layouts], query, stochastic_rounding,
+        [LAYOUTS.index(name) for name in layouts], list(plan.rounded or (False,) * len(params)), query, stochastic_rounding,
         noise.name, noise.rounds, noise.p_zero, plan.strategy,
     )  # fmt: skip

@@ -193,12 +193,14 @@ class CapturedStep:
         return {"captures": self.captures, "replays": self.replays, "eager_steps": self.eager_steps}
 
     def _where(self, opt) -> tuple:
-        """Addresses of everything that lives longer than a step, read from where the modules keep it."""
+        """Addresses of everything that lives longer than a step, read from where the modules keep it, and dtypes: a model that
+        was cast twice may lie where it was.
+        """
         if self._slots is None:
             self._modules = list(opt.model.modules())
             self._slots = [(table, n) for m in self._modules for table in (m._parameters, m._buffers) for n in table]
         tensors = (table.get(name) for table, name in self._slots)
-        own = tuple(0 if t is None else t.data_ptr() for t in tensors)
+        own = tuple(0 if t is None else (t.data_ptr(), t.dtype) for t in tensors)
         return own, tuple(t.data_ptr() for t in opt._held()), tuple(m.training for m in self._modules)
 
     def step(self, opt, loss_fn, *inputs) -> torch.Tensor:

@@ -43,9 +43,9 @@ class OptimizerState(Copies):
             name, saved, here = differ[0]
             more = f", and {len(differ) - 1} more" if len(differ) > 1 else ""
             raise ValueError(
-                f"z of {name!r} is {saved} in the state and {here} in this run{more}: give the weights the dtype that they were "
-                "saved in, and convert_ the strategy (z of 16-bit linear weights is rounded with 'auto' and 'two_products', "
-                "not with 'fused' and 'slab')"
+                f"z of {name!r} is {saved} in the state and {here} in this run{more}: give the weights the dtype that they "
+                "were saved in, and convert_ the strategy (z of 16-bit linear weights is rounded with 'auto' and "
+                "'two_products', not with 'fused' and 'slab')"
             )
 
     def add_param_group(self, param_group: dict) -> None:

@@ -14,9 +14,11 @@ from ezo_kernels.ops._update_triton import update_table
 def plans(monkeypatch, cuda_kernels):
     """Plans with a table of addresses, as CUDA parameters have."""
 
-    def build(cls, params, sites, layouts, noise):
-        table = update_table(params, sites, layouts, noise)
-        return cls(tuple(sites), tuple(layouts), tuple(map(cls._address, params)), table)
+    def build(cls, params, sites, layouts, noise, z_dtypes):
+        rounded = tuple(name != "float32" for name in z_dtypes)
+        table = update_table(params, sites, layouts, noise, rounded=rounded)
+        where = tuple(map(cls._address, params))
+        return cls(tuple(sites), tuple(layouts), where, table, rounded=rounded)
 
     monkeypatch.setattr(ezo.ops.UpdatePlan, "build", classmethod(build))
 

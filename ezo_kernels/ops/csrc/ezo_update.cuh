@@ -15,6 +15,7 @@ struct alignas(16) uint4 {
 namespace ezo {
 
 constexpr int kFields = 19;  // numbers of one parameter in the table
+// Number 2 is its code: 0 fp32, 1 bf16, 2 fp16; 3 and 4 are CODE 1 and 2 below with ROUNDED.
 
 // What a launch is given beside its table.
 struct Steps {
@@ -40,6 +41,17 @@ EZO_FN float from_half(u32 h) {
   return v;
 }
 EZO_FN float round_down(float v) { return floorf(v); }
+// Two neighbours to nearest even in bf16 or fp16: the lower half of the word is the first.
+EZO_FN u32 to_bf16_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+EZO_FN u32 to_half_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 // An address out of a table is in global memory, which the compiler cannot know.
 EZO_FN uint4 load(const uint4* at) {
   uint4 v;
@@ -83,6 +95,11 @@ EZO_FN float from_half(u32 i) {
   return (float)h;
 }
 EZO_FN float round_down(float v) { return __builtin_floorf(v); }
+EZO_FN u32 to_bf16_pair(float low, float high) {
+  const u32 a = bits(low), b = bits(high);
+  return (a + 0x7fffu + ((a >> 16) & 1u)) >> 16 | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+}
+EZO_FN u32 to_half_pair(float low, float high) { return to_half(low) | to_half(high) << 16; }
 #endif
 
 template <int CODE>
@@ -106,6 +123,14 @@ EZO_FN float rounded(float v, u32 random) {
   const float small = mul(add(whole, round_down(add(sub(ulps, whole), mul((float)random, 0x1p-16f)))), 0x1p-24f);
   const u32 normal = (i + (random >> 3)) & ~8191u;
   return from_bits(size < 0x1p-14f ? bits(small) | (i & 0x80000000u) : normal);
+}
+
+// z of two neighbours, finite, rounded to nearest even in the weight's dtype.
+template <int CODE>
+EZO_FN void round_z(float& low, float& high) {
+  const u32 pair = CODE == 1 ? to_bf16_pair(low, high) : to_half_pair(low, high);
+  low = CODE == 1 ? from_bits(pair << 16) : from_half(pair & 0xffffu);
+  high = CODE == 1 ? from_bits(pair & 0xffff0000u) : from_half(pair >> 16);
 }
 
 // The lanes of two neighbours, without those of a NaN.
@@ -135,9 +160,9 @@ EZO_FN void round_columns(Key key, u32 site, u32 row, u32 first, float* v) {
   }
 }
 
-// v after every step; whether any of them moved it. ONE: there is one step of one query, so that everything but the row
-// leaves the loop over rows.
-template <int NOISE, int ROUNDS, int CODE, bool STOCHASTIC, bool ONE, int N>
+// v after every step; whether any of them moved it. ROUNDED: z has the weight's dtype. ONE: there is one step of one query, so
+// that everything but the row leaves the loop over rows.
+template <int NOISE, int ROUNDS, int CODE, bool ROUNDED, bool STOCHASTIC, bool ONE, int N>
 EZO_FN bool advance(const Steps& a, u32 site, u32 row, u32 first, float* v) {
   bool touched = false;
 #pragma unroll 1
@@ -154,6 +179,10 @@ EZO_FN bool advance(const Steps& a, u32 site, u32 row, u32 first, float* v) {
       if (coef == 0.0f) continue;  // a skipped step leaves every bit alone, that of -0 too
       float z[N];
       z_columns<NOISE, ROUNDS, N>(key, site, (a.query + q) << 8, row, first, a.threshold, a.scale, z);
+      if constexpr (ROUNDED) {
+#pragma unroll
+        for (int j = 0; j < N; j += 2) round_z<CODE>(z[j], z[j + 1]);
+      }
 #pragma unroll
       for (int j = 0; j < N; ++j) v[j] = sub(v[j], mul(z[j], coef));
       moved = true;
@@ -236,7 +265,7 @@ EZO_FN void access(const i64* entry, u32 row, u32 first, float* v) {
 
 // ---- one thread's part of a tile
 
-template <int NOISE, int ROUNDS, int CODE, bool STOCHASTIC, bool ONE, int R, int C, int THREADS>
+template <int NOISE, int ROUNDS, int CODE, bool ROUNDED, bool STOCHASTIC, bool ONE, int R, int C, int THREADS>
 EZO_FN void update_tile(const i64* entry, u32 tile, u32 thread, const Steps& a) {
   constexpr int VECTOR = CODE == 0 ? 4 : 8, N = kUnit<NOISE> > VECTOR ? kUnit<NOISE> : VECTOR;
   constexpr int ACROSS = C / N, DOWN = THREADS / ACROSS;
@@ -261,7 +290,7 @@ EZO_FN void update_tile(const i64* entry, u32 tile, u32 thread, const Steps& a) 
         if (N == VECTOR || first + b < channels) raw = load((const uint4*)(at + b));
         unpack<CODE>(raw, v + b);
       }
-      if (!advance<NOISE, ROUNDS, CODE, STOCHASTIC, ONE, N>(a, site, row, first, v)) return;
+      if (!advance<NOISE, ROUNDS, CODE, ROUNDED, STOCHASTIC, ONE, N>(a, site, row, first, v)) return;
 #pragma unroll
       for (int b = 0; b < N; b += VECTOR)
         if (N == VECTOR || first + b < channels) store((uint4*)(at + b), pack<CODE>(v + b));
@@ -271,7 +300,7 @@ EZO_FN void update_tile(const i64* entry, u32 tile, u32 thread, const Steps& a) 
     for (; row < end; row += DOWN) {
       float v[N];
       access<CODE, N, false>(entry, row, first, v);
-      if (!advance<NOISE, ROUNDS, CODE, STOCHASTIC, ONE, N>(a, site, row, first, v)) return;
+      if (!advance<NOISE, ROUNDS, CODE, ROUNDED, STOCHASTIC, ONE, N>(a, site, row, first, v)) return;
       access<CODE, N, true>(entry, row, first, v);
     }
   }
