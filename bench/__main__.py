@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import cpu, estimate, gpu, memory, report, roofline, static
+from . import cpu, estimate, gpu, ladder, memory, report, roofline, static
 
 COMMANDS = {
     "cpu": cpu,
     "estimate": estimate,
     "gpu": gpu,
+    "ladder": ladder,
     "memory": memory,
     "report": report,
     "roofline": roofline,

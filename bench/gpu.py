@@ -56,6 +56,7 @@ SUITES = (
     Suite.of_file("step", 1.5),
     Suite.of_file("update", 0.7),
     Suite.of_file("noise", 0.5),
+    Suite.of_file("ladder", 0.3),
     Suite.of_file("conv2d", 1.5),
     Suite.of_file("lm", 2.5),
     Suite.of_file("int8", 1.5),

@@ -179,9 +179,35 @@ def static() -> str:
     return "\n".join(lines)
 
 
+def ladder() -> str:
+    """Instructions a value of every rung, counted, and values a second where a GPU has measured them."""
+    record = _read("ladder.json")
+    if not record:
+        return "`python -m bench ladder` has not been run."
+    archs = sorted({row["arch"] for row in record["rows"]})
+    rates = {
+        case["rung"]: case["values"] / case["us"] * 1e6
+        for suite in gpu_records() if suite["suite"] == "ladder" for case in suite["cases"]
+    }  # fmt: skip
+    lines = [
+        "| generator | what it changes | the contract's bits | "
+        + " | ".join(f"sm_{arch}" for arch in archs) + " | registers, spilled bytes (sm_90) | values a second |",
+        "|---" * (5 + len(archs)) + "|",
+    ]  # fmt: skip
+    for name in dict.fromkeys(row["rung"]["name"] for row in record["rows"]):
+        own = {row["arch"]: row for row in record["rows"] if row["rung"]["name"] == name}
+        rung, at = own[archs[0]]["rung"], own.get(90)
+        lines.append(
+            f"| {name} | {rung['reason']} | {'yes' if rung['contract'] else 'no'} | "
+            + " | ".join(f"{own[arch]['instructions_per_z']:.1f}" for arch in archs)
+            + f" | {at['registers']}, {at['spill_bytes']} | {f'{rates[name]:.2e}' if name in rates else 'not measured'} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": {"results": training, "integers": integers},
-    "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "static": static},
+    "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
 }
 
 
