@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import ezo_kernels as ezo
-from ezo_kernels.cli.experiments.probes import LiveBytes
 from ezo_kernels.planning import paper_tally
+from ezo_kernels.planning.live import LiveBytes
 
 
 def fp32_bytes(batch: int) -> int:

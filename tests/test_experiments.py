@@ -13,9 +13,10 @@ import torch
 
 import ezo_kernels as ezo
 from ezo_kernels.cli import main
-from ezo_kernels.cli.experiments import catalogue, epsilon, plot, probes, tasks
+from ezo_kernels.cli.experiments import catalogue, epsilon, findings, plot, probes, tasks
 from ezo_kernels.cli.experiments import run as runner
-from ezo_kernels.cli.experiments.catalogue import EXPERIMENTS, Scope
+from ezo_kernels.cli.experiments.catalogue import EXPERIMENTS
+from ezo_kernels.cli.experiments.scope import QUICK_STEPS, Scope
 from ezo_kernels.cli.experiments.summary import Column, summarise, text
 from ezo_kernels.cli.experiments.trial import Finished, Trial
 from ezo_kernels.cli.recipe import Recipe
@@ -25,6 +26,8 @@ from ezo_kernels.planning.tally import paper_bytes
 
 CPU = torch.device("cpu")
 SPLITS = ("train", "valid", "test")
+#: experiments whose tables end in sentences
+SAYING = ("epsilon", "memory", "partition")
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,8 @@ def test_every_experiment_runs(name, quick, tmp_path):
         assert all(math.isfinite(v) for v in trial["result"].values() if isinstance(v, float))
         assert trial["environment"]["torch"] and trial["specification"]["rng_version"]
     shown = {column.name for column in EXPERIMENTS[name].columns}
-    if name != "partition":  # an elbow takes three cuts, quick has two
-        assert shown <= {n for row in found["table"] for n in row["metrics"]}
+    assert shown <= {n for row in found["table"] for n in row["metrics"]}
+    assert all(note in out for note in found["notes"]) and bool(found["notes"]) == (name in SAYING)
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
     before = numbers(tmp_path / f"{name}.json")
     code, out, _ = quick(name, "--seeds", 0)
@@ -78,7 +81,7 @@ def test_stopped_and_restarted_is_as_undisturbed(quick, tmp_path, monkeypatch):
     def dies(trial, data, device, after_step):
         def step():
             calls.append(1)
-            if len(calls) == 2 * catalogue.QUICK_STEPS + 3:  # in the middle of the third of six trials
+            if len(calls) == 2 * QUICK_STEPS + 3:  # in the middle of the third of six trials
                 raise OSError("the power went")
             after_step()
 
@@ -144,9 +147,9 @@ def test_bad_options_are_one_line(quick, tmp_path, capsys):
 def test_without_matplotlib_the_plot_is_left_out_and_said_so(quick, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not plot.available()
-    code, out, _ = quick("memory", "--seeds", 0)
+    code, out, _ = quick("batch", "--seeds", 0)
     assert code == 0 and "no plot: matplotlib is missing" in out
-    assert not (tmp_path / "memory.png").exists() and (tmp_path / "memory.json").exists()
+    assert not (tmp_path / "batch.png").exists() and (tmp_path / "batch.json").exists()
 
 
 def test_key_is_of_everything_but_labels():
@@ -266,9 +269,9 @@ def test_elbow_is_farthest_below_the_chord():
         }  # fmt: skip
 
     table = [row(0, 100, 0.5), row(1, 110, 0.12), row(2, 150, 0.10), row(5, 200, 0.05)]
-    marked = catalogue.mark_elbow(table)
+    marked = findings.mark_elbow(table)
     assert [r["metrics"]["elbow"]["mean"] for r in marked] == [0, 1, 0, 0] and "elbow" not in table[0]["metrics"]
-    assert "elbow" not in catalogue.mark_elbow(table[:2])[0]["metrics"]
+    assert "elbow" not in findings.mark_elbow(table[:2])[0]["metrics"]
 
 
 def test_adapting_goes_on_from_the_start_on_turned_images(digits, monkeypatch):

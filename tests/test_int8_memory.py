@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import ezo_kernels as ezo
-from ezo_kernels.cli.experiments.probes import LiveBytes
 from ezo_kernels.nn.arena import Arena, ArenaPlan, Interval
 from ezo_kernels.ops import Int8Tensor
 from ezo_kernels.planning import paper_tally
+from ezo_kernels.planning.live import LiveBytes
 from tests.int8_models import ints, lenet, lenet_batch, overwrite, same, state, steps, tiny
 
 # ---- live bytes

@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 
 from ..nn.convert import convert_
 from ..nn.cut import all_cuts
+from ..ops.int8_tensor import Int8Tensor
 from ..ops.noise import check_index
 from ..optim import ElasticZO
+from ..optim.baselines import FrozenTrunk
 from ..optim.batches import call, rows_of
 from .fake import fake_batch, fake_mode, fake_model
 from .live import LiveBytes
@@ -141,10 +143,21 @@ def batch_of(sample):
             raise ValueError(
                 f"sample must be x or the pair (x, y), got {len(sample)} items; several inputs go as ((a, b), y)"
             )
-        return sample[0], sample[1]
+        return _floats(sample[0]), sample[1]
+    _floats(sample)
     if not isinstance(sample, (torch.Tensor, dict)):
         raise TypeError(f"sample must be a tensor, a dict or the pair (x, y), got {type(sample).__name__}")
     return sample, None
+
+
+def _floats(x):
+    """``x``, unless it is in integers."""
+    if isinstance(x, Int8Tensor):
+        raise TypeError(
+            "the sample is an Int8Tensor, and this is of floats: planning.plan_int8_step gives the bytes of a step in "
+            "integers; a cut that is chosen in floats may be trained in integers"
+        )
+    return x
 
 
 def check_model(model: nn.Module) -> None:
@@ -177,7 +190,8 @@ def new_optimizer(name: str, parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters) if name == "sgd" else torch.optim.Adam(parameters, fused=True)
 
 
-def _parts(live: LiveBytes, parameters: int) -> Parts:
+def parts_of(live: LiveBytes, parameters: int) -> Parts:
+    """What was alive at the peak, by what it was for."""
     found = live.at_peak("activations")
     return Parts(parameters, found["gradients"], found["state"], found["activations"], found["workspace"])
 
@@ -194,7 +208,7 @@ def step_bytes(model: nn.Module, x, y, loss_fn, *, mode: str, optimizer: str, qu
     The first one makes the optimiser's state and checks the model. ``model`` trains: give it one that may.
     """
     owned = [*model.parameters(), *model.buffers()]
-    live = LiveBytes([*owned, *_tensors(x), *_tensors(y)])
+    live = LiveBytes([*owned, *tensors_of(x), *tensors_of(y)])
     with live:
         head = [p for p in model.parameters() if p.requires_grad]
         opt = ElasticZO(
@@ -212,13 +226,13 @@ def step_bytes(model: nn.Module, x, y, loss_fn, *, mode: str, optimizer: str, qu
         live.mark_alive("state")
         live.restart()
         opt.train_step(x, y, loss_fn)
-    return _parts(live, _bytes(owned))
+    return parts_of(live, storage_bytes(owned))
 
 
 def backprop_bytes(model: nn.Module, x, y, loss_fn, *, optimizer: str) -> Parts:
     """Bytes of the second step of plain backpropagation; ``model`` is a torch model, real or fake, and trains."""
     owned = [*model.parameters(), *model.buffers()]
-    live = LiveBytes([*owned, *_tensors(x), *_tensors(y)])
+    live = LiveBytes([*owned, *tensors_of(x), *tensors_of(y)])
     with live:
         opt = new_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad])
         _watch_gradients(live, model)
@@ -229,14 +243,16 @@ def backprop_bytes(model: nn.Module, x, y, loss_fn, *, optimizer: str) -> Parts:
             with live.role("workspace"):
                 opt.step()
             opt.zero_grad()
-    return _parts(live, _bytes(owned))
+    return parts_of(live, storage_bytes(owned))
 
 
-def _tensors(batch) -> list[torch.Tensor]:
+def tensors_of(batch) -> list[torch.Tensor]:
+    """The tensors of a batch of any structure."""
     return [t for t in pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
 
 
-def _bytes(tensors) -> int:
+def storage_bytes(tensors) -> int:
+    """Bytes of the storages of these tensors, each counted once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -251,7 +267,7 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
     Whether a model treats the rows of a batch apart, as a stacked step must have it, shows only in a real first step.
 
     Not counted: the batch itself, what a kernel takes and gives back inside of one call, an allocator's rounding, the CUDA
-    context. Adam is torch's with ``fused=True``. Layers in integers have :meth:`ezo_kernels.ElasticZOInt8.memory`.
+    context. Adam is torch's with ``fused=True``. Steps in integers have :func:`ezo_kernels.planning.plan_int8_step`.
 
     Args:
         model: a plain torch model in any dtype; not touched.
@@ -292,7 +308,9 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
     return MemoryPlan(tuple(found), backprop, tuple(refused), rows, queries)
 
 
-def plan_step(model: nn.Module, x, y, loss_fn, *, head, mode: str = "auto", queries: int = 1) -> Parts:
+def plan_step(
+    model: nn.Module, x, y, loss_fn, *, head, mode: str = "auto", queries: int = 1, frozen: bool = False
+) -> Parts:
     """What :func:`memory_plan` finds of one head in one mode, its optimiser SGD, in a fraction of the time.
 
     Args:
@@ -300,12 +318,15 @@ def plan_step(model: nn.Module, x, y, loss_fn, *, head, mode: str = "auto", quer
         x, y, loss_fn, queries: as in :func:`memory_plan`.
         head: as :func:`ezo_kernels.convert_` takes it; None plans plain backpropagation, without this library.
         mode: ``stacked``, ``sequential`` or ``auto``.
+        frozen: the trunk stays as it is, :class:`ezo_kernels.optim.baselines.FrozenTrunk`; no mode and no queries.
     """
     fakes = fake_mode()
     x, y = fake_batch(x, fakes), fake_batch(y, fakes)
     with fakes:
         twin = fake_model(model, fakes)
-        if head is None:
+        if frozen:
+            FrozenTrunk(twin, head)  # says what autograd may keep
+        if head is None or frozen:
             return backprop_bytes(twin, x, y, loss_fn, optimizer="sgd")
         return step_bytes(convert_(twin, head=head), x, y, loss_fn, mode=mode, optimizer="sgd", queries=queries)
 

@@ -2,71 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ..recipe import Recipe
-from .recipes import FROZEN_LRS, HEADS, recipe
+from . import regression
+from .findings import CHOICE, against_full_zo, judge_cuts, place_computed, say_cuts, say_planned, say_rank
+from .recipes import FROZEN_LRS, HEADS
+from .scope import Experiment, Scope
 from .summary import Column
 from .trial import Trial
-
-#: steps of a trial under --quick, and its seeds
-QUICK_STEPS, QUICK_SEEDS = 6, (0, 1)
 
 TEST, VALID = Column("test_error", "test error, %", 100), Column("validation_error", "validation error, %", 100)
 SECONDS, STEP_MS = Column("seconds", "seconds", 1, 1), Column("step_ms", "ms a step", 1, 2)
 BYTES = Column("step_bytes", "bytes of a step, MB", 1e-6, 3)
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What a plan is made for: a data set, a seed, and how long.
-
-    Args:
-        data, fingerprint: name and hash of the data set; train_rows: its training images.
-        seed, epochs: of every trial. quick: cut all of them to :data:`QUICK_STEPS` steps and sweeps to their ends.
-    """
-
-    data: str
-    fingerprint: str
-    train_rows: int
-    seed: int
-    epochs: int
-    quick: bool
-
-    def trial(self, arm: str, recipe: Recipe, **options) -> Trial:
-        """A trial of this scope; a quick one stops early."""
-        if self.quick:
-            options["max_steps"] = min(options.get("max_steps") or QUICK_STEPS, QUICK_STEPS)
-        return Trial(arm, recipe, self.fingerprint, **options)
-
-    def elastic(self, head: str, precision: str = "fp32", **options) -> Recipe:
-        """ElasticZO's recipe at this scope."""
-        return recipe(self.data, head, self.seed, options.pop("epochs", self.epochs), precision, **options)
-
-    def other(self, method: str, head: str = "", **options) -> Recipe:
-        """The recipe of a method that ElasticZO is held against."""
-        return Recipe(data=self.data, method=method, head=head, seed=self.seed, epochs=self.epochs, **options)
-
-    def ends(self, values: tuple) -> tuple:
-        """A sweep: all of its values, or the first and the last one of a quick run."""
-        return (values[0], values[-1]) if self.quick else values
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A name, one line of help, the trials of a scope, and what is shown of them.
-
-    ``refine`` changes the summary's rows before they are shown: what follows from several of them.
-    """
-
-    name: str
-    summary: str
-    trials: Callable[[Scope], list[Trial]]
-    columns: tuple[Column, ...]
-    plotted: tuple[Column, ...]
-    x_label: str = ""
-    refine: Callable[[list[dict]], list[dict]] = lambda table: table
 
 
 def baseline(scope: Scope) -> list[Trial]:
@@ -95,11 +42,6 @@ def epsilon(scope: Scope) -> list[Trial]:
     """Three orders of magnitude, and the eps that balances rounding against bias."""
     out = [scope.trial("sweep", scope.elastic("0", eps=eps), x=eps, probes=("g",)) for eps in scope.ends(EPS)]
     return [*out, scope.trial("computed", scope.elastic("0"), eps_rule="balance", probes=("g",))]
-
-
-def place_computed(table: list[dict]) -> list[dict]:
-    """The computed eps is known only when its trials are done: it is put where the curve has it."""
-    return [{**row, "x": row["metrics"]["eps"]["mean"]} if row["arm"] == "computed" else row for row in table]
 
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
@@ -157,45 +99,18 @@ def sign(scope: Scope) -> list[Trial]:
 
 
 def memory(scope: Scope) -> list[Trial]:
-    """No training: bytes of a step, measured and by the paper's equations, both groups in one pass and one by one."""
+    """No training: bytes of a step, measured, planned and by the paper's equations, groups in one pass and one by one."""
     out = []
-    for size in (32, 256):
+    for size in (32,) if scope.quick else (32, 256):
         for precision in ("fp32", "int8"):
             for mode in ("sequential", "stacked"):
                 for head, name in HEADS.items():
                     own = scope.elastic(head, precision, batch=size, mode=mode)
                     out.append(scope.trial(f"batch {size}: {name}, {precision}, {mode}", own, task="bytes"))
         out.append(scope.trial(f"batch {size}: full BP, fp32", scope.other("bp", batch=size), task="bytes"))
-    return out
-
-
-def against_full_zo(table: list[dict]) -> list[dict]:
-    """Bytes over those of the first arm of the same batch, sequential full ZO in fp32, measured and by the equations.
-
-    Of ElasticZO in fp32 also full BP's over its own.
-    """
-
-    def group(row: dict) -> tuple:
-        return row["data"], row["arm"].partition(":")[0]
-
-    first: dict[tuple, dict] = {}
-    backprop = {group(row): row["metrics"] for row in table if ": full BP" in row["arm"]}
-    out = []
-    for row in table:
-        own = row["metrics"]
-        base = first.setdefault(group(row), own)
-        over = {
-            f"{name}_over_full_zo": {
-                "mean": own[name]["mean"] / base[name]["mean"],
-                "spread": None,
-                "n": own[name]["n"],
-            }
-            for name in ("step_bytes", "paper_bytes")
-        }
-        if ": ElasticZO" in row["arm"] and ", fp32" in row["arm"] and group(row) in backprop:
-            ratio = backprop[group(row)]["step_bytes"]["mean"] / own["step_bytes"]["mean"]
-            over["full_bp_over"] = {"mean": ratio, "spread": None, "n": own["step_bytes"]["n"]}
-        out.append({**row, "metrics": {**own, **over}})
+        for head in ("fc3", "fc2,fc3"):
+            own = scope.other("frozen", head, batch=size)
+            out.append(scope.trial(f"batch {size}: frozen trunk, head {head}, fp32", own, task="bytes"))
     return out
 
 
@@ -215,34 +130,20 @@ def time(scope: Scope) -> list[Trial]:
     return [*out, scope.trial("full BP, fp32", scope.other("bp"), task="phases")]
 
 
-CUTS = ("0", "1", "2", "3", "4", "all")
+#: weight layers of each model, so heads of 0 to as many
+LAYERS = {"lenet5": 5, "mlp": 3, "pointnet": 8}
 
 
 def partition(scope: Scope) -> list[Trial]:
-    """Every cut of LeNet-5; x is the number of weight layers in the head."""
-    cuts = scope.ends(CUTS)
-    return [scope.trial("ElasticZO", scope.elastic(head), x=5 if head == "all" else int(head)) for head in cuts]
-
-
-def mark_elbow(table: list[dict]) -> list[dict]:
-    """``elbow`` is 1 at the cut farthest below the chord of (bytes, validation error), both scaled to [0, 1].
-
-    Of fewer than three cuts there is none. The validation split decides, not the test set.
-    """
-    out = [{**row, "metrics": {**row["metrics"]}} for row in table]
-    for name in dict.fromkeys(row["data"] for row in out):
-        own = sorted((row for row in out if row["data"] == name), key=lambda row: row["x"])
-        if len(own) < 3:
-            continue
-        points = [(r["metrics"]["step_bytes"]["mean"], r["metrics"]["validation_error"]["mean"]) for r in own]
-        (x0, y0), (x1, y1) = points[0], points[-1]
-        if x0 == x1 or y0 == y1:
-            continue
-        # On the chord x' + y' = 1, below it less.
-        gains = [1 - (x - x0) / (x1 - x0) - (y - y1) / (y0 - y1) for x, y in points]
-        best = gains.index(max(gains))
-        for i, row in enumerate(own):
-            row["metrics"]["elbow"] = {"mean": float(i == best), "spread": None, "n": len(row["seeds"])}
+    """Every cut of every model; x is the number of weight layers in the head. And the one that ``choose_cut`` takes."""
+    out = []
+    for model in scope.models:
+        layers = LAYERS[model]
+        batch = 8 if scope.quick and model == "pointnet" else 32
+        for n in range(layers + 1):
+            own = scope.elastic("all" if n == layers else str(n), model=model, batch=batch)
+            out.append(scope.trial(model, own, x=n))
+        out.append(scope.trial(f"{model}, {CHOICE}", scope.elastic("0", model=model, batch=batch), task="choice"))
     return out
 
 
@@ -283,8 +184,11 @@ _ALL = (
     ),
     Experiment(
         "epsilon", "eps over three orders of magnitude, and one computed from gradient statistics", epsilon,
-        (VALID, TEST, Column("g_variance", "variance of g", 1, 3), Column("skipped_steps", "skipped", 1, 0), BYTES),
-        (VALID, Column("g_variance", "variance of g")), "eps", place_computed,
+        (
+            VALID, TEST, Column("rank", "rank in the sweep", 1, 1), Column("behind_best", "behind its best, points", 100),
+            Column("g_variance", "variance of g", 1, 3), Column("skipped_steps", "skipped", 1, 0), BYTES,
+        ),
+        (VALID, Column("g_variance", "variance of g")), "eps", place_computed, say_rank,
     ),
     Experiment(
         "batch", "32 to 1024 images a step, at equal samples and at equal steps", batch,
@@ -302,12 +206,14 @@ _ALL = (
     Experiment(
         "memory", "bytes of a step: measured, planned, and by the paper's equations", memory,
         (
-            BYTES, Column("planned_bytes", "planned, MB", 1e-6, 3), Column("paper_bytes", "the paper's equations, MB", 1e-6, 3),
+            BYTES, Column("planned_bytes", "planned, MB", 1e-6, 3), Column("planned_over_measured", "planned / measured", 1, 4),
+            Column("paper_bytes", "the paper's equations, MB", 1e-6, 3),
             Column("step_bytes_over_full_zo", "over full ZO fp32", 1, 4),
             Column("paper_bytes_over_full_zo", "the same by the equations", 1, 4),
             Column("full_bp_over", "full BP over ElasticZO, measured", 1, 3),
+            Column("paper_full_bp_over", "the same by the equations", 1, 3),
         ),
-        (BYTES, Column("paper_bytes", "the paper's equations, MB", 1e-6)), refine=against_full_zo,
+        (BYTES, Column("paper_bytes", "the paper's equations, MB", 1e-6)), refine=against_full_zo, notes=say_planned,
     ),
     Experiment(
         "finetune", "trained on upright images, adapted to turned ones; BP and the frozen trunk beside",
@@ -323,8 +229,20 @@ _ALL = (
         (STEP_MS, Column("share_forward", "share of the forwards, %", 100)),
     ),
     Experiment(
-        "partition", "accuracy and memory against the cut, from pure ZO to pure BP, with the elbow", partition,
-        (VALID, TEST, BYTES, STEP_MS, Column("elbow", "elbow", 1, 0)), (VALID, BYTES), "weight layers by BP", mark_elbow,
+        "partition", "accuracy and memory against the cut, from pure ZO to pure BP, the elbow, and the regret of choose_cut",
+        partition,
+        (
+            VALID, TEST, BYTES, STEP_MS, Column("elbow", "elbow", 1, 0), Column("chosen", "chosen by choose_cut, %", 100, 0),
+            Column("chosen_layers", "its layers", 1, 1), Column("best_cut", "the best's", 1, 1),
+            Column("beyond", "gained beyond, points", 100), Column("regret_chosen", "regret of choose_cut, points", 100),
+            Column("regret_last", "of the last layer", 100), Column("regret_random", "of a random cut", 100),
+        ),
+        (VALID, BYTES), "weight layers by BP", judge_cuts, say_cuts,
+    ),
+    Experiment(
+        "regression", "int8 on tables: sign agreement, variance of g, where weights and exponents go, by learning rate",
+        regression.trials, regression.COLUMNS, regression.PLOTTED,
+        epochs=200, tables=True,
     ),
 )  # fmt: skip
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}

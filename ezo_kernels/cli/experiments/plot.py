@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...data.files import replacing
 from .summary import Column
+from .trial import Finished
 
 
 def available() -> bool:
@@ -44,8 +45,11 @@ def _curves(axes, rows: list[dict], column: Column, x_label: str) -> None:
             label=arm,
         )
     for row in rows:
+        at = row["x"], row["metrics"][column.name]["mean"] * column.scale
         if row["metrics"].get("elbow", {}).get("mean") == 1:
-            axes.plot(row["x"], row["metrics"][column.name]["mean"] * column.scale, "k*", markersize=14, label="elbow")
+            axes.plot(*at, "k*", markersize=14, label="elbow")
+        if row["metrics"].get("chosen", {}).get("mean", 0) > 0:
+            axes.plot(*at, "ks", markersize=12, fillstyle="none", label="choose_cut")
     if all(row["x"] > 0 for row in rows):
         axes.set_xscale("log")
     axes.set(xlabel=x_label, ylabel=column.heading)
@@ -60,7 +64,10 @@ def write(path: Path, table: list[dict], columns: tuple[Column, ...], title: str
     names = list(dict.fromkeys(row["data"] for row in table))
     panels = [c for c in columns if any(c.name in row["metrics"] for row in table)]
     height = max(3.5, 0.35 * max(sum(row["data"] == name and row["x"] is None for row in table) for name in names))
-    figure = Figure(figsize=(5.5 * len(panels), height * len(names)), layout="constrained")
+    # Long names of bars take room beside the first panel.
+    names_of_bars = max((len(row["arm"]) for row in table if row["x"] is None), default=0)
+    size = 5.5 * len(panels) + 0.08 * names_of_bars, height * len(names)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(names), len(panels), squeeze=False)
     for line, name in zip(grid, names, strict=True):
         own = [row for row in table if row["data"] == name]
@@ -72,6 +79,60 @@ def write(path: Path, table: list[dict], columns: tuple[Column, ...], title: str
             else:
                 _bars(axes, rows, column, i == 0 or len(rows) < len(own))
             axes.set_title(name)
+    figure.suptitle(title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def trajectories_of(done: list[Finished]) -> list[tuple[str, str, list[dict]]]:
+    """(data, arm, readings) of the trials of the first seed that have a trajectory."""
+    return [
+        (one.trial.recipe.data, one.trial.arm, one.result["trajectory"])
+        for one in done
+        if "trajectory" in one.result and one.trial.recipe.seed == done[0].trial.recipe.seed
+    ]
+
+
+def write_trajectories(path: Path, paths: list[tuple[str, str, list[dict]]], title: str) -> None:
+    """A row of panels a data set against the step: validation error, growth of weights, weights at the rails, exponents.
+
+    Of several layers the one that has most of it, at each step.
+    """
+    from matplotlib.figure import Figure
+
+    def growth(reading, first):
+        return max(w / first["weights"][n] for n, w in reading["weights"].items())
+
+    def rails(reading, first):
+        return 100 * max(reading["at_rails"].values()) if reading["at_rails"] else None
+
+    def drift(reading, first):
+        known = [e - first["exponents"][n] for n, e in reading["exponents"].items() if e is not None]
+        return max(known, key=abs) if known else None
+
+    panels = (
+        ("validation squared error", lambda reading, first: reading["validation_mse"], True),
+        ("growth of a layer's weights", growth, True),
+        ("weights at +-127, %", rails, False),
+        ("drift of an exponent, bits", drift, False),
+    )
+    names = list(dict.fromkeys(data for data, _, _ in paths))
+    figure = Figure(figsize=(5.0 * len(panels), 5.5 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), len(panels), squeeze=False)
+    styles = ("-", "--", ":", "-.")
+    for line, name in zip(grid, names, strict=True):
+        own = [(arm, readings) for data, arm, readings in paths if data == name]
+        for axes, (label, of, log) in zip(line, panels, strict=True):
+            for i, (arm, readings) in enumerate(own):
+                points = [(r["step"], of(r, readings[0])) for r in readings if r["validation_mse"] is not None]
+                points = [(step, value) for step, value in points if value is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), styles[i // 10 % 4], color=f"C{i % 10}", label=arm)
+            if log:
+                axes.set_yscale("log")
+            axes.set(xlabel="step", ylabel=label)
+            axes.set_title(name)
+        line[0].legend(fontsize="x-small")
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

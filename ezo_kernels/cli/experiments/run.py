@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from ...data import Dataset, load
 from .. import system
-from . import plot, tasks
-from .catalogue import EXPERIMENTS, QUICK_SEEDS, Experiment, Scope
+from . import plot, regression, tasks
+from .catalogue import EXPERIMENTS
+from .scope import QUICK_SEEDS, Experiment, Scope
 from .store import Store
 from .summary import summarise, text
 from .trial import Finished, Trial
@@ -31,7 +32,7 @@ def fingerprint(data: Dataset) -> str:
 
 def steps_of(trial: Trial, train_rows: int) -> int:
     """Steps that the progress bar counts."""
-    if trial.task == "bytes":
+    if trial.task in ("bytes", "choice"):
         return 1
     whole = trial.recipe.epochs * (train_rows // trial.recipe.batch)
     if trial.task == "phases":
@@ -75,40 +76,73 @@ def carry_out(
             # The validation split alone is shown on the way: what it shows may still change a recipe.
             if "validation_error" in result:
                 label += f": validation error {100 * result['validation_error']:.2f}%"
+            elif "validation_mse" in result:
+                label += f": validation squared error {result['validation_mse']:.3f}"
             bar.write(f"{i}/{len(missing)} {trial.recipe.data}, {label}", file=sys.stdout)
     # From the file's own values, so that what was just run and what was read are alike to the last digit.
     done = [Finished(t, store.trials[t.key]["result"], store.trials[t.key]["timings"]) for t in trials]
-    store.table = experiment.refine(summarise(done))
+    store.table = experiment.refine(summarise(done), done)
+    store.notes = experiment.notes(store.table)
     store.write()
     return done
+
+
+def _sources(args: argparse.Namespace, chosen: Experiment) -> dict[str, Dataset]:
+    """The data sets of a command line by name.
+
+    Raises:
+        ValueError: an option that this experiment has no use for.
+    """
+    if chosen.tables:
+        return regression.tables(args)
+    for option in ("csv", "target"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} goes with the experiment regression, {chosen.name} takes images")
+    names = list(dict.fromkeys(args.data or ["digits" if args.quick else "mnist"]))
+    if regression.DIABETES in names:
+        raise ValueError(
+            f"--data {regression.DIABETES} goes with the experiment regression, {chosen.name} takes images"
+        )
+    if args.data_dir is not None and "digits" in names:
+        raise ValueError(
+            "--data-dir: the digits are scikit-learn's, not in a folder; say --data mnist or fashion_mnist"
+        )
+    return {name: load(name, args.data_dir) for name in names}
 
 
 def experiment(args: argparse.Namespace) -> int:
     """``ezo experiment``."""
     chosen = EXPERIMENTS[args.name]
-    names = list(dict.fromkeys(args.data or ["digits" if args.quick else "mnist"]))
+    if args.models and chosen.name != "partition":
+        raise ValueError(f"--models goes with the experiment partition, not with {chosen.name}")
     seeds = list(dict.fromkeys(args.seeds or (QUICK_SEEDS if args.quick else (0, 1, 2))))
-    epochs = args.epochs if args.epochs is not None else 1 if args.quick else 10
+    epochs = args.epochs if args.epochs is not None else 1 if args.quick else chosen.epochs
     if args.threads < 1:
         raise ValueError(f"--threads is {args.threads}: at least 1 is needed")
     torch.set_num_threads(args.threads)
     store = Store(args.out, chosen.name, args.quick)
     device = system.pick_device(args.device)
-    data = {name: load(name, args.data_dir) for name in names}
+    data = _sources(args, chosen)
     trials = []
+    models = tuple(dict.fromkeys(args.models or ("lenet5",)))
     # Seeds outermost: an experiment that is stopped has every arm about as often as the others.
     for seed in seeds:
         for name, own in data.items():
-            scope = Scope(name, fingerprint(own), len(own.x_train), seed, epochs, args.quick)
-            trials += chosen.trials(scope)
-    carry_out(chosen, trials, data, store, device)
+            trials += chosen.trials(Scope(name, fingerprint(own), len(own.x_train), seed, epochs, args.quick, models))
+    done = carry_out(chosen, trials, data, store, device)
     short = " (QUICK: cut short, no evidence)" if args.quick else ""
     print(f"\n{chosen.name}: {chosen.summary}{short}\n")
     print(text(store.table, chosen.columns))
+    for note in store.notes:
+        print(f"\n{note}")
     if plot.available():
-        picture = store.path.with_suffix(".png")
-        plot.write(picture, store.table, chosen.plotted, chosen.name + short, chosen.x_label)
-        print(f"\n{store.path}, {picture}")
+        pictures = [store.path.with_suffix(".png")]
+        plot.write(pictures[0], store.table, chosen.plotted, chosen.name + short, chosen.x_label)
+        paths = plot.trajectories_of(done)
+        if paths:
+            pictures.append(store.path.with_name(f"{chosen.name}_trajectories.png"))
+            plot.write_trajectories(pictures[1], paths, f"{chosen.name}, seed {seeds[0]}{short}")
+        print(f"\n{', '.join(map(str, (store.path, *pictures)))}")
     else:
         print(f"\n{store.path}; no plot: matplotlib is missing (pip install 'ezo-kernels[plot]')")
     return 0

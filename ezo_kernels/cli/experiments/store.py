@@ -32,6 +32,7 @@ class Store:
         outputs.check_writable("--out", self.path)
         self.trials: dict[str, dict] = self._read() if self.path.exists() else {}
         self.table: list[dict] = []
+        self.notes: list[str] = []
 
     def _read(self) -> dict[str, dict]:
         try:
@@ -70,6 +71,7 @@ class Store:
                 "experiment": self.name,
                 "quick": self.quick,
                 "table": self.table,
+                "notes": self.notes,
                 "trials": self.trials,
             },
         )

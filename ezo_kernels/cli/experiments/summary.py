@@ -18,6 +18,12 @@ class Column:
     digits: int = 2
 
 
+def mean_spread(values: list[float]) -> dict:
+    """Mean, sample standard deviation (None of a single value) and number of values."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "spread": spread, "n": len(values)}
+
+
 def summarise(finished: list[Finished]) -> list[dict]:
     """A row for every (data, arm, x), in the order of the trials: mean and spread of every number over the seeds.
 
@@ -36,17 +42,15 @@ def summarise(finished: list[Finished]) -> list[dict]:
                 "arm": arm,
                 "x": x,
                 "seeds": [one.trial.recipe.seed for one in ones],
-                "metrics": {
-                    name: {
-                        "mean": statistics.fmean(values),
-                        "spread": statistics.stdev(values) if len(values) > 1 else None,
-                        "n": len(values),
-                    }
-                    for name, values in found.items()
-                },
+                "metrics": {name: mean_spread(values) for name, values in found.items()},
             }
         )
     return table
+
+
+def number(value: float, digits: int) -> str:
+    """With so many digits behind the point, or in powers of ten where nobody would count them: what has diverged."""
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.1e}"
 
 
 def text(table: list[dict], columns: tuple[Column, ...]) -> str:
@@ -58,10 +62,10 @@ def text(table: list[dict], columns: tuple[Column, ...]) -> str:
         found = row["metrics"].get(column.name)
         if found is None:
             return ""
-        mean = f"{found['mean'] * column.scale:,.{column.digits}f}"
+        mean = number(found["mean"] * column.scale, column.digits)
         if found["spread"] is None:
             return mean
-        return f"{mean} ± {found['spread'] * column.scale:,.{column.digits}f}"
+        return f"{mean} ± {number(found['spread'] * column.scale, column.digits)}"
 
     head = ["data", "arm", *(["x"] if with_x else []), "seeds", *(c.heading for c in columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -150,7 +150,7 @@ def choose(trial: Trial, data: Dataset, device: torch.device, after_step: Callab
     rows = [{"layers": r.layers, "bytes": r.bytes, "gain": r.gain} for r in choice.rows]
     after_step()
     # Times do not enter it: there is no time budget.
-    return {"chosen": choice.layers, "cuts": rows}, {"step_ms_of_cuts": [1000 * r.seconds for r in choice.rows]}
+    return {"chosen_layers": choice.layers, "cuts": rows}, {"step_ms_of_cuts": [1000 * r.seconds for r in choice.rows]}
 
 
 def phases(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:

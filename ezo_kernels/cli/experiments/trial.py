@@ -11,7 +11,7 @@ from ...ops.noise import rng_version
 from ..recipe import Recipe
 
 #: what a trial does with its recipe: :mod:`.tasks` has a function of each name
-TASKS = ("train", "bytes", "phases")
+TASKS = ("train", "bytes", "phases", "choice", "regression")
 PROBES = ("g", "signs")
 
 
@@ -21,9 +21,11 @@ class Trial:
 
     Args:
         arm: what the table and the plot call it; not part of what is hashed, so arms may share a trial.
-        recipe: method, data, model, head, precision, rates, seed, epochs and batch.
+        recipe: method, data, model, head, precision, rates, seed, epochs and batch; of the task ``regression`` a
+            :class:`.regression.RegressionRecipe`.
         data: fingerprint of the data set: other files are other trials.
-        task: ``train`` and validate, then test once; ``bytes`` or ``phases`` of a step.
+        task: ``train`` and validate, then test once, on tables ``regression``; ``bytes`` or ``phases`` of a step; ``choice``
+            of a cut.
         x: where the arm's curve has it (eps, batch, ...); not hashed, either.
         max_steps: stop there; the schedule spans the recipe's epochs still.
         head_lrs: rates of the head, or of backpropagation, of which the validation split takes the best; none: the recipe's.
