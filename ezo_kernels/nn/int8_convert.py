@@ -10,8 +10,8 @@ from torch import nn
 
 from ..ops._constants import MOST_TERMS
 from ..ops._layout import default_layout
-from ..ops.int8_functions import FUNCTIONS
-from ..ops.int8_tensor import quantize
+from ..ops.int8_functions import AVG_POOL, FUNCTIONS, MAX_POOL
+from ..ops.int8_tensor import MOST_EXPONENT, Int8Tensor, integer_forms, least_exponent, quantize
 from .arena import Arena
 from .context import Site, ZOContext
 from .cut import in_head, resolve_head
@@ -26,9 +26,10 @@ PLAIN = (
     nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleList,
     nn.ModuleDict,
 )  # fmt: skip
+_LEAVES = PLAIN[:6]
 _ADVICE = {
     nn.BatchNorm2d: "fold it into the convolution first (torch.nn.utils.fusion.fuse_conv_bn_eval)",
-    nn.BatchNorm1d: "fold it into the linear layer first (torch.nn.utils.fusion.fuse_linear_bn_eval)",
+    nn.BatchNorm1d: "fold it into the layer before it first (torch.nn.utils.fusion.fuse_linear_bn_eval, or fuse_conv_bn_eval)",
     nn.Dropout: "set its rate to 0 or leave it out",
     nn.Sigmoid: "use nn.ReLU",
     nn.Tanh: "use nn.ReLU",
@@ -44,15 +45,26 @@ def _advice(module: nn.Module) -> str:
     return text or "take it out, or train the model in floating point (precision='float')"
 
 
-def _check_layer(name: str, module: nn.Module) -> str | None:
+def _check_layer(module: nn.Module) -> str | None:
     """Why a linear layer or a convolution has no integer form, or None."""
-    if any(
-        p is not None and p.dtype not in (torch.float32, torch.float16, torch.bfloat16)
-        for p in module._parameters.values()
-    ):
-        return "its parameters are not float"
-    if any(p is not None and not bool(torch.isfinite(p).all()) for p in module._parameters.values()):
-        return "it has parameters that are not finite"
+    own = {leaf: p for leaf, p in module._parameters.items() if p is not None}
+    if set(own) - {"weight", "bias"} or "weight" not in own:
+        return (
+            f"its weight is computed from {', '.join(own)}: undo that first (remove_weight_norm, remove_spectral_norm, "
+            "prune.remove)"
+        )
+    for leaf, p in own.items():
+        if p.is_meta:
+            return f"its {leaf} is on the meta device: materialise it first"
+        if p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"its {leaf} is {p.dtype}, not float32, float16 or bfloat16: model.float() first"
+        if not p.numel():
+            return f"its {leaf} {tuple(p.shape)} is empty: leave the layer out"
+        if not bool(torch.isfinite(p).all()):
+            return f"its {leaf} holds values that are not finite"
+        reach = p.detach().abs().max().item()
+        if least_exponent(reach) > MOST_EXPONENT:
+            return f"its {leaf} reaches {reach:.3g}, and int8 holds 127 * 2^{MOST_EXPONENT} at most: scale it down"
     terms = module.weight[0].numel()
     if terms > MOST_TERMS:
         return f"it sums {terms} products for one output, and int32 holds {MOST_TERMS} (127 * 128 * terms + 127 * 2^22 < 2^31)"
@@ -66,6 +78,20 @@ def _check_layer(name: str, module: nn.Module) -> str | None:
     return None
 
 
+def _check_plain(module: nn.Module) -> str | None:
+    """Why a module without parameters has no integer form as it is set, or None."""
+    if isinstance(module, nn.MaxPool2d):
+        asked = module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices
+        return f"{MAX_POOL} in integers" if asked else None
+    if isinstance(module, nn.AvgPool2d):
+        asked = module.ceil_mode or module.divisor_override is not None
+        outside = module.padding not in (0, (0, 0)) and not module.count_include_pad
+        return f"{AVG_POOL} in integers" if asked or outside else None
+    if isinstance(module, nn.Flatten) and module.start_dim == 0:
+        return "it flattens rows, which belong to groups: start_dim=1"
+    return None
+
+
 def _refuse(model: nn.Module, head: tuple[str, ...]) -> None:
     """Raise, listing every module that has no integer form."""
     problems = []
@@ -73,22 +99,33 @@ def _refuse(model: nn.Module, head: tuple[str, ...]) -> None:
         shown = f"{name or 'the model'} ({type(module).__name__})"
         own = [n for n, p in module._parameters.items() if p is not None]
         if type(module) in WEIGHT_LAYERS:
-            reason = _check_layer(name, module)
+            reason = _check_layer(module)
             if reason:
                 problems.append(f"{shown}: {reason}")
             elif type(module) in _CONVOLUTIONS and in_head(name, head):
                 problems.append(f"{shown}: convolutions have no integer backward: move the cut behind it")
+        elif any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+            problems.append(f"{shown} is lazy: run one forward first")
         elif own:
             problems.append(f"{shown} has parameters of its own and no integer form: {_advice(module)}")
         elif isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0:
             continue
         elif type(module).__module__.startswith("torch.nn") and not isinstance(module, PLAIN):
             problems.append(f"{shown} has no integer form: {_advice(module)}")
-    names: dict[nn.Parameter, str] = {}
+        elif reason := _check_plain(module):
+            problems.append(f"{shown}: {reason}")
+    names: dict = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in names:
-            problems.append(f"{names[parameter]!r} and {name!r} are one parameter: untie them")
-        names[parameter] = name
+        # where it lies tells a weight that is a view of another one, which would be two once they are integers
+        lies = (
+            not isinstance(parameter, nn.parameter.UninitializedParameter)
+            and parameter.numel()
+            and parameter.data_ptr()
+        )
+        place = lies or parameter
+        if place in names:
+            problems.append(f"{names[place]!r} and {name!r} are one parameter: untie them")
+        names[place] = name
     problems += _half_frozen(model, head) + _functions_without_form(model)
     if problems:
         raise NotImplementedError("this model has no integer form: " + "; ".join(problems))
@@ -111,9 +148,7 @@ def _functions_without_form(model: nn.Module) -> list[str]:
 
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
-            return (
-                type(module) in WEIGHT_LAYERS or isinstance(module, PLAIN[:6]) or super().is_leaf_module(module, name)
-            )
+            return type(module) in WEIGHT_LAYERS or type(module) in _LEAVES or super().is_leaf_module(module, name)
 
     if type(model) in WEIGHT_LAYERS:
         return []
@@ -127,14 +162,22 @@ def _functions_without_form(model: nn.Module) -> list[str]:
         if node.op == "call_function" and node.target not in FUNCTIONS and node.target not in _PYTHON | wrapped:
             if getattr(node.target, "__module__", "").startswith("ezo_kernels"):
                 continue
-            found.append(
-                f"the forward calls {getattr(node.target, '__name__', node.target)}, which has no integer form"
-            )
+            name = getattr(node.target, "__name__", node.target)
+            found.append(f"{_where(node)} calls {name}, which has no integer form ({integer_forms()})")
         elif node.op == "call_method" and node.target not in _METHODS:
-            found.append(f"the forward calls the method {node.target}, which has no integer form")
+            found.append(
+                f"{_where(node)} calls the method {node.target}, which has no integer form ({integer_forms()})"
+            )
         elif node.op == "get_attr":
             found.append(f"the forward reads {node.target!r} itself instead of calling the layer that owns it")
     return found
+
+
+def _where(node: torch.fx.Node) -> str:
+    """Whose forward a traced call is in."""
+    owners = list((node.meta.get("nn_module_stack") or {}).values())
+    name, module = owners[-1] if owners else ("", None)
+    return f"the forward of {name} ({getattr(module, '__name__', module)})" if name else "the forward"
 
 
 def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Module:
@@ -161,10 +204,11 @@ def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Mod
             sites[name] = Site(i, (name,), tuple(p.shape), layout, "fused", "int8")
     zo = ZOContext(manifest=tuple(sites.values()))
     held = {n: (p.requires_grad, p.dtype) for n, p in parameters.items()}
+    integers = {name: _quantized(module) for name, module in modules.items()}  # nothing is touched before all are there
     for name, module in modules.items():
         own = {leaf: f"{name}.{leaf}".lstrip(".") for leaf, p in module._parameters.items() if p is not None}
         plan.fused[name] = WEIGHT_LAYERS[type(module)]
-        _quantize_parameters(module)
+        _put(module, integers[name])
         plan.fused[name].adopt(
             module, zo,
             sites={leaf: sites[n].site for leaf, n in own.items() if n in sites},
@@ -179,12 +223,18 @@ def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Mod
 
 
 @torch.no_grad()
-def _quantize_parameters(module: nn.Module) -> None:
-    """int8 values into the same Parameters, exponents into buffers; a zero bias takes the unit of its weight."""
+def _quantized(module: nn.Module) -> dict[str, Int8Tensor]:
+    """A layer's parameters as integers; a zero bias takes the unit of its weight."""
     weight = quantize(module.weight)
     parts = {"weight": weight}
     if module.bias is not None:
         parts["bias"] = quantize(module.bias, None if bool(module.bias.any()) else weight.exponent.item())
+    return parts
+
+
+@torch.no_grad()
+def _put(module: nn.Module, parts: dict[str, Int8Tensor]) -> None:
+    """int8 values into the same Parameters, exponents into buffers."""
     for leaf, part in parts.items():
         parameter = module._parameters[leaf]
         parameter.requires_grad_(False)

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
+from ..ops._perturbation import PassError
 from ..ops.int8_conv2d import int8_conv1d, int8_conv2d
 from ..ops.int8_matmul import check_input, int8_linear
-from ..ops.int8_tensor import Int8Tensor
+from ..ops.int8_tensor import LEAST_EXPONENT, MOST_EXPONENT, Int8Tensor
 from .context import ZOContext
 from .linear import become
+
+
+def parameter_faults(name: str, values, exponent) -> list[str]:
+    """What is wrong with an integer parameter and its exponent, either of which may be None; waits for their device."""
+    faults = []
+    if values is not None and values.dtype != torch.int8:
+        faults.append(
+            f"{name} is {values.dtype}, and this layer holds int8: load floats before convert_(precision='int8'), or after "
+            "unconvert_"
+        )
+    elif values is not None and values.numel() and not values.is_meta and int(values.min()) < -127:
+        faults.append(f"{name} holds -128: int8 parameters are in [-127, 127]")
+    if exponent is not None and (exponent.dtype != torch.int32 or exponent.shape != (1,)):
+        faults.append(f"{name}_exponent must be int32 [1], got {exponent.dtype} {tuple(exponent.shape)}")
+    elif exponent is not None and not exponent.is_meta and not LEAST_EXPONENT <= int(exponent) <= MOST_EXPONENT:
+        faults.append(f"{name}_exponent is {int(exponent)}: an exponent must be in [{LEAST_EXPONENT}, {MOST_EXPONENT}]")
+    return faults
 
 
 class _Int8Layer:
@@ -28,6 +47,7 @@ class _Int8Layer:
     head_names: dict[str, str]
     rounding: str
     strategy: str
+    _kind = "linear"
 
     @classmethod
     def adopt(cls, module: nn.Module, zo: ZOContext, **state) -> nn.Module:
@@ -40,6 +60,12 @@ class _Int8Layer:
         if input.memory is not None:
             input.memory.owner = self
         p = zo.p if self.sites else None
+        if self.sites and input.tape is not None:
+            raise PassError(
+                "a layer of the head runs before this one of the trunk: give every layer from that one on to the head, or "
+                "freeze this one",
+                next(iter(self.sites.values())),
+            )
         if zo.p is not None:
             zo.visit(*self.sites.values())
         y = self._multiply(
@@ -52,10 +78,20 @@ class _Int8Layer:
             rounding=self.rounding,
             strategy=self.strategy,
         )
-        if self.head_names and zo.tape is not None:
+        if zo.tape is not None and (self.head_names or input.tape is not None):
             y = dataclasses.replace(y, tape=zo.tape)
-            zo.tape.note("linear", y, (input,), layer=self)
+            zo.tape.note(self._kind, y, (input,), layer=self)
         return y
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """As torch's, but what is no integer parameter is refused: a copy into int8 would cut its floats off."""
+        problems = []
+        for leaf in ("weight", "bias"):
+            values, exponent = (state.get(prefix + leaf + end) for end in ("", "_exponent"))
+            problems += parameter_faults(prefix + leaf, values, exponent)
+        errors += problems
+        if not problems:
+            super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8, strategy={self.strategy}"
@@ -69,6 +105,8 @@ class Int8Linear(_Int8Layer, nn.Linear):
 
 
 class _Int8Conv(_Int8Layer):
+    _kind = "a convolution"
+
     def _multiply(self, x, p, **options):
         padding = self.padding
         if padding == "valid":

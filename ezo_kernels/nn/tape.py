@@ -5,7 +5,8 @@ For a linear layer y = x W^T + b with the error e of y (int8, an exponent a grou
     G_W = e^T x    G_b = sum over rows of e    error of x = requantise(e W)
 
 each a product of int8 in int32; errors are rounded to nearest, a shift a group. Layers use the weights of the forward: the
-update comes after.
+update comes after. A frozen layer passes its error on. A branch that sees no layer of the trunk has one group in the forward,
+and as many as the error in the backward.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ class Tape:
     def __init__(self, groups: int = 1) -> None:
         self.groups = groups
         self.notes: list[Note] = []
+        self._terms: dict[str, int] = defaultdict(int)
         self.gradients: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
     def note(self, kind: str, y: Int8Tensor, inputs: tuple[Int8Tensor, ...], **info) -> None:
         if kind not in KINDS:
+            behind = next((n.info["layer"].head_names for n in reversed(self.notes) if n.kind == "linear"), {})
+            after = next((f", behind {name.rpartition('.')[0]!r}" for name in behind.values()), "")
             raise NotImplementedError(
-                f"the head calls {kind}, which has no integer backward ({', '.join(KINDS)} have): move the cut behind it"
+                f"the head calls {kind}, which has no integer backward ({', '.join(KINDS)} have){after}: move the cut behind it"
             )
         self.notes.append(Note(kind, y, inputs, info))
 
@@ -78,12 +82,14 @@ class Tape:
         values = _groups(x.values, x.groups, used if x.groups > 1 else slice(None))
         of_y, of_x = e.values.view(e.groups, -1, n), values.view(min(x.groups, e.groups), -1, k)
         x_exponent = x.exponent[used] if x.groups > 1 else x.exponent
-        names, terms = layer.head_names, of_y.shape[1] * self.groups
-        if terms > MOST_TERMS:
-            raise ValueError(
-                f"{next(iter(names.values()))}: its gradient sums {terms} products over {self.groups} groups, and int32 holds "
-                f"{MOST_TERMS}; use fewer rows or queries"
-            )
+        names = layer.head_names
+        for name in names.values():  # a layer may be called more than once
+            self._terms[name] += of_y.shape[1] * self.groups
+            if self._terms[name] > MOST_TERMS:
+                raise ValueError(
+                    f"{name}: its gradient sums {self._terms[name]} products over {self.groups} groups, and int32 holds "
+                    f"{MOST_TERMS}; use fewer rows or queries"
+                )
         if "weight" in names:
             acc, _ = int8_gemm(of_y.transpose(1, 2), of_x.transpose(1, 2))
             self.gradients[names["weight"]].append((acc, e.exponent + x_exponent))
@@ -92,12 +98,14 @@ class Tape:
         if x.tape is None:
             return (None,)
         acc, peak = int8_gemm(of_y, layer.weight.t()[None])
-        return (requantize(acc.view(values.shape), peak, e.exponent, layer.weight_exponent, "nearest"),)
+        acc = acc.view(-1, *x.shape[1:])
+        return (requantize(acc, peak, e.exponent, layer.weight_exponent, "nearest"),)
 
     @staticmethod
     def _relu(note: Note, e: Int8Tensor, used: slice):
         off = _groups(note.y.values, note.y.groups, used) <= 0
-        return (Int8Tensor(e.values.masked_fill(off, 0), e.exponent),)
+        values = e.values.view(-1, *off.shape).masked_fill(off, 0)  # one mask for all groups if y has one
+        return (Int8Tensor(values.flatten(0, 1), e.exponent),)
 
     @staticmethod
     def _reshape(note: Note, e: Int8Tensor, used: slice):

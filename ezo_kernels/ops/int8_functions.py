@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from .int8_pointwise import int8_add, int8_pool2d, int8_relu
 from .int8_tensor import Int8Tensor
 
+#: What the pools of torch can do and these cannot.
+MAX_POOL = "no dilation, ceil_mode or return_indices"
+AVG_POOL = "no ceil_mode or divisor_override, and padding counts (count_include_pad=True)"
+
 
 def _record(kind: str, y: Int8Tensor, *inputs: Int8Tensor, **info) -> Int8Tensor:
     """Leave a note for the head's backward, where one is recorded."""
@@ -25,7 +29,7 @@ def relu(x, inplace: bool = False):
 
 def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     if dilation not in (1, (1, 1), [1, 1]) or ceil_mode or return_indices:
-        raise NotImplementedError("max_pool2d in integers: no dilation, ceil_mode or return_indices")
+        raise NotImplementedError(f"max_pool2d in integers: {MAX_POOL}")
     y = int8_pool2d(x, "max", kernel_size, stride, padding)
     return _record("max_pool2d", y, x, kernel=kernel_size, stride=stride, padding=padding)
 
@@ -45,9 +49,7 @@ def amax(x, dim, keepdim=False):
 
 def avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
     if ceil_mode or (padding not in (0, (0, 0)) and not count_include_pad) or divisor_override is not None:
-        raise NotImplementedError(
-            "avg_pool2d in integers: no ceil_mode or divisor_override, and padding counts (count_include_pad)"
-        )
+        raise NotImplementedError(f"avg_pool2d in integers: {AVG_POOL}")
     y = int8_pool2d(x, "avg", kernel_size, stride, padding)
     return _record("avg_pool2d", y, x, kernel=kernel_size, stride=stride, padding=padding)
 
@@ -55,8 +57,13 @@ def avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_in
 def adaptive_avg_pool2d(x, output_size):
     size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
     size = tuple(n if s is None else s for s, n in zip(size, x.shape[2:], strict=True))
+    if min(size) < 1:
+        raise ValueError(f"adaptive_avg_pool2d: the output must be at least 1 by 1, got {size}")
     if any(n % s for n, s in zip(x.shape[2:], size, strict=True)):
-        raise NotImplementedError(f"adaptive_avg_pool2d in integers: {tuple(x.shape[2:])} is no multiple of {size}")
+        raise NotImplementedError(
+            f"adaptive_avg_pool2d in integers: {tuple(x.shape[2:])} is no multiple of {size}, so windows would differ in size: "
+            "ask for a size that divides it, or use avg_pool2d"
+        )
     kernel = tuple(n // s for n, s in zip(x.shape[2:], size, strict=True))
     return avg_pool2d(x, kernel)
 

@@ -28,6 +28,18 @@ from .noise import check_index
 
 #: Fraction bits of the cross-entropy unless said otherwise.
 FRACTION_BITS = 8
+#: Rows, and values, over all groups of a step whose losses int64 adds up: each row's is below 2^44, each square at most 2^40.
+MOST_ROWS, MOST_SQUARES = 1 << 19, 1 << 22
+
+
+def check_sum(count: int, most: int, what: str) -> None:
+    """Refuse losses whose sum int64 could not hold.
+
+    Raises:
+        ValueError: more than the limit, which it names.
+    """
+    if count > most:
+        raise ValueError(f"{what} over all groups are {count}; {most} is the most whose losses 64 bits hold the sum of")
 
 
 def _check_labels(labels: torch.Tensor, classes: int) -> None:
@@ -64,8 +76,8 @@ _cross_entropy = register(
 
 def _check_logits(logits: Int8Tensor, labels: torch.Tensor, name: str) -> None:
     check_input(logits, name)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"{name}: labels must be int64, got {getattr(labels, 'dtype', type(labels).__name__)}")
     rows = logits.shape[0] // logits.groups
     if logits.dim() != 2 or labels.shape != (rows,) or not rows:
         raise ValueError(
@@ -86,9 +98,10 @@ def int8_cross_entropy(logits: Int8Tensor, labels: torch.Tensor, *, fraction_bit
         int64 [groups].
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, fraction_bits out of range.
+        TypeError: dtypes. ValueError: shapes, fraction_bits out of range, more than 2^19 rows in all groups.
     """
     _check_logits(logits, labels, "int8_cross_entropy")
+    check_sum(logits.shape[0], MOST_ROWS, "int8_cross_entropy: rows")
     fraction_bits = check_index(fraction_bits, "fraction_bits", C.MOST_FRACTION_BITS + 1)
     losses = torch.zeros(logits.groups, dtype=torch.int64, device=logits.device)
     _cross_entropy(logits.values.contiguous(), logits.exponent, labels.contiguous(), fraction_bits, losses)
@@ -150,7 +163,7 @@ def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = Fa
         int64 [groups]; with ``gradient`` also int8 of y's shape.
 
     Raises:
-        TypeError: not Int8Tensors. ValueError: shapes, more than 2^22 values in a group.
+        TypeError: not Int8Tensors. ValueError: shapes, more than 2^22 values in all groups.
     """
     check_input(y, "int8_squared_error")
     check_input(target, "int8_squared_error: target")
@@ -158,8 +171,7 @@ def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = Fa
         raise ValueError(
             f"int8_squared_error: y {tuple(y.shape)} of {y.groups} groups, target {tuple(target.shape)} of {target.groups}"
         )
-    if target.values.numel() > 1 << 22:
-        raise ValueError(f"int8_squared_error: {target.values.numel()} values in a group, {1 << 22} is the most")
+    check_sum(y.values.numel(), MOST_SQUARES, "int8_squared_error: values")
     losses = torch.zeros(y.groups, dtype=torch.int64, device=y.device)
     error = torch.empty(y.shape if gradient else (0,), dtype=torch.int8, device=y.device)
     args = (y.values.contiguous(), y.exponent, target.values.contiguous(), target.exponent)

@@ -12,14 +12,27 @@ from .noise import Noise
 
 ROUNDINGS = ("nearest", "pseudo", "stochastic")
 STRATEGIES = ("buffer", "twice")
-#: Sites of the words that round what belongs to no parameter (stream 4): activations by layer, the loss's gradient.
-ACTIVATION_SITE, GRADIENT_SITE = 1 << 30, (1 << 32) - 1
+#: Site of the words that round what belongs to no parameter (stream 4): the loss's gradient.
+GRADIENT_SITE = (1 << 32) - 1
 
 
 def check_rounding(rounding: str) -> str:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     return rounding
+
+
+def sparse_noise(rounds=7, p_zero=0.0, r_max=15) -> Noise:
+    """The noise of integer layers, its arguments checked by type as well as by range.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, naming it.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int):
+        raise TypeError(f"rounds must be an int, got {type(rounds).__name__}")
+    if isinstance(p_zero, bool) or not isinstance(p_zero, (int, float)):
+        raise TypeError(f"p_zero must be a number, got {type(p_zero).__name__}")
+    return Noise("sparse_int8", rounds, p_zero, r_max)
 
 
 @dataclass(frozen=True)

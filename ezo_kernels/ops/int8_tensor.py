@@ -13,14 +13,14 @@ import torch
 LEAST_EXPONENT, MOST_EXPONENT = -64, 64
 
 
-def check_exponent(exponent) -> int:
+def check_exponent(exponent, what: str = "an exponent") -> int:
     """``exponent`` as a Python int in [-64, 64], or TypeError / ValueError."""
     try:
         exponent = operator.index(exponent)
     except TypeError:
-        raise TypeError(f"an exponent must be an int, got {type(exponent).__name__}") from None
+        raise TypeError(f"{what} must be an int, got {type(exponent).__name__}") from None
     if not LEAST_EXPONENT <= exponent <= MOST_EXPONENT:
-        raise ValueError(f"an exponent must be in [{LEAST_EXPONENT}, {MOST_EXPONENT}], got {exponent}")
+        raise ValueError(f"{what} must be in [{LEAST_EXPONENT}, {MOST_EXPONENT}], got {exponent}")
     return exponent
 
 
@@ -95,9 +95,13 @@ class Int8Tensor:
         return len(self.values)
 
     def __getitem__(self, rows) -> Int8Tensor:
-        """Rows of a tensor of one group, such as a batch of a data set."""
-        if self.groups != 1:
-            raise ValueError("rows of several groups cannot be taken: take them of values")
+        """Rows of a tensor of one group, such as a batch of a data set.
+
+        Raises:
+            ValueError: a tensor of several groups, or of a pass, whose memory ends with the tensor that it was given to.
+        """
+        if self.groups != 1 or self.memory is not None:
+            raise ValueError("rows of a pass or of several groups cannot be taken: a model takes all of its input")
         return Int8Tensor(self.values[rows], self.exponent)
 
     def index_select(self, dim: int, rows: torch.Tensor) -> Int8Tensor:
@@ -107,6 +111,8 @@ class Int8Tensor:
         return self[rows]
 
     def to(self, device) -> Int8Tensor:
+        if torch.device(device) == self.device:
+            return self
         return Int8Tensor(self.values.to(device), self.exponent.to(device))
 
     def split(self, rows: int) -> tuple[Int8Tensor, ...]:
@@ -125,10 +131,7 @@ class Int8Tensor:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         functions = _functions()
         if func not in functions:
-            raise TypeError(
-                f"{getattr(func, '__name__', func)} has no integer form: put the layer that calls it in a float model, or use "
-                f"one of {', '.join(sorted({f.__name__ for f in functions}))}"
-            )
+            raise TypeError(f"{getattr(func, '__name__', func)} has no integer form: {integer_forms()}")
         return functions[func](*args, **(kwargs or {}))
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Int8Tensor:
@@ -147,10 +150,34 @@ class Int8Tensor:
 
     __add__ = add
 
+    def __getattr__(self, name: str):
+        raise AttributeError(f"an Int8Tensor has no {name!r}: {integer_forms()}")
+
+
+def integer_forms() -> str:
+    """What may be done to an Int8Tensor instead, for messages."""
+    names = ", ".join(sorted({f.__name__ for f in _functions()}))
+    return f"use one of {names}, or train the model in floating point (precision='float')"
+
+
+def _no_form(name: str):
+    def refused(self, *others):
+        raise TypeError(f"{name} of an Int8Tensor has no integer form: {integer_forms()}")
+
+    return refused
+
+
+for _name in ("sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
+    for _prefix in ("", "r"):
+        setattr(Int8Tensor, f"__{_prefix}{_name}__", _no_form(_name))
+for _name in ("neg", "abs", "lt", "le", "gt", "ge"):
+    setattr(Int8Tensor, f"__{_name}__", _no_form(_name))
+
 
 def new(like: Int8Tensor, shape, groups: int | None = None) -> Int8Tensor:
     """An uninitialised tensor in ``like``'s memory: of ``groups`` groups, or of like's own exponents."""
-    exponent = like.exponent if groups is None else torch.empty(groups, dtype=torch.int32, device=like.device)
+    make = torch.empty if math.prod(shape) else torch.zeros  # no kernel writes the exponents of no values
+    exponent = like.exponent if groups is None else make(groups, dtype=torch.int32, device=like.device)
     if like.memory is None:
         values, block = torch.empty(shape, dtype=torch.int8, device=like.device), None
     else:

@@ -12,11 +12,9 @@ Nothing between the int8 input and the int8 weights is a floating-point number, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import defaultdict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .._nvtx import Ranges
@@ -24,17 +22,18 @@ from ..nn.arena import ArenaPlan
 from ..nn.context import group_pass
 from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_parameters
 from ..nn.cut import in_head
-from ..nn.int8_layers import _Int8Layer
+from ..nn.int8_layers import _Int8Layer, parameter_faults
 from ..nn.tape import Tape
 from ..ops._constants import INT8_VERSION, MOST_FRACTION_BITS
 from ..ops._perturbation import PassError
-from ..ops.int8_loss import FRACTION_BITS, int8_cross_entropy, int8_cross_entropy_gradient, int8_squared_error, nats
-from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding
+from ..ops.int8_loss import FRACTION_BITS, nats
+from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding, sparse_noise
 from ..ops.int8_tensor import Int8Tensor
 from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_head_update_, int8_update_, sum_groups, update_shift
 from ..ops.noise import Noise, check_index, fold_key, rng_version
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .int8_memory import Int8Memory
+from .int8_passes import Int8Passes, one_value, sign_of_difference
 from .int8_state import Int8State
 from .passes import HEAD_GRADS
 
@@ -43,12 +42,13 @@ MODES = ("stacked", "sequential")
 STRATEGIES = ("auto", "buffer", "twice")
 
 
-class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
+class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
     """Trains a model that ``convert_(model, head=..., precision="int8")`` converted.
 
     ``param_groups[0]`` is the trunk (``bits``, ``r_max``, ``p_zero``), ``param_groups[1]`` the head (``bits``); all are Python
     numbers, which may be changed between steps (:class:`ezo_kernels.optim.IntegerSchedule`). A step never waits for the device,
-    except the first with an input of a new shape, which checks the model and plans its memory.
+    except the first with an input of a new shape, which checks the model and plans its memory. A step whose loss is not finite,
+    which a float loss may be, changes nothing and is counted in ``skipped``.
 
     Args:
         model: converted, on its device.
@@ -111,6 +111,9 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         self.loss, self.head_grad, self.mode, self.strategy = loss, head_grad, mode, strategy
+        for name, value in (("queries", queries), ("seed", seed), ("fraction_bits", fraction_bits)):
+            if isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got bool")
         self.fraction_bits = check_index(fraction_bits, "fraction_bits", MOST_FRACTION_BITS + 1)
         self.rounding, self.head_rounding = check_rounding(rounding), check_rounding(head_rounding)
         self.queries = check_index(queries, "queries", 1 << 12)
@@ -132,11 +135,19 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         head = {"params": self.head, "bits": head_bits, "r_max": None, "p_zero": None, "name": "head"}
         for group in (trunk, head):
             check_bits(group["bits"], "bits" if group is trunk else "head_bits")
-        Noise("sparse_int8", rounds, p_zero, r_max)
+        sparse_noise(rounds, p_zero, r_max)
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, _Int8Layer)}
+        faults = []
+        for name, layer in layers.items():
+            for leaf in layer._parameters:
+                faults += parameter_faults(
+                    f"{name}.{leaf}".lstrip("."), layer._parameters[leaf], layer._buffers.get(leaf + "_exponent")
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
         torch.optim.Optimizer.__init__(self, [trunk, head], {})
         self.activation_rounding = activation_rounding
-        layers = [m for m in model.modules() if isinstance(m, _Int8Layer)]
-        self._strategies = dict.fromkeys(layers, "buffer")
+        self._strategies = dict.fromkeys(layers.values(), "buffer")
         self._plans: dict[tuple, ArenaPlan] = {}
         plan = plan_of(model)
         names = [n for n, _ in model.named_parameters() if in_head(n, plan.head) and n not in plan.frozen]
@@ -199,7 +210,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
 
     def _fill_scalars(self) -> Noise:
         trunk, head = self.param_groups
-        noise = Noise("sparse_int8", self.rounds, trunk["p_zero"], trunk["r_max"])
+        noise = sparse_noise(self.rounds, trunk["p_zero"], trunk["r_max"])
         values = {
             "_shift": update_shift(check_bits(trunk["bits"], "bits"), noise.r_max),
             "_head_bits": check_bits(head["bits"], "head_bits"),
@@ -209,20 +220,6 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
                 getattr(self, name).fill_(value)
                 self._filled[name] = value
         return noise
-
-    def _input(self, x) -> Int8Tensor:
-        if isinstance(x, torch.Tensor) and x.dtype == torch.int8:
-            x = Int8Tensor(x, torch.zeros(1, dtype=torch.int32, device=x.device))
-        if not isinstance(x, Int8Tensor):
-            raise TypeError(
-                f"x must be an Int8Tensor or int8, got {getattr(x, 'dtype', type(x).__name__)}: quantise it with "
-                "ezo_kernels.quantize(x), or images with ezo_kernels.data.quantize_images"
-            )
-        if x.groups != 1 or not x.dim() or not x.shape[0]:
-            raise ValueError(f"x must be a batch of one group with at least one row, got {tuple(x.shape)}")
-        if x.device != self.device:
-            raise ValueError(f"x is on {x.device} and the model on {self.device}")
-        return x
 
     @contextlib.contextmanager
     def _running(self, p):
@@ -244,7 +241,8 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         Args:
             x: :class:`ezo_kernels.Int8Tensor` [B, ...] of one group, or int8 (an exponent of 0).
             y: int64 [B] labels; for ``squared_error`` an Int8Tensor of the model's output shape.
-            loss_fn: for a float loss only: ``loss_fn(logits, y)`` of a group's dequantised logits; cross-entropy by default.
+            loss_fn: for a float loss only: ``loss_fn(logits, y)`` of a group's dequantised logits; cross-entropy by default. It
+                decides the sign of g alone: the head learns by the integer cross-entropy.
 
         Returns:
             int64 on the device: the losses of all groups, summed (:attr:`mean_loss` is for people). Float losses are summed as
@@ -256,7 +254,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         """
         if loss_fn is not None and self.loss != "float_cross_entropy":
             raise ValueError(f"loss_fn goes with loss='float_cross_entropy'; this one is {self.loss!r}, in integers")
-        x = self._input(x)
+        x, y = self._input(x), self._target(y)
         if self._captured is None:
             return self._eager(x.values, x.exponent, y, loss_fn)
         target = (y.values, y.exponent) if isinstance(y, Int8Tensor) else y
@@ -278,7 +276,7 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         """One step of pure zeroth order by torch's contract: ``closure()`` runs the model and returns a loss of one element.
 
         It is called once a group with the weights of that group; only the sign of the difference counts, so the loss may be an
-        integer or a float.
+        integer or a float. Float losses that are not finite make a step that changes nothing.
         """
         if closure is None:
             raise ValueError("ElasticZOInt8.step needs a closure that returns the loss; or call train_step(x, y)")
@@ -292,60 +290,9 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         def run(p):
             with self._running(p), self._phase("forward"):
                 loss = closure()
-            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-                raise ValueError("the closure must return a tensor of one element")
-            return loss.detach().reshape(1), {}
+            return one_value(loss, "the closure"), {}
 
         return self._take(run, 1, sequential=True)
-
-    def _run(self, x: Int8Tensor, y, p, loss_fn):
-        """Losses of the groups of one pass, and the head's gradients."""
-        plan = self._plan(x, p)
-        x = dataclasses.replace(x, memory=self.arena)
-        with self.arena.running(plan, self.device), self._running(p) as tape:
-            with self._phase("forward"):
-                out = self.model(x)
-            if not isinstance(out, Int8Tensor):
-                raise TypeError(f"the model must return an Int8Tensor, got {type(out).__name__}")
-            with self._phase("loss"):
-                losses, error = self._losses_of(out, y, loss_fn)
-            used = self._used(p)
-            if tape is not None and used is not None:
-                with self._phase("head backward"):
-                    self._backward(tape, out, y, error, used, p)
-            gradients = {} if tape is None else dict(tape.gradients)
-            del out, x
-        return losses, gradients
-
-    def _losses_of(self, out: Int8Tensor, y, loss_fn):
-        if self.loss == "squared_error":
-            found = int8_squared_error(out, y, gradient=bool(self.head))
-            return found if self.head else (found, None)
-        if self.loss == "cross_entropy":
-            return int8_cross_entropy(out, y, fraction_bits=self.fraction_bits), None
-        logits = out.dequantize().chunk(out.groups)
-        return torch.stack([(loss_fn or F.cross_entropy)(part, y).reshape(()) for part in logits]), None
-
-    def _used(self, p) -> slice | None:
-        """The groups of this pass that the head learns from."""
-        if self.head_grad == "mean" or p is None:
-            return slice(None)
-        sign = 1 if self.head_grad == "plus" else -1
-        if len(p.signs) == 1:
-            return slice(None) if p.signs[0] == sign else None
-        return slice(0 if sign == 1 else 1, None, 2)
-
-    def _backward(self, tape: Tape, out: Int8Tensor, y, error, used: slice, p) -> None:
-        exponent = torch.zeros_like(out.exponent)
-        if error is None:
-            first = 0 if p is None or len(p.signs) == 2 else 2 * p.query + (p.signs[0] == -1)
-            error = int8_cross_entropy_gradient(out, y, self._key, query=first, rounds=self.rounds)
-        tape.backward(out, error, exponent, used)
-        missing = [n for n in self._head if n not in tape.gradients]
-        if missing:
-            raise ValueError(
-                f"the output does not depend on {', '.join(map(repr, missing))} of the head: freeze or use them"
-            )
 
     def _take(self, run, rows: int, sequential: bool = False) -> torch.Tensor:
         noise = self._fill_scalars()
@@ -374,15 +321,21 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
         self._checked, self._rows = True, rows
         self.losses = torch.cat(losses)
         self._opt_called = True
+        ok = torch.isfinite(self.losses).all() if self.losses.is_floating_point() else None
         if self.trunk:
             with self._phase("g"):
-                self.g = torch.sign(self.losses[0::2] - self.losses[1::2]).to(torch.int32)
+                g = sign_of_difference(self.losses)
+                self.g = g if ok is None else g * ok
             with self._phase("update"):
                 self._update(noise)
         if gradients:
             with self._phase("head update"):
-                self._update_head(gradients)
-        self._step += 1
+                self._update_head(gradients, ok)
+        if ok is None:
+            self._step += 1
+        else:
+            self._step += ok
+            self.skipped += ~ok
         return self.losses.sum()
 
     def _check_visits(self) -> None:
@@ -403,13 +356,15 @@ class ElasticZOInt8(Int8Memory, Int8State, torch.optim.Optimizer):
             rounding=self.rounding, plan=self._update_plan,
         )  # fmt: skip
 
-    def _update_head(self, gradients: dict) -> None:
+    def _update_head(self, gradients: dict, ok: torch.Tensor | None) -> None:
         for i, (name, w) in enumerate(self._head.items()):
             parts = gradients.get(name)
             if not parts:
                 continue
             acc = torch.cat([a for a, _ in parts])
             total, peak = sum_groups(acc, torch.cat([e for _, e in parts]))
+            if ok is not None:
+                peak *= ok  # of a gradient of zero nothing is written
             int8_head_update_(
                 w, total.view(w.shape), peak, self._head_bits, key=self._key, site=GRADIENT_SITE - 1 - i,
                 rounding=self.head_rounding, rounds=self.rounds,

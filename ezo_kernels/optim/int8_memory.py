@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch import nn
 
 from ..nn.arena import ArenaPlan
+from ..ops._perturbation import PassError
 from ..ops.int8_tensor import Int8Tensor
+
+
+@contextlib.contextmanager
+def named_errors(model: nn.Module) -> Iterator[None]:
+    """Errors of a forward that come of what has no integer form say which module's forward they come of."""
+    running: list[tuple[str, nn.Module]] = []
+
+    def enter(name: str):
+        def hook(module, inputs) -> None:
+            running.append((name, module))
+
+        return hook
+
+    def leave(module, inputs, output) -> None:
+        while running and running.pop()[1] is not module:
+            pass
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks += module.register_forward_pre_hook(enter(name), prepend=True), module.register_forward_hook(leave)
+    try:
+        yield
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        if isinstance(error, PassError) or not running or not running[-1][0]:
+            raise
+        name, module = running[-1]
+        raise type(error)(f"{name} ({type(module).__name__}): {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Int8Memory:
@@ -36,7 +71,8 @@ class Int8Memory:
         """The plan of a pass, from a trial on the meta device."""
         trial = Int8Tensor(x.values.to("meta"), x.exponent.to("meta"), self.arena)
         with self.arena.recording() as found, self._running(p):
-            y = self.model(trial)
+            with named_errors(self.model):
+                y = self.model(trial)
             if not isinstance(y, Int8Tensor):
                 raise TypeError(f"the model must return an Int8Tensor, got {type(y).__name__}")
             del y, trial

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..ops.int8_pass import sparse_noise
 from ..ops.int8_update import check_bits
-from ..ops.noise import Noise
 from .state import Copies
 
 
@@ -29,7 +29,7 @@ class Int8State(Copies):
     def state_dict(self) -> dict:
         """Everything a run needs to go on bit for bit, beside the model's own state_dict."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        tensors = {"seed": self._seed.clone(), "step": self._step.clone()}
+        tensors = {"seed": self._seed.clone(), "step": self._step.clone(), "skipped": self.skipped.clone()}
         return {**self._identity(), **tensors, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -56,12 +56,17 @@ class Int8State(Copies):
             raise ValueError("the state's param_groups are not those of ElasticZOInt8: the trunk's and the head's")
         for group in groups:
             check_bits(group["bits"], "bits")
-        Noise("sparse_int8", self.rounds, groups[0]["p_zero"], groups[0]["r_max"])
+        sparse_noise(self.rounds, groups[0]["p_zero"], groups[0]["r_max"])
+        tensors = {"seed": self._seed, "step": self._step, "skipped": self.skipped}
+        saved = {name: state_dict[name] for name in tensors if name in state_dict}  # earlier states lack the last
+        for name, value in saved.items():
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.numel() != 1:
+                raise ValueError(f"{name} of the state must be an int64 tensor of one element, got {value!r}")
         with torch.no_grad():
-            self._seed.copy_(state_dict["seed"])
-            self._step.copy_(state_dict["step"])
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update(saved)
+            for name, value in saved.items():
+                tensors[name].copy_(value.reshape(tensors[name].shape))
+        for group, theirs in zip(self.param_groups, groups, strict=True):
+            group.update(theirs)
 
     def add_param_group(self, param_group: dict) -> None:
         if len(getattr(self, "param_groups", [])) >= 2:
@@ -86,6 +91,8 @@ class IntegerSchedule:
     _TRUNK = ("bits", "r_max", "p_zero")
 
     def __init__(self, optimizer, milestones: dict[int, dict]) -> None:
+        if not isinstance(optimizer, Int8State):
+            raise TypeError(f"IntegerSchedule takes an ElasticZOInt8, got {type(optimizer).__name__}")
         self.optimizer, self.milestones, self.last_step = optimizer, dict(milestones), 0
         for at, changes in self.milestones.items():
             unknown = set(changes) - {*self._TRUNK, "head_bits"}
@@ -97,7 +104,7 @@ class IntegerSchedule:
                 if name in changes:
                     check_bits(changes[name], name)
             noise = {k: changes[k] for k in ("r_max", "p_zero") if k in changes}
-            Noise("sparse_int8", **noise)
+            sparse_noise(**noise)
         trunk, head = optimizer.param_groups
         self._first = {**{name: trunk[name] for name in self._TRUNK}, "head_bits": head["bits"]}
         self._apply()

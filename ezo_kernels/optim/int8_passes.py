@@ -1,0 +1,121 @@
+"""One pass of an integer step: the forward in the arena, the losses of its groups, and the head's gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from ..nn.tape import Tape
+from ..ops.int8_loss import (
+    MOST_ROWS,
+    MOST_SQUARES,
+    check_sum,
+    int8_cross_entropy,
+    int8_cross_entropy_gradient,
+    int8_squared_error,
+)
+from ..ops.int8_tensor import Int8Tensor, check_exponent
+
+
+def one_value(loss, whose: str) -> torch.Tensor:
+    """A loss that a user's function returned, as [1].
+
+    Raises:
+        ValueError: it is no tensor of one real element.
+    """
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or loss.is_complex():
+        what = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError(f"{whose} must return a tensor of one element, a real number; got {what}")
+    return loss.detach().reshape(1)
+
+
+def sign_of_difference(losses: torch.Tensor) -> torch.Tensor:
+    """g [queries] of losses [2 queries]: compared, not subtracted, for a difference of integers may wrap. NaN gives 0."""
+    plus, minus = losses[0::2], losses[1::2]
+    return (plus > minus).to(torch.int32) - (plus < minus).to(torch.int32)
+
+
+class Int8Passes:
+    """The passes of :class:`ezo_kernels.ElasticZOInt8`."""
+
+    def _input(self, x, what: str = "x") -> Int8Tensor:
+        if isinstance(x, torch.Tensor) and x.dtype == torch.int8:
+            x = Int8Tensor(x, torch.zeros(1, dtype=torch.int32, device=x.device))
+        if not isinstance(x, Int8Tensor):
+            raise TypeError(
+                f"{what} must be an Int8Tensor or int8, got {getattr(x, 'dtype', type(x).__name__)}: quantise it with "
+                "ezo_kernels.quantize(x), or images with ezo_kernels.data.quantize_images"
+            )
+        if x.groups != 1 or not x.dim() or not x.shape[0]:
+            raise ValueError(f"{what} must be a batch of one group with at least one row, got {tuple(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"{what} is on {x.device} and the model on {self.device}")
+        if not x.is_cuda:  # where it costs no wait
+            check_exponent(int(x.exponent), f"the exponent of {what}")
+        return x
+
+    def _target(self, y):
+        if self.loss == "squared_error":
+            return self._input(y, "y")
+        if isinstance(y, Int8Tensor):
+            raise TypeError(f"y must be int64 labels for loss {self.loss!r}, got an Int8Tensor")
+        return y
+
+    def _run(self, x: Int8Tensor, y, p, loss_fn):
+        """Losses of the groups of one pass, and the head's gradients."""
+        plan = self._plan(x, p)
+        x = dataclasses.replace(x, memory=self.arena)
+        with self.arena.running(plan, self.device), self._running(p) as tape:
+            with self._phase("forward"):
+                out = self.model(x)
+            groups = 1 if p is None else p.groups
+            if not isinstance(out, Int8Tensor):
+                raise TypeError(f"the model must return an Int8Tensor, got {type(out).__name__}")
+            if out.groups != groups:
+                raise ValueError(
+                    f"the output has {out.groups} groups and the pass {groups}: it does not depend on the trunk"
+                )
+            with self._phase("loss"):
+                losses, error = self._losses_of(out, y, loss_fn)
+            used = self._used(p)
+            if tape is not None and used is not None:
+                with self._phase("head backward"):
+                    self._backward(tape, out, y, error, used, p)
+            gradients = {} if tape is None else dict(tape.gradients)
+            del out, x
+        return losses, gradients
+
+    def _losses_of(self, out: Int8Tensor, y, loss_fn):
+        passes = self._groups // out.groups  # whose losses are added to these
+        if self.loss == "squared_error":
+            check_sum(passes * out.values.numel(), MOST_SQUARES, "squared_error: values")
+            found = int8_squared_error(out, y, gradient=bool(self.head))
+            return found if self.head else (found, None)
+        if self.loss == "cross_entropy":
+            check_sum(passes * out.shape[0], MOST_ROWS, "cross_entropy: rows")
+            return int8_cross_entropy(out, y, fraction_bits=self.fraction_bits), None
+        logits = out.dequantize().chunk(out.groups)
+        return torch.cat([one_value((loss_fn or F.cross_entropy)(part, y), "loss_fn") for part in logits]), None
+
+    def _used(self, p) -> slice | None:
+        """The groups of this pass that the head learns from."""
+        if self.head_grad == "mean" or p is None:
+            return slice(None)
+        sign = 1 if self.head_grad == "plus" else -1
+        if len(p.signs) == 1:
+            return slice(None) if p.signs[0] == sign else None
+        return slice(0 if sign == 1 else 1, None, 2)
+
+    def _backward(self, tape: Tape, out: Int8Tensor, y, error, used: slice, p) -> None:
+        exponent = torch.zeros_like(out.exponent)
+        if error is None:
+            first = 0 if p is None or len(p.signs) == 2 else 2 * p.query + (p.signs[0] == -1)
+            error = int8_cross_entropy_gradient(out, y, self._key, query=first, rounds=self.rounds)
+        tape.backward(out, error, exponent, used)
+        missing = [n for n in self._head if n not in tape.gradients]
+        if missing:
+            raise ValueError(
+                f"the output does not depend on {', '.join(map(repr, missing))} of the head: freeze or use them"
+            )
