@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import ezo_kernels as ezo
 from tests import zoo
@@ -124,6 +125,10 @@ def test_integer_head_follows_the_forward_not_the_registration():
     assert model.training
 
 
+def pruned(name):
+    return prune.l1_unstructured(nn.Linear(4, 2), name, 0.5)
+
+
 @pytest.mark.parametrize(
     ("make", "kwargs", "error", "match"),
     [
@@ -140,6 +145,9 @@ def test_integer_head_follows_the_forward_not_the_registration():
         (lambda: nn.Sequential(nn.LazyLinear(3)), {}, ValueError, "lazy"),
         (lambda: nn.Linear(2, 2).double(), {}, TypeError, "float64"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), {}, NotImplementedError, "parametrization"),
+        (lambda: nn.Sequential(pruned("weight")), {}, NotImplementedError, "'0' computes its 'weight'"),
+        (lambda: nn.Sequential(pruned("bias")), {}, NotImplementedError, "'0' computes its 'bias'"),
+        (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 3)), {}, NotImplementedError, "spectral_norm"),
     ],
 )  # fmt: skip
 def test_refusals_change_nothing(make, kwargs, error, match):
@@ -209,3 +217,33 @@ def test_layers_under_torch_compile():
     with torch.no_grad(), zo.running(p, 8):
         want = model(stacked)
         assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(stacked), want)
+
+
+def test_neighbours_in_one_buffer_are_no_tie():
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    ezo.convert_(model, head=["1"])
+    ezo.ElasticZO(model, lr=0.1).train_step(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
+    overlap = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    rows = torch.randn(5, 3)
+    overlap["a"].weight, overlap["b"].weight = nn.Parameter(rows[:3]), nn.Parameter(rows[2:])
+    with pytest.raises(ValueError, match="'a.weight' and 'b.weight'.*same memory"):
+        ezo.convert_(overlap)
+    ezo.convert_(overlap, head=["a", "b"])  # what autograd does with it is torch's
+
+
+def test_a_shared_module_has_all_its_names():
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(nn.Linear(3, 3), shared, shared)
+    with pytest.raises(ValueError, match=r"1\.\w+' \(trunk\) and '2\.\w+' \(head\)"):
+        ezo.convert_(model, head=["2"])
+    ezo.convert_(model, head=["1", "2"])
+    assert {id(p) for p in ezo.head_parameters(model)} == {id(p) for p in shared.parameters()}
+
+
+def test_a_model_of_one_layer_has_a_last_layer():
+    linear = ezo.convert_(nn.Linear(3, 2), head=1)
+    assert len(ezo.head_parameters(linear)) == 2
+    with pytest.raises(ValueError, match=r"head=2 is outside 0\.\.1"):
+        ezo.convert_(nn.Linear(3, 2), head=2)

@@ -232,3 +232,92 @@ def test_batch_norm_moves_once_by_the_mean_over_groups(mode):
     held = model[1].running_mean.clone()
     opt.train_step(x, y)
     assert torch.equal(held, model[1].running_mean)
+
+
+@pytest.mark.parametrize("mode", ["auto", "sequential"])
+def test_an_encoder_in_eval_mode_is_perturbed_too(mode):
+    """torch's fused encoder layer reads the weights of its linear layers instead of calling them."""
+    x, y = torch.randn(4, 6, 16), torch.randint(0, 5, (4,))
+    model = seeded(zoo.Encoder).eval()
+    plain = copy.deepcopy(model)
+    ezo.convert_(model, head=["classify"])
+    opt = ezo.ElasticZO(model, lr=0.0, head_lr=0.0, eps=EPS, seed=3, mode=mode)
+    opt.train_step(x, y)
+    want = materialised_losses(plain, lambda m: F.cross_entropy(m(x), y), model._ezo.manifest, 1)
+    torch.testing.assert_close(opt.losses, want, rtol=2e-5, atol=2e-6)
+    opt.train_step(x, y)
+    assert abs(opt.losses[0] - opt.losses[1]) > 1e-3 and torch.backends.mha.get_fastpath_enabled()
+
+
+class Sometimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.skip = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2), False
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.c(x if self.skip else self.b(x))
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_a_layer_that_a_later_step_leaves_out_is_refused_by_name(mode):
+    model = ezo.convert_(seeded(Sometimes), head=["c"])
+    opt = ezo.ElasticZO(model, mode=mode)
+    x, y = torch.randn(3, 4), torch.zeros(3, dtype=torch.long)
+    opt.train_step(x, y)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.skip = True
+    with pytest.raises(ValueError, match="not visited.*'b.bias', 'b.weight'"):
+        opt.train_step(x, y)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and opt.step_count.item() == 1
+    model.skip = False
+    opt.train_step(x, y)
+
+
+def test_compiled_layers_are_not_taken_for_left_out_ones():
+    """Compiled code does not say which sites it perturbed; the first step's check is not compiled."""
+    model = ezo.convert_(seeded(Sometimes), head=["c"])
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager")
+    opt, other = ezo.ElasticZO(model), ezo.ElasticZO(twin)
+    x, y = torch.randn(3, 4), torch.zeros(3, dtype=torch.long)
+    for _ in range(3):
+        opt.step(lambda: F.cross_entropy(compiled(x), y))
+        other.step(lambda: F.cross_entropy(twin(x), y))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ValueError, match="compile"):
+        ezo.ElasticZO(compiled)
+
+
+def test_a_norm_after_the_head_is_refused_by_name():
+    layers = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+    model = ezo.convert_(nn.Sequential(*layers), head=["1"])
+    with pytest.raises(ValueError, match="^2: LayerNorm.*requires grad"):
+        ezo.ElasticZO(model).train_step(torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
+
+
+class Rebound(Stateful):
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("make", [Stateful, Rebound])
+def test_refused_buffers_are_put_back(make):
+    model = ezo.convert_(seeded(make))
+    calls = model.calls
+    with pytest.raises(ValueError, match="calls"):
+        ezo.ElasticZO(model).train_step(torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
+    assert model.calls is calls and calls.item() == 0
+
+
+def test_randomness_around_the_model_is_refused():
+    """A closure that draws its own batch would compare two batches."""
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), head=["1"])
+    with pytest.raises(ValueError, match="the closure or the loss function"):
+        ezo.ElasticZO(model).step(lambda: model(torch.randn(3, 4)).pow(2).sum())
+    x = torch.randn(3, 4)
+    noisy = lambda out, y: (out + torch.randn_like(out)).pow(2).sum()  # noqa: E731
+    for mode in ("stacked", "sequential"):
+        with pytest.raises(ValueError, match="the closure or the loss function"):
+            ezo.ElasticZO(model, mode=mode).train_step(x, x, loss_fn=noisy)

@@ -167,6 +167,27 @@ MUTANTS = (
         "fold_key(self._seed, self._step * 0, self._key)",
         "tests/test_step.py -k 'eager_mezo or schedulers'",
     ),
+    Mutant(
+        "torch's fused encoder layer left on",
+        _NN + "context.py",
+        "set_fastpath_enabled(False)",
+        "set_fastpath_enabled(True)",
+        "tests/test_others.py -k eval_mode",
+    ),
+    Mutant(
+        "layers that a later step leaves out are updated",
+        "ezo_kernels/optim/passes.py",
+        "len(zo.visited) < len(self.trunk)",
+        "len(zo.visited) < 1",
+        "tests/test_others.py -k leaves_out",
+    ),
+    Mutant(
+        "a skipped first step makes the head's state",
+        "ezo_kernels/optim/head.py",
+        "and not bool(ok)",
+        "and bool(ok)",
+        "tests/test_head.py -k first_step",
+    ),
     Mutant("clip ignored", _STEP, "g if clip is None else g.clamp(-clip, clip)", "g", "tests/test_step.py -k clip"),
     Mutant(
         "a step that is not finite is applied",

@@ -49,7 +49,8 @@ class ZOContext:
         p: the pass, or None outside one.
         rows: rows of the whole stacked batch, or None when groups run one by one.
         manifest: every trunk parameter, by site.
-        visited: sites that this pass perturbed, while a check listens; else None.
+        visited: sites that the last pass perturbed (an integer step listens only to its first).
+        traced: part of the last pass was compiled code, which does not fill ``visited`` (its contents would be guarded).
         batch_stats: batch-norm module -> (mean, unbiased variance) of each group of the step.
         micro: number of the micro-batch under gradient accumulation.
         one_mask: a dropout draws one mask for all queries: their losses are compared with each other.
@@ -62,6 +63,7 @@ class ZOContext:
     rows: int | None = None
     manifest: tuple[Site, ...] = ()
     visited: set[int] | None = None
+    traced: bool = False
     batch_stats: dict = field(default_factory=dict)
     micro: int = 0
     one_mask: bool = False
@@ -84,8 +86,12 @@ class ZOContext:
 
     def visit(self, *sites: int | None) -> None:
         """Note that the forward perturbed these sites."""
-        if self.visited is not None:
-            self.visited.update(s for s in sites if s is not None)
+        if torch.compiler.is_compiling():
+            self.traced = True
+        elif self.visited is not None:
+            for site in sites:
+                if site is not None:
+                    self.visited.add(site)
 
     @contextlib.contextmanager
     def running(self, p: Perturbation, rows: int | None = None) -> Iterator[None]:
@@ -93,9 +99,16 @@ class ZOContext:
         if self.p is not None:
             raise RuntimeError("a zeroth-order pass is already running on this model")
         self.p, self.rows, self.calls = p, rows, {}
+        self.traced = False
+        if self.visited is not None:
+            self.visited = set()
+        # torch's fused encoder layer reads the weights of its linear layers instead of calling them
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             self.p, self.rows = None, None
 
     @contextlib.contextmanager

@@ -24,6 +24,11 @@ def is_int8(model: nn.Module) -> bool:
 def context_of(model: nn.Module) -> ZOContext:
     """The context of a converted model, or ValueError."""
     zo = model.__dict__.get("_ezo")
+    if zo is None and "_ezo" in getattr(model.__dict__.get("_modules", {}).get("_orig_mod"), "__dict__", {}):
+        raise ValueError(
+            "this is torch.compile's wrapper of a converted model: give the model itself (its compile() compiles it in "
+            "place), and call the wrapper in step(closure) if you like"
+        )
     if zo is None:
         raise ValueError("the model is not converted: call ezo_kernels.convert_(model, head=...) first")
     return zo
@@ -141,7 +146,6 @@ def trunk_parameters(model: nn.Module) -> list[nn.Parameter]:
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of a converted model that backpropagation trains."""
     context_of(model)
-    if is_int8(model):
-        head, frozen = plan_of(model).head, plan_of(model).frozen
-        return [p for n, p in model.named_parameters() if in_head(n, head) and n not in frozen]
-    return [p for p in model.parameters() if p.requires_grad]
+    head, frozen = plan_of(model).head, plan_of(model).frozen
+    own = [p for n, p in model.named_parameters() if in_head(n, head) and n not in frozen]
+    return own if is_int8(model) else [p for p in own if p.requires_grad]

@@ -15,6 +15,8 @@ def _called_in_order(model: nn.Module, sample) -> list[str]:
     """Names of the modules that own parameters, in the order of a forward."""
     owners = {m: name for name, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
     order: list[str] = []
+    if not model._modules:  # the model is one layer
+        return list(owners.values())
     if sample is None:
         try:
             graph = torch.fx.symbolic_trace(model).graph
@@ -69,7 +71,7 @@ def resolve_head(model: nn.Module, head, sample=None) -> tuple[str, ...]:
         TypeError: a head of another type.
         ValueError: a name that is not there, an integer out of range, a model that cannot be traced.
     """
-    names = {name for name, _ in model.named_modules()}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if isinstance(head, bool) or not isinstance(head, (int, str, list, tuple)):
         raise TypeError(f"head must be module names, an integer or 'all', got {type(head).__name__}")
     if isinstance(head, int):

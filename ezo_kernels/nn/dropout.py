@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from ..ops._perturbation import NotStackedError
 from ..ops.dropout import dropout_mask
 from .context import ZOContext
 from .linear import become
@@ -47,6 +48,13 @@ class ZODropout(nn.modules.dropout._DropoutNd):
             raise NotImplementedError(f"a dropout module ran more than {_CALLS} times in one forward: give it copies")
         zo.calls[self.site] = call + 1
         p = zo.p
+        if p.groups > 1 and (input.dim() == 0 or input.shape[0] % p.groups):
+            raise NotStackedError(
+                f"Dropout: x {tuple(input.shape)} does not hold the {p.groups} groups of this pass along dimension 0; run them "
+                "one by one (mode='sequential')"
+            )
+        if input.dim() == 0:
+            return self.forward(input[None])[0]
         rows = input.shape[0] // p.groups
         per_channel = DROPOUTS[self.plain_class] and input.dim() > 2
         shape = (rows, *input.shape[1:2]) if per_channel else (rows, *input.shape[1:])

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..ops import perturb
-from ..ops._perturbation import NotStackedError
+from ..ops._perturbation import NotStackedError, check_order
 from .context import ZOContext
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -111,12 +111,19 @@ def swapped(module: nn.Module, tensors: dict[str, torch.Tensor]):
 
 def _run(module: Grouped, forward, args, kwargs):
     zo = module.zo
+    if module.owned and torch.is_grad_enabled():
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                check_order(leaf, type(module).base.__name__, module.owned[0][1])
     spread = {path: copies(module, path, site, layout, zo) for path, site, layout in module.owned}
     if not zo.stacked:
         with swapped(module, {path: t[0] for path, t in spread.items()}):
             return forward(*args, **kwargs)
     if not module.owned and not module._modules and len(args) == 1 and not kwargs and zo.is_stacked(args[0]):
-        return torch.cat([forward(own) for own in zo.parts(args[0])])  # most heads: nothing to swap or narrow
+        outputs = [forward(own) for own in zo.parts(args[0])]
+        if isinstance(outputs[0], torch.Tensor) and outputs[0].dim():
+            return torch.cat(outputs)  # most heads: nothing to swap or narrow
+        return _joined(module, outputs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not any(zo.is_stacked(leaf) for leaf in leaves):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -131,11 +138,21 @@ def _run(module: Grouped, forward, args, kwargs):
         with swapped(module, {path: t[g] for path, t in spread.items()}), zo.one_group(g):
             a, k = pytree.tree_unflatten(list(mine), spec)
             outputs.append(forward(*a, **k))
+    return _joined(module, outputs)
+
+
+def _joined(module: Grouped, outputs: list):
+    """What a module gave for each group as one output, its tensors stacked along dimension 0."""
     flat = [pytree.tree_flatten(out) for out in outputs]
-    joined = [
-        torch.cat(parts) if isinstance(parts[0], torch.Tensor) and parts[0].dim() else parts[0]
-        for parts in zip(*(leaves for leaves, _ in flat), strict=True)
-    ]
+    joined = []
+    for parts in zip(*(leaves for leaves, _ in flat), strict=True):
+        if isinstance(parts[0], torch.Tensor) and not parts[0].dim():
+            raise NotStackedError(
+                f"{type(module).base.__name__} gives a tensor without rows, one of each group: run the groups one by one "
+                "(mode='sequential')",
+                module.owned[0][1] if module.owned else None,
+            )
+        joined.append(torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0])
     return pytree.tree_unflatten(joined, flat[0][1])
 
 

@@ -94,10 +94,23 @@ def _refuse(model: nn.Module, head: tuple[str, ...], trunk: set[nn.Parameter]) -
             )
         if hasattr(module, "weight_g") and hasattr(module, "weight_v"):
             raise NotImplementedError(f"{name!r} has weight_norm: remove_weight_norm, or put it in the head")
+        hooked = next((path for path in module._parameters if path.endswith("_orig")), None)
+        if hooked is not None:
+            raise NotImplementedError(
+                f"{name!r} computes its {hooked.removesuffix('_orig')!r} from {hooked!r} in a hook (prune, spectral_norm): "
+                "remove the hook (prune.remove, remove_spectral_norm), or freeze it (requires_grad_(False))"
+            )
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor in its storage, and the one behind its last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.storage_offset() * tensor.element_size()
+    return first, first + (last + 1) * tensor.element_size()
 
 
 def _check_ties(names: dict[nn.Parameter, list[str]], head: tuple[str, ...]) -> None:
-    by_storage: dict[int, str] = {}
+    by_storage: dict[int, list[tuple[int, int, str, bool]]] = {}
     for parameter, own in names.items():
         if not parameter.requires_grad:
             continue
@@ -110,12 +123,18 @@ def _check_ties(names: dict[nn.Parameter, list[str]], head: tuple[str, ...]) -> 
             )
         if parameter.numel() == 0:
             continue
-        other = by_storage.setdefault(parameter.untyped_storage()._cdata, own[0])
-        if other != own[0] and not (in_head(other, head) and inside):
-            raise ValueError(
-                f"{other!r} and {own[0]!r} are two parameters over the same memory (a transposed tie?): each would be "
-                "perturbed and updated on its own. Tie them as one Parameter, or untie them."
-            )
+        here = (*_extent(parameter), own[0], bool(inside))
+        by_storage.setdefault(parameter.untyped_storage()._cdata, []).append(here)
+    for together in by_storage.values():  # neighbours in one buffer (vector_to_parameters) are no tie
+        end, before, both = 0, "", True
+        for first, last, name, inside in sorted(together):
+            if first < end and not (both and inside):
+                raise ValueError(
+                    f"{before!r} and {name!r} are two parameters over the same memory (a transposed tie?): each would be "
+                    "perturbed and updated on its own. Tie them as one Parameter, or untie them."
+                )
+            if last > end:
+                end, before, both = last, name, inside
 
 
 #: Strategies of :func:`ezo_kernels.convert_` with which a linear layer of 16 bits may be multiplied as two products.

@@ -79,6 +79,16 @@ class NotStackedError(PassError):
     """The groups of the pass do not lie along the first dimension: the model may still run one group at a time."""
 
 
+def check_order(x: torch.Tensor, name: str, site: int) -> None:
+    """Refuse an input that autograd would have to go back through."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise PassError(
+            f"{name}: x requires grad, so a layer trained by backpropagation ran before this zeroth-order one (give every "
+            "layer from that one on to the head), or the batch itself requires grad (detach it)",
+            site,
+        )
+
+
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.dtype:
     """The dtype of x after autocast, which is the dtype of the product; checks the pair of dtypes."""
     dtype = x.dtype
@@ -96,12 +106,7 @@ def check_pass(x: torch.Tensor, tensors, p: Perturbation, rows: int, shared: boo
     for t in (*tensors, p.key, p.eps):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: x is on {x.device} but a weight, the key or eps is on {t.device}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise PassError(
-            f"{name}: x requires grad, so a layer trained by backpropagation ran before this zeroth-order one. "
-            "Give every layer from that one on to the head.",
-            site,
-        )
+    check_order(x, name, site)
     if shared or p.groups == 1:
         return rows
     if rows % p.groups:

@@ -62,6 +62,8 @@ class Noise:
             raise TypeError(f"noise must be a name, got {type(self.name).__name__}")
         if self.name not in NOISES:
             raise ValueError(f"unknown noise {self.name!r}; there are {', '.join(sorted(NOISES))}")
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int):
+            raise TypeError(f"rounds must be an int, got {type(self.rounds).__name__}")
         if self.rounds not in C.ROUNDS:
             raise ValueError(f"rounds must be 7 or 10, got {self.rounds}")
         if not 0.0 <= self.p_zero < 1.0 or round(65536 * self.p_zero) > 65535:

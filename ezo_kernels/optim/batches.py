@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.utils import _pytree as pytree
 
-from ..ops._perturbation import aligned
+from ..ops._perturbation import NotStackedError, aligned
 
 
 def rows_of(x) -> int:
@@ -39,9 +41,9 @@ def parts_of(output, groups: int) -> list:
         return [output]
     if isinstance(output, torch.Tensor):
         if output.dim() == 0 or output.shape[0] % groups:
-            raise ValueError(
+            raise NotStackedError(
                 f"the model's output of shape {tuple(output.shape)} does not hold {groups} groups along dimension 0; "
-                "use mode='sequential'"
+                "run them one by one (mode='sequential')"
             )
         return [aligned(own) for own in output.chunk(groups)]
     if isinstance(output, dict):  # Hugging Face's ModelOutput is an OrderedDict with attributes
@@ -51,7 +53,19 @@ def parts_of(output, groups: int) -> list:
         columns = [parts_of(v, groups) for v in output]
         rows = [[own[g] for own in columns] for g in range(groups)]
         return [type(output)(*row) if hasattr(output, "_fields") else type(output)(row) for row in rows]
+    if output is not None and not isinstance(output, (bool, int, float, str)):
+        raise NotStackedError(
+            f"the model's output holds a {type(output).__name__}, which cannot be split into groups; run them one by one "
+            "(mode='sequential')"
+        )
     return [output] * groups
+
+
+def plain(x):
+    """A batch that is a mapping (Hugging Face's BatchEncoding) or a list of a class of its own, as a plain dict or list."""
+    if isinstance(x, Mapping) and type(x) is not dict:
+        return dict(x)
+    return list(x) if isinstance(x, list) and type(x) is not list else x
 
 
 def call(model, x, kwargs):

@@ -6,6 +6,7 @@ What it cannot accept it names, before anything has changed.
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import torch
 from torch import nn
@@ -17,6 +18,13 @@ _SHAPE_ONLY = {
     "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided", "empty_like", "zeros_like",
     "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
+
+
+def eagerly(now: bool):
+    """A context in which nothing is compiled, if ``now``: a check looks at Python calls, and its groups must run alike."""
+    if not now or "torch._dynamo" not in sys.modules:  # nobody has compiled anything
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class RawReads(TorchFunctionMode):
@@ -59,32 +67,45 @@ def _is_view(out, of: torch.Tensor) -> bool:
     )
 
 
+def unvisited(zo, listed: dict[int, str]) -> str | None:
+    """What to say of the sites ``listed`` that the last pass did not perturb, or None."""
+    missing = sorted(name for site, name in listed.items() if site not in zo.visited)
+    if not missing:
+        return None
+    return (
+        f"not visited by the forward, so not perturbed: {', '.join(map(repr, missing))}. Freeze them "
+        "(requires_grad_(False) before convert_), put them in the head, or call their module"
+    )
+
+
 @contextlib.contextmanager
 def _randomness(model: nn.Module, found: list[str]):
-    """Names (innermost first) of modules that draw from torch's generators while they run."""
+    """Names (innermost first) of modules that draw from torch's generators while they run, then of what is around them."""
     names = {m: n for n, m in model.named_modules()}
-
-    def state(device):
-        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def state():
+        host = torch.get_rng_state()
+        return torch.cat([host, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else host
+
     entered: list[torch.Tensor] = []
 
     def enter(module, _):
-        entered.append(state(device))
+        entered.append(state())
 
     def leave(module, *_):
-        before = entered.pop()
-        now = state(device)
-        if not torch.equal(before, now) and module in names:
+        if not torch.equal(entered.pop(), state()) and module in names:
             found.append(f"{names[module] or 'the model'} ({type(module).__name__})")
 
     hooks = []
     for module in names:
         hooks.append(module.register_forward_pre_hook(enter))
         hooks.append(module.register_forward_hook(leave))
+    before = state()
     try:
         yield
+        if not found and not torch.equal(before, state()):
+            found.append("the closure or the loss function, which had better draw before the step")
     finally:
         for hook in hooks:
             hook.remove()
@@ -100,18 +121,39 @@ def checked_forward(model: nn.Module, zo, names: dict[int, str], listed: dict[in
         listed: site -> qualified name, all that must be visited.
 
     Raises:
-        ValueError: a parameter that is read unperturbed, or not at all; a random layer; a buffer written by the forward.
+        ValueError: a parameter that is read unperturbed, or not at all; a random layer; a buffer written by the forward,
+            which is put back.
     """
-    buffers = {n: (b, b._version) for n, b in model.named_buffers()}
+    held = {n: (b, b._version, b.clone()) for n, b in model.named_buffers()}
+    try:
+        with _checked(model, zo, names, listed, held):
+            yield
+    except BaseException:
+        _put_back(model, held)
+        raise
+
+
+def _written(model: nn.Module, held: dict) -> list[str]:
+    """Names of buffers that were written, or replaced by others."""
+    now = dict(model.named_buffers())
+    return sorted(n for n, (b, version, _) in held.items() if now.get(n) is not b or b._version != version)
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, held: dict) -> None:
+    for name in _written(model, held):
+        buffer, _, old = held[name]
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.copy_(old)
+
+
+@contextlib.contextmanager
+def _checked(model: nn.Module, zo, names: dict[int, str], listed: dict[int, str], held: dict):
     random: list[str] = []
     reads = RawReads(names)
     zo.visited = set()
-    try:
-        with _randomness(model, random), reads:
-            yield
-        visited = zo.visited
-    finally:
-        zo.visited = None
+    with _randomness(model, random), reads:
+        yield
     problems = []
     if reads.found:
         what = ", ".join(f"{n!r} (by {f})" for n, f in sorted(reads.found.items()))
@@ -119,18 +161,15 @@ def checked_forward(model: nn.Module, zo, names: dict[int, str], listed: dict[in
             f"read without being perturbed: {what}. Call the module that owns it (a tied nn.Linear instead of F.linear), "
             "put it in the head, or freeze it (requires_grad_(False))"
         )
-    missing = sorted(name for site, name in listed.items() if site not in visited)
+    missing = unvisited(zo, listed)
     if missing:
-        problems.append(
-            f"not visited by the forward, so never perturbed: {', '.join(map(repr, missing))}. Freeze them "
-            "(requires_grad_(False) before convert_), put them in the head, or call their module"
-        )
+        problems.append(missing)
     if random:
         problems.append(
             f"random in a way that would differ between the signs: {random[0]}. Use nn.Dropout modules (they are converted), "
             "set its rate to 0, or call eval() on it"
         )
-    written = sorted(n for n, (b, version) in buffers.items() if b._version != version)
+    written = _written(model, held)
     if written:
         problems.append(
             f"buffers written by the forward: {', '.join(map(repr, written))}; only BatchNorm's are understood"

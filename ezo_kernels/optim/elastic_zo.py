@@ -8,7 +8,6 @@ For each query q, with z_q from the noise contract and losses l of the two group
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import torch
@@ -22,8 +21,10 @@ from ..nn.grouped import update_batch_norms
 from ..ops import Noise, Perturbation, UpdatePlan, update_
 from ..ops._perturbation import NotStackedError, PassError
 from ..ops.noise import check_index, fold_key, rng_version
-from .batches import call, rows_of
+from .arguments import number
+from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
+from .check import eagerly
 from .estimate import check_antithetic, projected_gradient
 from .head import GuardedOptimizer
 from .losses import loss_for
@@ -31,14 +32,6 @@ from .passes import HEAD_GRADS, Passes
 from .state import OptimizerState
 
 MODES = ("auto", "stacked", "sequential")
-
-
-def _number(value, name: str, *, least: float, strict: bool = False) -> float:
-    if isinstance(value, (torch.Tensor, str, bool)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < least or (strict and value == least):
-        raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {least}, got {value}")
-    return float(value)
 
 
 def _slot(model: nn.Module, name: str) -> tuple[dict, str]:
@@ -109,10 +102,10 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         if is_int8(model):
             raise ValueError("the model is converted to int8: ElasticZOInt8 trains it")
         self.model = model
-        lr, eps = _number(lr, "lr", least=0.0), _number(eps, "eps", least=0.0, strict=True)
-        head_lr = _number(head_lr, "head_lr", least=0.0)
+        lr, eps = number(lr, "lr", least=0.0), number(eps, "eps", least=0.0, strict=True)
+        head_lr = number(head_lr, "head_lr", least=0.0)
         if clip is not None:
-            clip = _number(clip, "clip", least=0.0, strict=True)
+            clip = number(clip, "clip", least=0.0, strict=True)
         if mode not in MODES or head_grad not in HEAD_GRADS:
             raise ValueError(
                 f"mode must be one of {MODES} and head_grad one of {HEAD_GRADS}, got {mode!r}, {head_grad!r}"
@@ -235,10 +228,12 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
 
     def _fill_scalars(self) -> None:
         group = self.param_groups[0]
+        if group["clip"] is not None:
+            number(group["clip"], "clip", least=0.0, strict=True)
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
             value = group[name]
             if value != self._filled[name]:
-                tensor.fill_(_number(value, name, least=0.0, strict=name == "eps"))
+                tensor.fill_(number(value, name, least=0.0, strict=name == "eps"))
                 self._filled[name] = value
         if self.head_optimizer is not None:
             self.head_optimizer.fill()
@@ -278,6 +273,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             NotImplementedError: with ``capture=True``, a call that cannot be captured, with every reason.
             A call that raises changes nothing and drops what was accumulated.
         """
+        x = plain(x)
         rows_of(x)
         if self._captured is None:
             return self._eager(x, y, loss_fn, model_kwargs, update)
@@ -316,7 +312,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             refuse(["step(closure) takes its batch from the host at each call: train_step(x, y)"])
 
         def losses(p):
-            return self._plain(closure) if p is None else self._one_by_one(p, closure)
+            run = self._undisturbed(closure)
+            return self._plain(run) if p is None else self._one_by_one(p, run)
 
         return self._take(losses, True)
 
@@ -324,7 +321,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         if self._losses is None:
             self._drop()
         try:
-            with self._phase.layers(self.model, self._in_head):
+            with eagerly(self._must_check), self._phase.layers(self.model, self._in_head):
                 losses = run(self._begin())
         except BaseException as error:
             with torch.no_grad():

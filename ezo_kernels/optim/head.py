@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 
 import torch
 
@@ -16,20 +17,29 @@ class GuardedOptimizer:
 
     An optimizer made with ``fused=True`` does that itself, by the flag that torch's GradScaler gives it, and reads its learning
     rates from device scalars that :meth:`fill` keeps: a captured step of it sees them change. Plain SGD needs no more than
-    zeroed gradients. Any other optimizer moves its parameters or its state even then, so both are held and put back; state that
-    the step created is zeroed.
+    zeroed gradients. Any other optimizer moves its parameters or its state even then, so both are held and put back. What its
+    state begins with is its own business (not always zeros: NAdam, Rprop), so the first step, which makes the state, asks the
+    host; state that a later one makes is zeroed if that step is skipped.
 
     Args:
         optimizer: over the head's parameters.
 
     Raises:
         NotImplementedError: an optimizer whose state lives on another device than its parameters (Adam without ``fused`` or
-            ``capturable`` on CUDA): it could not be put back without the host.
+            ``capturable`` on CUDA): it could not be put back without the host. One that needs a closure (LBFGS), or sparse
+            gradients (SparseAdam).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self._settled = False
         groups = optimizer.param_groups
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if isinstance(optimizer, torch.optim.SparseAdam) or (closure is not None and closure.default is closure.empty):
+            raise NotImplementedError(
+                f"{type(optimizer).__name__} cannot train the head: it needs a closure or sparse gradients, and a step has "
+                "the dense gradients of one batch"
+            )
         if any(
             p.is_cuda and "betas" in g and not (g.get("capturable") or g.get("fused"))
             for g in groups
@@ -115,6 +125,10 @@ class GuardedOptimizer:
             self.optimizer.step()
             return
         state = self.optimizer.state
+        if not self._settled and not isinstance(ok, torch._subclasses.FakeTensor):
+            if not any(state.get(p) for p in parameters) and not bool(ok):
+                return
+            self._settled = True
         before = [(p, p.clone()) for p in parameters]
         held = {p: {k: v.clone() for k, v in state[p].items() if torch.is_tensor(v)} for p in parameters if p in state}
         self.optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 
 import torch
 
@@ -10,7 +11,7 @@ from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import call, parts_of, rows_of, stack
-from .check import checked_forward, rows_apart
+from .check import checked_forward, rows_apart, unvisited
 from .losses import loss_for
 
 HEAD_GRADS = ("mean", "plus", "minus")
@@ -45,6 +46,12 @@ class Passes:
         with checked_forward(self.model, self.zo, names, listed):
             yield
 
+    def _require_visits(self) -> None:
+        """Refuse a step whose pass left out a layer that the first one ran: its update would be noise."""
+        zo = self.zo
+        if zo.visited is not None and not zo.traced and len(zo.visited) < len(self.trunk):
+            raise ValueError(unvisited(zo, {s.site: s.names[0] for s in zo.manifest}))
+
     def _uses(self, group: int) -> bool:
         """Whether the head learns from this group."""
         if self.head_grad == "mean" or not self.antithetic or not self.trunk:
@@ -65,10 +72,11 @@ class Passes:
         losses = []
         for g in range(p.groups):
             checking = self._checking() if g == 0 else contextlib.nullcontext()
-            with torch.set_grad_enabled(bool(self.head)), checking, self.zo.running(group_pass(p, g)):
-                with self._phase("forward"):
-                    loss = run()
-                self._check_loss(loss)
+            running = self.zo.running(group_pass(p, g))
+            with torch.set_grad_enabled(bool(self.head)), checking, running, self._phase("forward"):
+                loss = self._loss(run())
+            if g or not self._must_check:
+                self._require_visits()
             if self.head and self._uses(g):
                 with self._phase("head backward"):
                     self._backward_one(loss / used if used > 1 else loss)
@@ -80,11 +88,32 @@ class Passes:
             raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
         torch.autograd.backward(loss, inputs=self.head)
 
-    @staticmethod
-    def _check_loss(loss) -> None:
+    def _loss(self, loss) -> torch.Tensor:
+        """What a closure or a loss function returned, as a tensor of one element."""
+        if isinstance(loss, numbers.Real):  # a metric of the host's, which waited for the device
+            loss = torch.tensor(float(loss), device=self.device)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise ValueError(f"the loss must be a tensor of one element, got {shape}")
+            raise ValueError(f"the loss must be a tensor of one element, or a number, got {shape}")
+        if loss.is_complex():
+            raise TypeError(f"the loss must be real, got {loss.dtype}")
+        return loss
+
+    def _undisturbed(self, closure):
+        """``closure``, refused if it touches the gradients that the step collects."""
+
+        def run():
+            before = [(p.grad, None if p.grad is None else p.grad._version) for p in self.head]
+            loss = closure()
+            for p, (grad, version) in zip(self.head, before, strict=True):
+                if p.grad is not grad or (grad is not None and grad._version != version):
+                    raise ValueError(
+                        "the closure changed the head's gradients: it must not call backward or zero_grad, only return the "
+                        "loss"
+                    )
+            return loss
+
+        return run if self.head else closure
 
     def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
         groups = p.groups
@@ -92,12 +121,13 @@ class Passes:
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             with self._phase("forward"), self.zo.running(p, rows * groups):
                 output = call(self.model, stack(x, groups, rows), stack(kwargs, groups, rows))
+            if not self._must_check:
+                self._require_visits()
             parts = parts_of(output, groups)
             losses = []
             with self._phase("loss"):
                 for own in parts:
-                    losses.append(loss_for(loss_fn, own, y))
-                    self._check_loss(losses[-1])
+                    losses.append(self._loss(loss_for(loss_fn, own, y)))
         if self._must_check_rows:
             stats = dict(self.zo.batch_stats)
             if not rows_apart(parts, self._alone(p, x, kwargs)):
@@ -126,8 +156,7 @@ class Passes:
         if not self._buffers:
             self._buffers = [(b, b.clone()) for b in self.model.buffers()]
         with torch.enable_grad(), self._phase("forward"):
-            loss = run()
-        self._check_loss(loss)
+            loss = self._loss(run())
         with self._phase("head backward"):
             self._backward([loss])
         return loss.detach().float().reshape(1)

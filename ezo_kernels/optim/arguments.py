@@ -1,0 +1,20 @@
+"""Checks of numbers that a user gives, at the start and later through ``param_groups``."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+
+def number(value, name: str, *, least: float, strict: bool = False) -> float:
+    """``value`` as a float, at least ``least`` (above it, if ``strict``).
+
+    Raises:
+        TypeError: no Python or NumPy number; a tensor, whose value would have to be waited for.
+        ValueError: not finite, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < least or (strict and value == least):
+        raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {least}, got {value}")
+    return float(value)

@@ -1,0 +1,114 @@
+"""The head: closures that keep off its gradients, optimizers that can be guarded, and a first step that is skipped."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ezo_kernels as ezo
+
+
+def start(**options):
+    torch.manual_seed(0)
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), head="2")
+    return model, ezo.ElasticZO(model, seed=1, **options)
+
+
+def batch():
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(5, 4, generator=g), torch.randint(0, 3, (5,), generator=g)
+
+
+def bits(model):
+    return torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("disturb", ["zero_grad", "backward", "linear loss backward"])
+@pytest.mark.parametrize("head", ["2", "all"])
+def test_a_closure_that_touches_gradients_is_refused(disturb, head):
+    torch.manual_seed(0)
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), head=head)
+    opt = ezo.ElasticZO(model)
+    before, (x, y) = bits(model), batch()
+
+    def closure():
+        if disturb == "zero_grad":
+            opt.zero_grad()
+            return F.cross_entropy(model(x), y)
+        loss = model(x).sum() if disturb == "linear loss backward" else F.cross_entropy(model(x), y)
+        loss.backward(retain_graph=True)
+        return loss
+
+    if (disturb, head) == ("zero_grad", "all"):  # one group: there is nothing yet to lose
+        opt.step(closure)
+        return
+    with pytest.raises(ValueError, match="must not call backward or zero_grad"):
+        opt.step(closure)
+    assert torch.equal(bits(model), before) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["NAdam", "ASGD", "Rprop", "Adam", "Adagrad", "RMSprop", "RAdam", "Adadelta", "Adamax"]
+)
+def test_a_skipped_first_step_leaves_no_trace_in_the_head(name):
+    runs = []
+    for skipped in (0, 2):
+        model, opt = start(head_optimizer=lambda p: getattr(torch.optim, name)(p, lr=0.01))
+        x, y = batch()
+        for _ in range(skipped):
+            opt.train_step(x * math.nan, y)
+        for _ in range(3):
+            opt.train_step(x, y)
+        opt.train_step(x * math.inf, y)
+        opt.train_step(x, y)
+        runs.append(bits(model))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+def test_optimizers_that_cannot_take_a_step_are_refused_at_once(name):
+    with pytest.raises(NotImplementedError, match=name):
+        start(head_optimizer=getattr(torch.optim, name))
+
+
+def test_a_loss_may_be_a_number_where_nothing_is_differentiated():
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
+    x, y = batch()
+    opt = ezo.ElasticZO(model, eps=0.3)
+    loss = opt.step(lambda: float(F.cross_entropy(model(x), y)))
+    assert loss.item() == pytest.approx(opt.losses.mean().item()) and opt.g.item() != 0
+    assert opt.train_step(x, y, loss_fn=lambda out, t: np.float32(2.0)).item() == 2.0
+    with pytest.raises(TypeError, match="complex64"):
+        opt.step(lambda: model(x).sum() * 1j)
+    model, opt = start()
+    with pytest.raises(ValueError, match="head's parameters"):
+        opt.step(lambda: float(F.cross_entropy(model(x), y)))
+
+
+def test_numbers_of_numpy_are_numbers_and_a_bad_clip_is_refused_later_too():
+    model, opt = start(lr=np.float32(1e-3), eps=np.float64(1e-3), head_lr=np.int64(1), clip=np.float32(2.0))
+    assert type(opt.param_groups[0]["lr"]) is float
+    x, y = batch()
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: np.float32(0.5))
+    opt.train_step(x, y)
+    before = bits(model)
+    for clip in (-1.0, 0.0, math.nan):
+        opt.param_groups[0]["clip"] = clip
+        with pytest.raises(ValueError, match="clip"):
+            opt.train_step(x, y)
+    assert torch.equal(before, bits(model))
+    with pytest.raises(TypeError, match="rounds"):
+        start(rounds=7.0)
+
+
+def test_only_the_head_is_the_heads_though_the_user_unfreezes_everything():
+    model, _ = start()
+    model.requires_grad_(True)
+    assert [id(p) for p in ezo.head_parameters(model)] == [id(p) for p in model[2].parameters()]
+    model[2].bias.requires_grad_(False)
+    assert [id(p) for p in ezo.head_parameters(model)] == [id(model[2].weight)]
