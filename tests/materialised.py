@@ -56,13 +56,13 @@ class Pass:
             layout=layout, **self.params,
         )  # fmt: skip
 
-    def weights(self, w, site, layout=None, dtype=None, exact=False):
-        """The perturbed weight of each group: in ``dtype`` through fp32, or in fp64."""
+    def weights(self, w, site, layout=None, dtype=None, exact=False, z_dtype=torch.float32):
+        """The perturbed weight of each group: in ``dtype`` through fp32, or in fp64; z rounded to ``z_dtype`` first."""
         if w is None:
             return [None] * (self.queries * len(self.signs))
         out, w = [], w.detach().cpu()
         for q in range(self.queries):
-            z = self.z(w.shape, site, q, layout)
+            z = self.z(w.shape, site, q, layout).to(z_dtype).float()
             for sign in self.signs:
                 if exact:
                     out.append(w.double() + sign * float(torch.tensor(self.eps)) * z.double())
@@ -100,9 +100,9 @@ def embedding(ids, w, p: Pass, *, site, shared=False):
     return torch.cat([t[i.long()] for i, t in zip(parts, p.weights(w, site, "matrix"), strict=True)])
 
 
-def update(w, coefs, p: Pass, *, site, layout=None):
-    """w - coef_0 z_0 - coef_1 z_1 ..., fp32, each product rounded; not yet rounded to the dtype of w."""
+def update(w, coefs, p: Pass, *, site, layout=None, z_dtype=torch.float32):
+    """w - coef_0 z_0 - coef_1 z_1 ..., z of ``z_dtype``, fp32, each product rounded; not yet rounded to the dtype of w."""
     acc = w.detach().cpu().float()
     for q, coef in enumerate(coefs):
-        acc = acc - torch.tensor(coef, dtype=torch.float32) * p.z(w.shape, site, q, layout)
+        acc = acc - torch.tensor(coef, dtype=torch.float32) * p.z(w.shape, site, q, layout).to(z_dtype).float()
     return acc

@@ -130,10 +130,11 @@ def test_the_ends_of_the_gaussian(host):
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def run(host, params, layouts, keys, coef, noise: Noise, query=0, stochastic=True):
+def run(host, params, layouts, keys, coef, noise: Noise, query=0, stochastic=True, z_dtypes=None):
     """What the kernel does to ``params``, in place; keys [steps, 2], coef [steps, queries]."""
     sites = [0xFEDCBA98 + i for i in range(len(params))]
-    table = update_table(params, sites, layouts, noise, TILE)
+    rounded = z_dtypes and [name != "float32" for name in z_dtypes]
+    table = update_table(params, sites, layouts, noise, TILE, rounded)
     threshold, scale = noise_args(noise)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (table, keys, coef)]
     programs = table.numel() - FIELDS * len(params)
@@ -149,10 +150,11 @@ def copies(params):
     return [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in params]
 
 
-def check(host, params, layouts, keys, coef, noise, query=0, stochastic=True):
+def check(host, params, layouts, keys, coef, noise, query=0, stochastic=True, z_dtypes=None):
     ours, theirs = copies(params), copies(params)
-    sites = run(host, ours, layouts, keys, coef, noise, query, stochastic)
+    sites = run(host, ours, layouts, keys, coef, noise, query, stochastic, z_dtypes)
     options = dict(sites=sites, layouts=layouts, noise=noise, query=query, stochastic_rounding=stochastic)
+    options["z_dtypes"] = z_dtypes
     ops.update_(theirs, keys, coef, **options)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.equal(a.isnan(), b.isnan()), i
@@ -194,6 +196,22 @@ def test_the_update_is_the_references_bit_for_bit(host, noise, params, dtypes, c
     keys, coef = torch.stack(KEYS[: len(coef)]), torch.tensor(coef)
     for stochastic in (True, False) if noise == "gaussian" else (True,):
         check(host, weights, layouts, keys, coef, Noise(noise, **params), query=2**24 - 3, stochastic=stochastic)
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("coef", [[[0.01]], [[0.1, -0.2], [0.3, 0.0]]], ids=str)
+@pytest.mark.parametrize(("noise", "params"), NOISES)
+def test_z_of_the_weights_dtype(host, noise, params, coef, stochastic):
+    """Rounded before its product, beside parameters whose z is fp32."""
+    torch.manual_seed(0)
+    layouts, weights = _params((BF16, F16, BF16, F32, F16))
+    names = ["float32" if i % 5 in (2, 3) else str(w.dtype).removeprefix("torch.") for i, w in enumerate(weights)]
+    keys, coef = torch.stack(KEYS[: len(coef)]), torch.tensor(coef)
+    how = dict(query=5, stochastic=stochastic)
+    rounded = check(host, weights, layouts, keys, coef, Noise(noise, **params), z_dtypes=names, **how)
+    plain = check(host, weights, layouts, keys, coef, Noise(noise, **params), **how)
+    differ = {name for a, b, name in zip(rounded, plain, names, strict=True) if not torch.equal(a, b)}
+    assert differ == (set() if noise == "rademacher" else {"bfloat16", "float16"})
 
 
 @pytest.mark.parametrize("columns", [8, 40, 248, 256, 264])

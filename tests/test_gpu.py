@@ -12,6 +12,7 @@ from torch import nn
 
 import ezo_kernels as ezo
 from ezo_kernels import ops
+from ezo_kernels.ops import _linear_small_triton
 from ezo_kernels.ops.dropout import dropout_mask
 from ezo_kernels.ops.noise import NOISES, fold_key, key_tensor
 from ezo_kernels.optim.baselines import BackpropSGD
@@ -163,18 +164,46 @@ def test_embedding_is_exact(noise):
         assert torch.equal(y[3 * g : 3 * g + 3], F.embedding(ids[3 * g : 3 * g + 3], w_g))
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("noise", FLOAT)
-def test_update_is_the_references_bit_for_bit(noise, dtype):
+def test_update_is_the_references_bit_for_bit(noise, dtype, rounded):
     torch.manual_seed(0)
     spec = ops.Noise(noise, **extra(noise))
     ours = [torch.randn(s).cuda().to(dtype) for s in SHAPES if s]
     want = [t.cpu() for t in ours]
     coef, sites = torch.tensor([1e-2, -3e-3]), list(range(len(ours)))
-    ops.update_(ours, key_tensor(5, 6, "cuda"), coef.cuda(), sites=sites, noise=spec)
-    ops.update_(want, key_tensor(5, 6), coef, sites=sites, noise=spec)
+    names = [str(dtype).removeprefix("torch.") if rounded and i % 3 else "float32" for i in sites]
+    how = dict(sites=sites, noise=spec, z_dtypes=names)
+    ops.update_(ours, key_tensor(5, 6, "cuda"), coef.cuda(), **how)
+    ops.update_(want, key_tensor(5, 6), coef, **how)
     for a, b in zip(ours, want, strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("noise", FLOAT)
+def test_a_step_of_16_bits_applies_the_z_that_its_products_multiplied(noise, dtype, mode, monkeypatch):
+    """docs/rng.md, z of 16 bits: two products are taken by themselves, for many rows others, with the same z in the update."""
+    ran, launch = [], _linear_small_triton.launch_linear_small
+    monkeypatch.setattr(_linear_small_triton, "launch_linear_small", lambda *a: (ran.append(1), launch(*a)))
+    torch.manual_seed(0)
+    model = ezo.convert_(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 16)).cuda().to(dtype))
+    opt = ezo.ElasticZO(model, lr=0.1, eps=0.05, noise=noise, mode=mode, stochastic_rounding=False, **extra(noise))
+    few = 0
+    for step, rows in enumerate((16, 300)):
+        x, y = torch.randn(rows, 128, device="cuda").to(dtype), torch.zeros(rows, dtype=torch.long, device="cuda")
+        before = bits(model)
+        opt.train_step(x, y, lambda out, y: F.cross_entropy(out.float(), y))
+        few = few or len(ran)
+        assert few and len(ran) == few, "two products for the first batch, not for the second"
+        for s in model._ezo.manifest:
+            name, call = s.names[0], dict(seed=0, step=step, site=s.site, noise=noise, device="cuda", **extra(noise))
+            z = ops.materialize(s.shape, **call)
+            z = z.to(dtype).float() if name.endswith("weight") else z
+            want = (before[name].float() - (opt._lr * opt.g) * z).to(dtype)
+            assert torch.equal(model.state_dict()[name], want), name
 
 
 # --------------------------------------------------------------------------------------------------- contract of a step

@@ -25,12 +25,14 @@ def spec_of(noise):
 
 
 @pytest.mark.parametrize("coef", [[[1e-2]], [[1e-2, -3e-3], [0.0, 0.0], [2e-3, 0.0]]], ids=["one", "steps"])
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("noise", FLOAT)
-def test_the_update_is_the_references_and_tritons_bit_for_bit(noise, dtype, coef):
+def test_the_update_is_the_references_and_tritons_bit_for_bit(noise, dtype, coef, rounded):
     keys = torch.stack([key_tensor(5, 6 + i) for i in range(len(coef))])
     coef, spec = torch.tensor(coef), spec_of(noise)
     how = dict(sites=list(range(len(SHAPES))), noise=spec, query=3)
+    how["z_dtypes"] = [str(dtype).removeprefix("torch.") if rounded and i % 3 else "float32" for i in how["sites"]]
     after = {}
     for strategy in ("cuda", "triton"):
         after[strategy] = weights(dtype)

@@ -7,6 +7,7 @@ interpreter does not see what this sees: arguments that are one become constants
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,7 +166,10 @@ def test_update_and_noise(launches):
     for coef in (torch.ones(1), torch.ones(2)):
         ops.update_(params, key, coef, sites=[1, 2, 3], plan=plan)
     ops.update_(params, key.repeat(2, 1), torch.ones(2, 1), sites=[1, 2, 3], plan=plan)
+    rounded = (False, True, True)
+    plan = replace(plan, table=update_table(params, [1, 2, 3], layouts, ops.Noise(), rounded=rounded), rounded=rounded)
+    ops.update_(params, key, torch.ones(1), sites=[1, 2, 3], plan=plan)
     fold_key(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), key)
     ops.materialize((3, 5), seed=1, step=2, site=3, noise="sparse", p_zero=0.5)
     ops.materialize((1,), seed=1, step=2, site=3, noise="sparse_int8")
-    assert [launch.name for launch in launches] == ["update_kernel"] * 3 + ["fold_key_kernel"] + ["noise_kernel"] * 2
+    assert [launch.name for launch in launches] == ["update_kernel"] * 4 + ["fold_key_kernel"] + ["noise_kernel"] * 2

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ezo_kernels.ops import Noise, UpdatePlan, update_
+from ezo_kernels.ops._layout import default_layout, grid
 from ezo_kernels.ops.noise import key_tensor
-from ezo_kernels.ops.update import round_stochastic, update_strategy
+from ezo_kernels.ops.update import round_stochastic, rounding_lanes, update_strategy
 from tests import materialised as ref
 from tests.materialised import NOISES, Pass, randn
 from tests.tolerance import assert_bitwise_equal, bits
@@ -122,9 +123,6 @@ def test_updates_below_half_an_ulp_add_up(dtype, device):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_rounding_words_are_those_of_the_contract(dtype, device):
-    from ezo_kernels.ops._layout import grid
-    from ezo_kernels.ops.update import rounding_lanes
-
     p = Pass(device)
     for shape, layout in (((9, 21), "matrix"), ((5, 3, 2, 2), "conv")):
         w = randn(*shape, dtype=dtype, device=device)
@@ -188,6 +186,59 @@ def test_a_plan_spares_building_and_is_refused_for_other_shapes(device):
     assert torch.equal(other, before)
 
 
+# ---- z of the weight's dtype
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize(("noise", "params"), NOISES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_z_is_rounded_where_the_caller_says(dtype, noise, params, stochastic, device):
+    """Bitwise the materialised update with rounded z; every other parameter of the call keeps z in fp32."""
+    p, coefs = Pass(device, noise=noise, params=params, queries=2), [0.3, -0.02]
+    weights = [randn(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(SHAPES)]
+    names = [name_of(dtype) if i % 2 == 0 else "float32" for i in range(len(SHAPES))]
+    sites = list(range(len(weights)))
+    want = [
+        ref.update(w, coefs, p, site=i, z_dtype=getattr(torch, z))
+        for i, (w, z) in enumerate(zip(weights, names, strict=True))
+    ]
+    kept = [rounded_like(w, to, p, i, stochastic) for i, (w, to) in enumerate(zip(weights, want, strict=True))]
+    run(weights, coefs, p, sites, z_dtypes=names, stochastic_rounding=stochastic)
+    for w, expected in zip(weights, kept, strict=True):
+        assert_bitwise_equal(w.cpu(), expected)
+
+
+def name_of(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def rounded_like(w, to, p: Pass, site: int, stochastic: bool):
+    """``to`` as the update leaves it in w's dtype."""
+    if not stochastic:
+        return to.to(w.dtype)
+    where = grid(w.shape, default_layout(w.shape), p.p.noise.segment)
+    return round_stochastic(to, rounding_lanes(w.shape, key_tensor(p.seed, p.step), site, where, 7), w.dtype)
+
+
+def test_dtypes_of_z_that_cannot_be():
+    half, full = randn(3, 4, dtype=torch.bfloat16), randn(3, 4)
+    for params, z_dtypes, error, message in (
+        ([half], ["float16"], TypeError, "'float32' or its own 16 bits, got 'float16'"),
+        ([full], ["bfloat16"], TypeError, "z_dtypes of a torch.float32 parameter"),
+        ([half, full], ["bfloat16"], ValueError, "2 params and 1 z_dtypes"),
+    ):
+        before = [bits(w).clone() for w in params]
+        with pytest.raises(error, match=message):
+            run(params, [0.1], Pass(), list(range(len(params))), z_dtypes=z_dtypes)
+        assert all(torch.equal(bits(w), old) for w, old in zip(params, before, strict=True))
+    run([full], [0.1], Pass(), [1], z_dtypes=["float32"])
+    plan = UpdatePlan.build([half], [1], ["matrix"], Noise(), z_dtypes=["bfloat16"])
+    run([half], [0.1], Pass(), [1], plan=plan)  # the plan has them
+    run([half], [0.1], Pass(), [1], plan=plan, z_dtypes=["bfloat16"])
+    with pytest.raises(ValueError, match="plan was built for other dtypes of z"):
+        run([half], [0.1], Pass(), [1], plan=plan, z_dtypes=["float32"])
+
+
 # ---- several steps in one pass
 
 
@@ -200,6 +251,7 @@ def test_several_steps_are_as_many_calls(dtype, stochastic, device):
     keys = torch.stack([key_tensor(*s) for s in steps]).to(device)
     once, each = ([randn(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(SHAPES)] for _ in "ab")
     how = dict(sites=list(range(len(SHAPES))), query=7, stochastic_rounding=stochastic)
+    how["z_dtypes"] = [name_of(dtype)] * len(SHAPES)
     update_(once, keys, coefs.to(device), **how)
     for key, coef in zip(keys, coefs.to(device), strict=True):
         update_(each, key, coef, **how)

@@ -19,6 +19,7 @@ _STEP, _NN = "ezo_kernels/optim/elastic_zo.py", "ezo_kernels/nn/"
 _NOISE = "tests/test_noise.py"
 _WATCH = "ezo_kernels/optim/diagnostics.py"
 _UPDATE = "tests/test_update.py"
+_ROUNDED = "tests/test_rounded_z.py"
 _GRADIENT = "tests/test_gradient.py"
 _LINEAR = "tests/test_ops.py -k linear"
 _DATA = "ezo_kernels/data/"
@@ -490,6 +491,56 @@ MUTANTS = (
         "[0] if zo.one_mask else range(",
         "range(",
         "tests/test_estimate.py -k one_mask",
+    ),
+    # z of 16 bits
+    Mutant(
+        "the update makes z in fp32 where the forward rounded it",
+        _STEP,
+        "self.noise, z_dtypes=z_dtypes)",
+        "self.noise)",
+        _ROUNDED,
+    ),
+    Mutant(
+        "the forward makes z in fp32 where the update rounds it",
+        _NN + "linear.py",
+        "z_dtype=self.zo.z_dtype(self.site, self.weight)",
+        'z_dtype="float32"',
+        _ROUNDED,
+    ),
+    Mutant(
+        "a tied embedding's z is rounded",
+        _NN + "plan.py",
+        "known.linear = known.linear and linear",
+        "known.linear = linear",
+        _ROUNDED,
+    ),
+    Mutant(
+        "z is rounded whatever the strategy",
+        _NN + "plan.py",
+        'z_dtype = "weight" if uses[p].linear and strategy in _TWO_PRODUCTS else "float32"',
+        'z_dtype = "weight" if uses[p].linear else "float32"',
+        _ROUNDED,
+    ),
+    Mutant(
+        "a cast model is updated by the plan it had",
+        _OPS + "update.py",
+        "p.data_ptr() if p.is_cuda else 0, p.dtype, *p.shape",
+        "p.data_ptr() if p.is_cuda else 0, *p.shape",
+        _ROUNDED,
+    ),
+    Mutant(
+        "a graph is replayed on the bits of another dtype",
+        "ezo_kernels/optim/capture.py",
+        "(t.data_ptr(), t.dtype) for t in tensors",
+        "t.data_ptr() for t in tensors",
+        _ROUNDED,
+    ),
+    Mutant(
+        "CUDA C++ truncates z to bf16",
+        _OPS + "csrc/ezo_update.cuh",
+        "(a + 0x7fffu + ((a >> 16) & 1u)) >> 16",
+        "a >> 16",
+        "tests/test_csrc.py -k weights_dtype",
     ),
     # CUDA C++
     Mutant(

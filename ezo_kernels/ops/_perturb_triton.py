@@ -18,6 +18,7 @@ import torch
 from ._address import address, offsets
 from ._layout import Grid, grid
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
+from ._rounding_triton import round_z
 from ._tiles import element_tile
 from ._triton import jit, require, tl
 from ._variants import Variant
@@ -87,7 +88,7 @@ def perturb_kernel(
         own = (r + first_row).to(tl.uint32)
         z = z_units(k0, k1, site, query + q, own, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
         if ROUNDED:
-            z = z.to(dtype).to(tl.float32)
+            z = round_z(z, dtype, ASM)
         step = z * tl.load(eps_ptr)
         if SIGNS >= 1:
             tl.store(out_ptr + at, (w + step).to(dtype), mask=mask)
@@ -156,6 +157,7 @@ def launch_perturb(
     """
     more = {"first_row": first_row, "rounded": rounded}
     require()
+    rounded = rounded and not noise.sixteen_bits
     if queries > 65535:
         raise NotImplementedError(f"perturb: 65535 queries a pass at most, got {queries}")
     where = grid(w.shape, layout, noise.segment)

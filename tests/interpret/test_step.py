@@ -69,6 +69,30 @@ def test_update_uses_the_forward_z_bitwise(name):
         assert torch.equal(model.state_dict()[s.names[0]], before[s.names[0]] - (opt._lr * opt.g) * z), s.names
 
 
+@pytest.mark.parametrize("strategy", ["auto", "two_products"])
+def test_a_step_of_16_bits_applies_the_rounded_z_bitwise(strategy, on_cpu):
+    """fp16, whose products the interpreter can make: losses near the reference's, and the update's bits by our own g."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 18).half(), torch.tensor([0, 1, 2, 0])
+
+    def run():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(18, 24), nn.ReLU(), nn.Linear(24, 3)).half()
+        ezo.convert_(model, strategy=strategy)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        opt = ezo.ElasticZO(model, lr=1e-1, eps=1e-1, seed=5, noise="clt4", stochastic_rounding=False)
+        opt.train_step(x, y, lambda out, y: nn.functional.cross_entropy(out.float(), y))
+        return model, opt, before
+
+    model, opt, before = run()
+    for s in model._ezo.manifest:
+        name, z = s.names[0], ezo.ops.materialize(s.shape, seed=5, step=0, site=s.site, noise="clt4")
+        z = z.half().float() if name.endswith("weight") else z
+        want = (before[name].float() - (opt._lr * opt.g) * z).half()
+        assert torch.equal(model.state_dict()[name], want), name
+    torch.testing.assert_close(opt.losses, on_cpu(run)[1].losses, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize(("mode", "name"), [("stacked", "gaussian"), ("sequential", "clt4")])
 def test_two_steps_follow_the_reference(mode, name, on_cpu):
     def run():

@@ -10,18 +10,20 @@ from ezo_kernels.ops._update_triton import update_table
 from ezo_kernels.ops.noise import Noise, key_tensor
 
 
-def plan(params, sites, layouts, noise):
-    table = update_table(params, sites, layouts, noise)
-    return ops.UpdatePlan(tuple(sites), tuple(layouts), tuple(map(ops.UpdatePlan._address, params)), table)
+def plan(params, sites, layouts, noise, z_dtypes=None):
+    rounded = tuple(name != "float32" for name in z_dtypes or ["float32"] * len(params))
+    table = update_table(params, sites, layouts, noise, rounded=rounded)
+    where = tuple(map(ops.UpdatePlan._address, params))
+    return ops.UpdatePlan(tuple(sites), tuple(layouts), where, table, rounded=rounded)
 
 
-def both(on_cpu, params, layouts, key, coef, noise, **options):
+def both(on_cpu, params, layouts, key, coef, noise, z_dtypes=None, **options):
     """The parameters after our update and after the reference's."""
     sites = [0xFEDCBA98 + i for i in range(len(params))]
     ours, theirs = ([torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in params] for _ in "ab")
     options |= {"sites": sites, "layouts": layouts, "noise": noise}
-    ops.update_(ours, key, coef, plan=plan(ours, sites, layouts, noise), **options)
-    on_cpu(ops.update_, theirs, key, coef, **options)
+    ops.update_(ours, key, coef, plan=plan(ours, sites, layouts, noise, z_dtypes), **options)
+    on_cpu(ops.update_, theirs, key, coef, z_dtypes=z_dtypes, **options)
     return ours, theirs
 
 
@@ -80,6 +82,34 @@ def test_a_skipped_step_leaves_every_bit_alone(key, dtype):
     ops.update_([w], key, torch.zeros(2), sites=[1], noise=noise, plan=plan([w], [1], ["matrix"], noise))
     kind = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(w.view(kind), before.view(kind))
+
+
+@pytest.mark.parametrize("name", ["clt4", "uniform", "hadamard", "rademacher", "sparse"])
+def test_z_of_the_parameters_dtype(on_cpu, key, name):
+    """bf16, fp16 and fp32 in one launch, some with z rounded, of several queries: the reference's bits."""
+    params = [w.to(d) for d in (torch.bfloat16, torch.float16) for w in (torch.randn(20, 40), torch.randn(6, 3, 5, 5))]
+    params.append(torch.randn(9, 21))
+    z_dtypes = ["bfloat16", "float32", "float32", "float16", "float32"]
+    noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
+    layouts, coef = ["matrix", "conv", "matrix", "conv", "matrix"], torch.tensor([0.5, -0.25])
+    ours, theirs = both(on_cpu, params, layouts, key, coef, noise, z_dtypes)
+    plain, _ = both(on_cpu, params, layouts, key, coef, noise)
+    for a, b, c, z_dtype in zip(ours, theirs, plain, z_dtypes, strict=True):
+        if name == "sparse":  # a gaussian, whose last bit is the interpreter's
+            torch.testing.assert_close(a.float(), b.float(), rtol=2**-7, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
+            assert torch.equal(a, c) == (z_dtype == "float32" or name == "rademacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_rounded_z_is_the_materialised_one(key, dtype):
+    """w = 0 and a coefficient of -1: what is left has nothing to round."""
+    z = ops.materialize((33, 70), seed=0x0123456789ABCDEF, step=77, site=3, noise="clt4")
+    w, noise = torch.zeros(33, 70, dtype=dtype), Noise("clt4")
+    own = plan([w], [3], ["matrix"], noise, [str(dtype).removeprefix("torch.")])
+    ops.update_([w], key, torch.tensor([-1.0]), sites=[3], noise=noise, plan=own)
+    assert torch.equal(w, z.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
