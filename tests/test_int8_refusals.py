@@ -1,4 +1,4 @@
-"""What the integers refuse, by name, and that nothing has changed then: models, arguments, steps, states."""
+"""What the integers refuse, by name, and that nothing has changed then: arguments, steps, states."""
 
 from __future__ import annotations
 
@@ -12,105 +12,7 @@ from torch import nn
 import ezo_kernels as ezo
 from ezo_kernels.ops import Int8Tensor
 from ezo_kernels.optim import IntegerSchedule
-from tests.int8_models import Tiny, ints, lenet, overwrite, same, state, steps, tiny, tiny_batch
-
-# ---- models
-
-
-class Stray(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.scale = nn.Linear(4, 2), nn.Parameter(torch.ones(2))
-
-    def forward(self, x):
-        return self.fc(x) * self.scale
-
-
-class Functional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return F.gelu(self.fc(x))
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.two.weight = self.one.weight
-
-    def forward(self, x):
-        return self.two(self.one(x))
-
-
-def with_nan() -> nn.Module:
-    model = Tiny()
-    model.fc1.weight.data[0, 0] = float("nan")
-    return model
-
-
-UNFIT = {
-    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 0, r"1 \(BatchNorm1d\).*fold"),
-    "batch norm 2d": (lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)), 0, r"1 \(BatchNorm2d\).*fold"),
-    "sigmoid": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), 0, r"1 \(Sigmoid\).*ReLU"),
-    "gelu": (Functional, 0, "gelu"),
-    "stray": (Stray, 0, r"the model \(Stray\)"),
-    "dropout": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 0, r"1 \(Dropout\).*rate"),
-    "conv3d": (lambda: nn.Sequential(nn.Conv3d(1, 1, 1)), 0, r"0 \(Conv3d\).*take it out"),
-    "conv1d in the head": (lambda: nn.Sequential(nn.Conv1d(1, 1, 1)), 1, r"0 \(Conv1d\).*cut"),
-    "circular": (lambda: nn.Sequential(nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")), 0, "0 .*'circular'"),
-    "tied": (Tied, 0, r"'one.weight' and 'two.weight'"),
-    "conv in the head": (Tiny, 3, r"conv \(Conv2d\).*cut"),
-    "nan": (with_nan, 0, r"fc1 \(Linear\).*not finite"),
-    "terms": (lambda: nn.Sequential(nn.Linear(99_337, 1)), 0, r"0 \(Linear\).*99337.*99336"),
-    "reflect": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")), 0, "0 .*'reflect'"),
-    "even same": (lambda: nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), 0, "0 .*'same'"),
-    "embedding": (lambda: nn.Sequential(nn.Embedding(3, 4)), 0, r"0 \(Embedding\)"),
-}
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_a_model_without_an_integer_form_is_refused_by_name(case):
-    make, head, match = UNFIT[case]
-    model = make()
-    before, flags = state(model), [p.requires_grad for p in model.parameters()]
-    classes = [type(m) for m in model.modules()]
-    with pytest.raises(NotImplementedError, match=match):
-        ezo.convert_(model, head=head, precision="int8")
-    assert [type(m) for m in model.modules()] == classes and [p.requires_grad for p in model.parameters()] == flags
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("leaf", ["bias", "weight"])
-def test_half_a_frozen_layer_is_refused_by_name(leaf):
-    plain = Tiny()
-    getattr(plain.fc1, leaf).requires_grad_(False)
-    with pytest.raises(NotImplementedError, match="fc1 .Linear. is frozen in half"):
-        ezo.convert_(plain, precision="int8")
-    assert type(plain.fc1) is nn.Linear and plain.fc1.weight.dtype == torch.float32
-    ezo.convert_(plain, head=["fc1", "fc2"], precision="int8")  # in the head each parameter is on its own
-
-
-def test_all_problems_are_listed_at_once():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.BatchNorm1d(4))
-    with pytest.raises(NotImplementedError, match=r"(?s)1 \(Sigmoid\).*2 \(BatchNorm1d\)"):
-        ezo.convert_(model, precision="int8")
-
-
-def test_the_longest_sum_is_accepted():
-    model = ezo.convert_(nn.Sequential(nn.Linear(99_336, 1)), precision="int8")
-    opt = ezo.ElasticZOInt8(model)
-    opt.train_step(torch.full((1, 99_336), -128, dtype=torch.int8), torch.zeros(1, dtype=torch.int64))
-
-
-def test_a_dropout_of_rate_zero_is_no_obstacle():
-    """The advice for another rate is to set it to zero."""
-    model = ezo.convert_(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 2)), precision="int8")
-    ezo.ElasticZOInt8(model).train_step(ints((3, 4), 0), torch.zeros(3, dtype=torch.int64))
-
+from tests.int8_models import Tiny, lenet, overwrite, same, state, steps, tiny, tiny_batch
 
 # ---- arguments
 

@@ -282,6 +282,48 @@ MUTANTS = (
         "fold_key(self._seed, self._step * 0, self._key)",
         _INT8_STEP,
     ),
+    Mutant(
+        "a frozen layer of the integer head ends the error",
+        _NN + "int8_layers.py",
+        "(self.head_names or input.tape is not None)",
+        "self.head_names",
+        "tests/test_int8_head.py -k frozen",
+    ),
+    Mutant(
+        "the terms of the last call alone",
+        _NN + "tape.py",
+        "self._terms[name] += of_y",
+        "self._terms[name] = of_y",
+        "tests/test_int8_head.py -k twice",
+    ),
+    Mutant(
+        "g by a difference that wraps",
+        "ezo_kernels/optim/int8_passes.py",
+        "return (plus > minus).to(torch.int32) - (plus < minus).to(torch.int32)",
+        "return torch.sign(plus - minus).to(torch.int32)",
+        "tests/test_int8_limits.py -k comparison",
+    ),
+    Mutant(
+        "the integer head learns from a loss that is not finite",
+        "ezo_kernels/optim/elastic_zo_int8.py",
+        "peak *= ok",
+        "peak *= 1",
+        "tests/test_int8_limits.py -k finite",
+    ),
+    Mutant(
+        "an integer step whose loss is not finite counts",
+        "ezo_kernels/optim/elastic_zo_int8.py",
+        "self._step += ok",
+        "self._step += 1",
+        "tests/test_int8_limits.py -k finite",
+    ),
+    Mutant(
+        "floats loaded into int8",
+        _NN + "int8_layers.py",
+        "if not problems:",
+        "if True:",
+        "tests/test_int8_limits.py -k float_state",
+    ),
     # experiments
     Mutant(
         "trials of any recipe are one",
@@ -541,6 +583,34 @@ MUTANTS = (
         "(a + 0x7fffu + ((a >> 16) & 1u)) >> 16",
         "a >> 16",
         "tests/test_csrc.py -k weights_dtype",
+    ),
+    Mutant(
+        "every slab of a convolution has the noise of the first",
+        _OPS + "_conv2d_slab.py",
+        "fill(room, w[slab], first, q)",
+        "fill(room, w[slab], 0, q)",
+        "tests/test_slab_conv.py -k contract",
+    ),
+    Mutant(
+        "a slab of a conv group reads the inputs of the first",
+        _OPS + "_conv2d_slab.py",
+        "inputs = slice(first // own * channels, (first // own + count) * channels)",
+        "inputs = slice(0, count * channels)",
+        "tests/test_slab_conv.py -k products",
+    ),
+    Mutant(
+        "cuDNN is given a group that begins anywhere",
+        _OPS + "_conv2d_slab.py",
+        "y if dense and y.data_ptr() % 64 == 0 else",
+        "y if dense else",
+        "tests/test_slab_conv.py -k cudnn",
+    ),
+    Mutant(
+        "a convolution chooses by the stacked batch",
+        _OPS + "conv2d.py",
+        "positions = out.shape[0] // groups * ",
+        "positions = out.shape[0] * ",
+        "tests/test_strategy.py -k one_group",
     ),
     # CUDA C++
     Mutant(

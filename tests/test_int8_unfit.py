@@ -1,0 +1,165 @@
+"""Models that have no integer form: each is refused by name, with what to do, and nothing has changed then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ezo_kernels as ezo
+from tests.int8_models import Tiny, ints, state
+
+
+class Stray(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(4, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.fc(x) * self.scale
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return F.gelu(self.fc(x))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+def with_nan() -> nn.Module:
+    model = Tiny()
+    model.fc1.weight.data[0, 0] = float("nan")
+    return model
+
+
+def huge() -> nn.Module:
+    """The second of two layers: the first one must not be converted by then."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight.data *= 1e30
+    return model
+
+
+def viewed() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data.t())
+    return model
+
+
+def normed(undo) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), undo(nn.Linear(4, 4)))
+
+
+class Squashing(nn.ReLU):
+    def forward(self, x):
+        return torch.sigmoid(x)
+
+
+def pooled(pool: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 1, 1), pool)
+
+
+UNFIT = {
+    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 0, r"1 \(BatchNorm1d\).*fold"),
+    "batch norm 2d": (lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)), 0, r"1 \(BatchNorm2d\).*fold"),
+    "sigmoid": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), 0, r"1 \(Sigmoid\).*ReLU"),
+    "gelu": (Functional, 0, "gelu"),
+    "stray": (Stray, 0, r"the model \(Stray\)"),
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 0, r"1 \(Dropout\).*rate"),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(1, 1, 1)), 0, r"0 \(Conv3d\).*take it out"),
+    "conv1d in the head": (lambda: nn.Sequential(nn.Conv1d(1, 1, 1)), 1, r"0 \(Conv1d\).*cut"),
+    "circular": (lambda: nn.Sequential(nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")), 0, "0 .*'circular'"),
+    "tied": (Tied, 0, r"'one.weight' and 'two.weight'"),
+    "conv in the head": (Tiny, 3, r"conv \(Conv2d\).*cut"),
+    "nan": (with_nan, 0, r"fc1 \(Linear\).*not finite"),
+    "terms": (lambda: nn.Sequential(nn.Linear(99_337, 1)), 0, r"0 \(Linear\).*99337.*99336"),
+    "reflect": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")), 0, "0 .*'reflect'"),
+    "even same": (lambda: nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), 0, "0 .*'same'"),
+    "huge": (huge, 0, r"1 \(Linear\): its weight reaches .*127 \* 2\^64"),
+    "viewed": (viewed, 0, "'0.weight' and '1.weight' are one parameter"),
+    "no outputs": (lambda: nn.Sequential(nn.Linear(4, 0)), 0, r"0 \(Linear\): its weight \(0, 4\) is empty"),
+    "weight norm": (
+        lambda: normed(nn.utils.weight_norm),
+        0,
+        r"1 \(Linear\): its weight is computed from.*remove_weight_norm",
+    ),
+    "spectral norm": (
+        lambda: normed(nn.utils.spectral_norm),
+        0,
+        r"1 \(Linear\): its weight is computed from.*weight_orig",
+    ),
+    "float64": (
+        lambda: nn.Sequential(nn.Linear(2, 2).double()),
+        0,
+        r"0 \(Linear\): its weight is torch.float64.*float\(\)",
+    ),
+    "ceil": (lambda: pooled(nn.MaxPool2d(2, ceil_mode=True)), 0, r"1 \(MaxPool2d\): no dilation, ceil_mode"),
+    "dilated pool": (lambda: pooled(nn.MaxPool2d(2, dilation=2)), 0, r"1 \(MaxPool2d\): no dilation"),
+    "average of what is there": (
+        lambda: pooled(nn.AvgPool2d(3, padding=1, count_include_pad=False)),
+        0,
+        r"1 \(AvgPool2d\):.*count_include_pad=True",
+    ),
+    "divisor": (lambda: pooled(nn.AvgPool2d(3, divisor_override=2)), 0, r"1 \(AvgPool2d\):.*divisor_override"),
+    "flattened rows": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)), 0, r"1 \(Flatten\):.*start_dim=1"),
+    "subclass": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Squashing()),
+        0,
+        r"forward of 1 \(Squashing\) calls sigmoid.*use one of",
+    ),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(3, 4)), 0, r"0 \(Embedding\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element", "ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_model_without_an_integer_form_is_refused_by_name(case):
+    make, head, match = UNFIT[case]
+    model = make()
+    before, flags = state(model), [p.requires_grad for p in model.parameters()]
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(NotImplementedError, match=match):
+        ezo.convert_(model, head=head, precision="int8")
+    assert [type(m) for m in model.modules()] == classes and [p.requires_grad for p in model.parameters()] == flags
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("leaf", ["bias", "weight"])
+def test_half_a_frozen_layer_is_refused_by_name(leaf):
+    plain = Tiny()
+    getattr(plain.fc1, leaf).requires_grad_(False)
+    with pytest.raises(NotImplementedError, match="fc1 .Linear. is frozen in half"):
+        ezo.convert_(plain, precision="int8")
+    assert type(plain.fc1) is nn.Linear and plain.fc1.weight.dtype == torch.float32
+    ezo.convert_(plain, head=["fc1", "fc2"], precision="int8")  # in the head each parameter is on its own
+
+
+def test_all_problems_are_listed_at_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.BatchNorm1d(4))
+    with pytest.raises(NotImplementedError, match=r"(?s)1 \(Sigmoid\).*2 \(BatchNorm1d\)"):
+        ezo.convert_(model, precision="int8")
+
+
+def test_the_longest_sum_is_accepted():
+    model = ezo.convert_(nn.Sequential(nn.Linear(99_336, 1)), precision="int8")
+    opt = ezo.ElasticZOInt8(model)
+    opt.train_step(torch.full((1, 99_336), -128, dtype=torch.int8), torch.zeros(1, dtype=torch.int64))
+
+
+def test_a_dropout_of_rate_zero_is_no_obstacle():
+    """The advice for another rate is to set it to zero."""
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 2)), precision="int8")
+    ezo.ElasticZOInt8(model).train_step(ints((3, 4), 0), torch.zeros(3, dtype=torch.int64))
