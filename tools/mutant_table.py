@@ -457,8 +457,8 @@ MUTANTS = (
     Mutant(
         "a graph outlives the weights it reads",
         "ezo_kernels/optim/capture.py",
-        "0 if t is None else t.data_ptr() for t in tensors",
-        "0 for t in tensors",
+        "0 if t is None else (t.data_ptr(), t.dtype) for t in tensors",
+        "t is None or t.dtype for t in tensors",
         "tests/test_capture.py -k 'moved or assigned'",
     ),
     Mutant(
