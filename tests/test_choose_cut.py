@@ -184,16 +184,35 @@ def test_same_choice_twice_and_nothing_is_touched():
 
 def test_a_memory_budget_rules_cuts_out_and_names_the_smallest():
     model, sample = mlp()
-    free = choose_cut(model, sample, time_step=fixed())
+    free = choose_cut(model, sample, mode="stacked", time_step=fixed())
     least = min(row.bytes for row in free.rows)
-    tight = choose_cut(model, sample, memory_budget=least, time_step=fixed())
+    tight = choose_cut(model, sample, mode="stacked", memory_budget=least, time_step=fixed())
     assert {row.bytes for row in tight.rows if row.allowed} == {least}
     assert all((row.seconds is None) == (row.bytes > least) for row in tight.rows)
     assert "over budget" in str(tight)
     with pytest.raises(ValueError, match=f"{least - 1:,} bytes: the smallest that one does is {least:,} "):
-        choose_cut(model, sample, memory_budget=least - 1, time_step=fixed())
+        choose_cut(model, sample, mode="stacked", memory_budget=least - 1, time_step=fixed())
+
+
+def test_groups_run_one_by_one_where_all_at_once_would_not_fit():
+    model, sample = mlp()
+    stacked = choose_cut(model, sample, time_step=fixed())
+    assert {row.mode for row in stacked.rows} == {"stacked"} == {stacked.mode}
     sequential = choose_cut(model, sample, mode="sequential", time_step=fixed())
-    assert min(row.bytes for row in sequential.rows) < least
+    least = min(row.bytes for row in sequential.rows)
+    assert least < min(row.bytes for row in stacked.rows)
+    tight = choose_cut(model, sample, memory_budget=least, time_step=fixed())
+    assert tight.mode == "sequential" and "mode sequential" in str(tight) and tight.to_dict()["mode"] == "sequential"
+    opt = ezo.ElasticZO(ezo.convert_(copy.deepcopy(model), head=tight.head), mode=tight.mode)
+    assert torch.isfinite(opt.train_step(*sample))
+    # both kinds in one table: a cut that fits all at once stays so
+    between = sorted(row.bytes for row in stacked.rows)[1]
+    found = choose_cut(model, sample, memory_budget=between, time_step=fixed())
+    assert [row.mode for row in found.rows if row.bytes <= between and row.allowed].count("stacked") >= 1
+    for row, all_at_once in zip(found.rows, stacked.rows, strict=True):
+        assert (row.mode == "stacked") == (all_at_once.bytes <= between)
+    with pytest.raises(ValueError, match=f"the smallest that one does is {least:,} "):
+        choose_cut(model, sample, memory_budget=least - 1, time_step=fixed())
 
 
 def test_a_time_budget_rules_cuts_out_and_names_the_smallest():
@@ -277,15 +296,54 @@ def test_a_loss_of_ones_own_with_its_draw():
 # ---- ezo cut
 
 
-def test_ezo_cut(tmp_path, capsys):
+@pytest.fixture
+def cut(tmp_path, capsys):
+    """``ezo cut`` on a small set of images: (exit code, stdout, stderr)."""
     folder = write_idx(tmp_path, make_arrays(train=128))
-    small = ["cut", "--data-dir", str(folder), "--model", "mlp", "--hidden", "8", "--batch", "16"]
-    assert main([*small, "--json", str(tmp_path / "cut.json"), "--plot", str(tmp_path / "cut.png")]) == 0
-    assert "of the best allowed gain" in capsys.readouterr().out
+
+    def run(*argv):
+        code = main(["cut", "--data-dir", str(folder), "--batch", "16", *map(str, argv)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+MLP = ("--model", "mlp", "--hidden", "8")
+
+
+def test_ezo_cut(cut, tmp_path):
+    code, out, _ = cut(*MLP, "--json", tmp_path / "cut.json", "--plot", tmp_path / "cut.png")
+    assert code == 0 and "of the best allowed gain" in out
     record = json.loads((tmp_path / "cut.json").read_text())
     assert record["batch"] == 16 and len(record["rows"]) == 3 and (tmp_path / "cut.png").exists()
-    least = min(row["bytes"] for row in record["rows"])
-    assert main([*small, "--memory", "1000"]) == 2
-    assert f"the smallest that one does is {least:,}" in capsys.readouterr().err
-    assert main([*small[:-1], "1"]) == 2
-    assert "--batch must be at least 2" in capsys.readouterr().err
+    assert record["precision"] == "fp32" and record["mode"] == "stacked"
+
+
+def test_ezo_cut_of_pointnet_sees_clouds(cut, tmp_path):
+    code, out, err = cut("--model", "pointnet", "--batch", 4, "--json", tmp_path / "cut.json")
+    assert code == 0, err
+    record = json.loads((tmp_path / "cut.json").read_text())
+    assert len(record["rows"]) == 9 and [s["name"] for s in record["signals"]][-1] == "fc3" and "conv5 on" in out
+    assert all(row["seconds"] > 0 for row in record["rows"])
+
+
+def test_ezo_cut_in_16_bits(cut, tmp_path):
+    for precision in ("fp32", "bf16"):
+        assert cut(*MLP, "--precision", precision, "--json", tmp_path / f"{precision}.json")[0] == 0
+    floats, half = (json.loads((tmp_path / f"{p}.json").read_text())["rows"][0]["bytes"] for p in ("fp32", "bf16"))
+    assert 0.45 < half / floats < 0.6
+
+
+def test_ezo_cut_refuses(cut, tmp_path):
+    plan = ezo.memory_plan(ezo.models.MLP(784, 8, 10), (torch.zeros(16, 1, 28, 28), torch.zeros(16, dtype=torch.int64)))
+    least = min(parts.total for c in plan.cuts for (_, how), parts in c.bytes.items() if how == "sgd")
+    for argv, said in (
+        (("--memory", 1000), f"the smallest that one does is {least:,}"),
+        (("--time", 1e-9), "the smallest that one does is"),
+        (("--batch", 1), "--batch must be at least 2"),
+        (("--batch", 100000), "a batch of 100000 out of"),
+        (("--precision", "int8"), "plan_int8_step"),
+        (("--json", tmp_path / "none" / "x.json"), "there is no folder"),
+    ):
+        code, out, err = cut(*MLP, *argv)
+        assert code == 2 and out == "" and err.count("\n") == 1 and said in err, argv

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
-from ..data import load
+from ..data import Dataset, load
 from ..planning import choose_cut
+from ..planning.signal import draw_classes
 from . import outputs, system
 from .recipe import Recipe
-from .run import build_model, inputs
+from .run import build_model, data_for, inputs, loss_fn
+
+SPLITS = ("train", "valid", "test")
+
+
+def first_batch(recipe: Recipe, data: Dataset, device: torch.device):
+    """The first training images as the recipe's model takes them, in a batch, with their labels.
+
+    Raises:
+        ValueError: fewer images than that.
+    """
+    if recipe.batch > len(data.x_train):
+        raise ValueError(
+            f"a batch of {recipe.batch} out of {len(data.x_train)} training images of {data.name}: too few"
+        )
+    # Before they become clouds: the others are not needed.
+    few = {f"{kind}_{split}": getattr(data, f"{kind}_{split}")[: recipe.batch] for kind in "xy" for split in SPLITS}
+    data = data_for(recipe, replace(data, **few))
+    x = inputs(data.x_train, data.name, recipe.precision)
+    return x.to(device), torch.from_numpy(data.y_train).to(device)
 
 
 def cut(args: argparse.Namespace) -> int:
@@ -19,15 +40,21 @@ def cut(args: argparse.Namespace) -> int:
     outputs.check_plot(args.plot)
     if args.batch < 2:
         raise ValueError(f"--batch must be at least 2, got {args.batch}")
+    if args.precision == "int8":
+        raise ValueError(
+            "--precision int8: a cut is chosen by gradients, which integers do not have: choose it in floats, and give its "
+            "head to ezo train --precision int8; ezo_kernels.planning.plan_int8_step has the bytes of a step in integers"
+        )
     torch.set_num_threads(1)
     device = system.pick_device(args.device)
-    recipe = Recipe(model=args.model, hidden=args.hidden, data=args.data, seed=args.seed)
+    recipe = Recipe(model=args.model, hidden=args.hidden, data=args.data, precision=args.precision, seed=args.seed)
     data = load(recipe.data, args.data_dir)
-    x = inputs(data.x_train[: args.batch], data.name, recipe.precision).to(device)
-    y = torch.from_numpy(data.y_train[: args.batch]).to(device, torch.int64)
+    x, y = first_batch(replace(recipe, batch=args.batch), data, device)
     choice = choose_cut(
         build_model(recipe, device),
         (x, y),
+        loss_fn=loss_fn,
+        draw_target=draw_classes,
         memory_budget=args.memory,
         time_budget=args.time,
         queries=args.queries,
@@ -35,7 +62,8 @@ def cut(args: argparse.Namespace) -> int:
     )
     print(choice)
     if args.json:
-        outputs.write_json(args.json, {**choice.to_dict(), "model": recipe.model, "data": data.name, "batch": len(x)})
+        own = {"model": recipe.model, "precision": recipe.precision, "data": data.name, "batch": len(x)}
+        outputs.write_json(args.json, {**choice.to_dict(), **own})
     if args.plot:
         choice.plot(args.plot)
     return 0

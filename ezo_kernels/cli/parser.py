@@ -188,10 +188,13 @@ def build() -> Parser:
         help="which layers to give to backpropagation: bytes, time and predicted gain of every cut, and a choice",
         description="Choose the head of a model with its initial weights, from the first batch of the training images.",
     )
-    cut.add_argument("--model", choices=("lenet5", "mlp"), default="lenet5", help="(default: lenet5)")
+    cut.add_argument("--model", choices=R.MODELS, default="lenet5", help="(default: lenet5)")
     cut.add_argument("--hidden", default="256,128", metavar="N,N", help="widths of the MLP's hidden layers")
     cut.add_argument("--data", choices=R.DATA, default="mnist", help="(default: mnist)")
     add_data_dir(cut)
+    cut.add_argument(
+        "--precision", choices=R.PRECISIONS, default="fp32", help="(default: fp32); int8 is refused, it has no gradient"
+    )
     cut.add_argument("--batch", type=int, default=32, metavar="N", help="rows, as in the training (default: 32)")
     cut.add_argument("--queries", type=int, default=1, metavar="N", help="directions a step (default: 1)")
     cut.add_argument("--memory", type=int, metavar="BYTES", help="budget at the peak of a step (default: none)")

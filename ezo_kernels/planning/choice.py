@@ -87,6 +87,11 @@ class CutChoice:
     memory_budget: int | None
     time_budget: float | None
 
+    @property
+    def mode(self) -> str:
+        """``stacked`` or ``sequential``, of the cut that was chosen: what :class:`ezo_kernels.ElasticZO` is to be given."""
+        return next(row.mode for row in self.rows if row.layers == self.layers)
+
     def __str__(self) -> str:
         best = max(row.gain for row in self.rows if row.allowed)
         lines = []
@@ -103,13 +108,15 @@ class CutChoice:
             for s in self.signals
         ]
         of_layers = table(["layer", "parameters", "G", "G_B", "T", "snr", "best lr"], layers)
-        why = f"head {shown(self.head)}: the fewest bytes of the cuts with {ENOUGH:.0%} of the best allowed gain"
+        chosen = f"head {shown(self.head)}, mode {self.mode}"
+        why = f"{chosen}: the fewest bytes of the cuts with {ENOUGH:.0%} of the best allowed gain"
         return "\n".join([why, table(header, lines), "", of_layers])
 
     def to_dict(self) -> dict:
         """Everything as JSON takes it."""
         return {
             "layers": self.layers,
+            "mode": self.mode,
             "head": self.head if isinstance(self.head, str) else list(self.head),
             "rows": [asdict(row) for row in self.rows],
             "signals": [asdict(s) for s in self.signals],
@@ -233,7 +240,7 @@ def choose_cut(
         memory_budget: bytes at the peak of a step. time_budget: seconds a step.
         loss_fn: ``loss_fn(output, y)`` -> scalar, a mean over rows.
         draw_target: for a loss other than F.cross_entropy and F.mse_loss: see :func:`ezo_kernels.planning.signal.measure`.
-        mode: ``stacked``, ``sequential``, or ``auto``: stacked where the model allows it.
+        mode: ``stacked``, ``sequential``, or ``auto``: stacked where the model and the memory budget allow it.
         optimizer: of the head, ``sgd`` or ``adam``, for bytes and seconds.
         queries: directions a step.
         seed: of what is drawn.
@@ -271,7 +278,11 @@ def _choose(
     for cut in plan.cuts:
         modes = [m for m in (MODES if mode == "auto" else (mode,)) if (m, optimizer) in cut.bytes]
         if modes:
-            planned[cut.layers] = (cut.head, modes[0], cut.bytes[modes[0], optimizer].total)
+            ways = [(cut.bytes[m, optimizer].total, m) for m in modes]
+            # The first one that fits; of a cut that fits in no way, the one that is nearest to it.
+            fit = (way for way in ways if memory_budget is None or way[0] <= memory_budget)
+            total, how = next(fit, min(ways))
+            planned[cut.layers] = (cut.head, how, total)
     if not planned:
         raise ValueError(f"no cut of this model runs with mode={mode!r}: use 'auto' or 'sequential'")
     least = min(total for _, _, total in planned.values())

@@ -14,6 +14,7 @@ from ...planning import choose_cut, int8_step_bytes, plan_int8_step
 from ...planning.live import LiveBytes
 from ...planning.memory import plan_step
 from ...planning.tally import paper_bytes
+from ..cut import first_batch
 from ..methods import make_optimizer
 from ..recipe import Recipe
 from ..run import Run, build_model, data_for, inputs, loss_fn
@@ -22,7 +23,6 @@ from .epsilon import balanced_eps
 from .probes import GradientTrace, PhaseTimer, SignCounter
 from .trial import Trial
 
-SPLITS = ("train", "valid", "test")
 #: steps before phases are timed, and at most so many that are
 WARM_STEPS, TIMED_STEPS = 3, 50
 
@@ -119,10 +119,7 @@ def train(trial: Trial, data: Dataset, device: torch.device, after_step: Callabl
 def count_bytes(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:
     """Bytes of a step: measured, planned without one, and by the paper's equations."""
     recipe, model = trial.recipe, build_model(trial.recipe, torch.device("cpu"))
-    x = inputs(data.x_train[: recipe.batch], data.name, recipe.precision)
-    if len(x) < recipe.batch:
-        raise ValueError(f"a batch of {recipe.batch} out of {len(x)} images of {data.name}: too few")
-    y = torch.zeros(recipe.batch, dtype=torch.int64)
+    x, y = first_batch(recipe, data, torch.device("cpu"))
     if recipe.integer:
         mode = "stacked" if recipe.mode == "auto" else recipe.mode
         plan = plan_int8_step(model, x, y, head=recipe.head_argument, mode=mode, queries=recipe.queries)
@@ -142,11 +139,8 @@ def count_bytes(trial: Trial, data: Dataset, device: torch.device, after_step: C
 def choose(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:
     """The cut that :func:`ezo_kernels.choose_cut` takes, from the initial weights and the first training images."""
     recipe = trial.recipe
-    first = {f"{kind}_{split}": getattr(data, f"{kind}_{split}")[: recipe.batch] for kind in "xy" for split in SPLITS}
-    some = data_for(recipe, replace(data, **first))
-    x = inputs(some.x_train, some.name, recipe.precision).to(device)
-    y = torch.from_numpy(some.y_train).to(device)
-    choice = choose_cut(build_model(recipe, device), (x, y), mode=recipe.mode, queries=recipe.queries, seed=recipe.seed)
+    sample = first_batch(recipe, data, device)
+    choice = choose_cut(build_model(recipe, device), sample, mode=recipe.mode, queries=recipe.queries, seed=recipe.seed)
     rows = [{"layers": r.layers, "bytes": r.bytes, "gain": r.gain} for r in choice.rows]
     after_step()
     # Times do not enter it: there is no time budget.
