@@ -7,6 +7,7 @@ bench/budgets.json, written by ``python -m bench static --write-budgets``.
 
 from __future__ import annotations
 
+import collections
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,25 @@ def test_instructions_for_one_weight_at_few_rows(noise, rows, most):
     assert not row.faults(static.variants()[name])
     assert "HGMMA" in row.matrix_instructions
     assert row.instructions_per_z <= most
+
+
+@pytest.mark.parametrize("noise", ["clt4", "gaussian", "hadamard"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("form", "copies"),
+    [("update/{}/{}/stochastic", 1), ("perturb/{}/{}/matrix/pair", 2), ("perturb/{}/{}/conv3x3/pair", 2)],
+)
+def test_weights_move_sixteen_bytes_at_a_time(form, copies, dtype, noise):
+    """Loads and stores of 16 bytes cover the tile, in the update and in what writes slabs, which has no others."""
+    variant = static.variants()[form.format(dtype, noise)]
+    instructions, _ = static.parse(static.disassemble(static.cubin(variant, 90)[0])[1])
+    opcodes = collections.Counter(opcode for opcode, _ in instructions)
+    tile = variant.constexprs["R"] * variant.constexprs["C"] * (2 if dtype == "bf16" else 4)
+    moved = 16 * 32 * variant.num_warps
+    assert opcodes["LDG.E.128"] * moved == tile and opcodes["STG.E.128"] * moved == copies * tile
+    if "update" not in form:  # whose table may hold parameters of any strides
+        assert [o for o in opcodes if o.startswith("STG")] == ["STG.E.128"]
+        assert sum(n for o, n in opcodes.items() if o.startswith("LDG") and o != "LDG.E.128") == 3, "the key and eps"
 
 
 def test_every_kernel_declares_variants_for_sm_90():

@@ -41,7 +41,7 @@ def tensors(op, dtype, rows, alter):
     if op == "conv2d":
         w = alter(randn(6, 2, 3, 3, seed=1, dtype=dtype))
         out = torch.empty(4 * rows, 6, 3, 4, dtype=dtype)
-        where = (key, eps, 1, 2, False, [2, 1], [1, 0], [1, 1], 2, "")
+        where = (key, eps, 1, 2, False, [2, 1], [1, 0], [1, 1], 2, "", "auto")
         return (alter(randn(4 * rows, 4, 6, 6, dtype=dtype)), w, b[:6], *where, *TAIL, out)
     if op == "embedding":
         ids = alter(torch.arange(4 * rows * 2).view(4 * rows, 2) % 7)
@@ -140,6 +140,22 @@ def test_compile_the_update(backend, fresh_dynamo):
         assert_bitwise_equal(compiled(*ours, key, coef), step(*theirs, key, coef))
         for a, b in zip(ours, theirs, strict=True):
             assert_bitwise_equal(a, b)
+
+
+def test_a_convolution_by_slabs(fresh_dynamo):
+    """The strategy is a constant of the graph; opcheck and torch.compile see the same operator."""
+    args = list(tensors("conv2d", torch.float32, 2, torch.clone))
+    args[args.index("auto")] = "slab"
+    assert set(torch.library.opcheck(overload("conv2d"), tuple(args)).values()) == {"SUCCESS"}
+
+    def run(x, w, b, p):
+        return ops.perturbed_conv2d(x, w, b, p, site=1, bias_site=2, padding=1, strategy="slab").relu()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    w, b = randn(5, 3, 3, 3, seed=1), randn(5, seed=2)
+    for step in range(2):
+        x, p = randn(4, 3, 6, 6, seed=step), Pass(step=step).p
+        assert_bitwise_equal(compiled(x, w, b, p), run(x, w, b, p))
 
 
 def test_compile_with_inductor(fresh_dynamo):

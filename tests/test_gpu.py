@@ -155,6 +155,54 @@ def test_conv2d(c, o, groups, kernel, options, noise, dtype, layout):
         error_rule(y[3 * g : 3 * g + 3], F.conv2d(own, w_g.to(dtype), b_g.to(dtype), groups=groups, **options), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("noise", FLOAT)
+@pytest.mark.parametrize(
+    ("c", "o", "groups", "kernel", "options"),
+    [
+        (6, 16, 1, (5, 5), {"padding": 2}),
+        (64, 96, 1, (3, 3), {"stride": 2, "padding": 1}),
+        (24, 24, 24, (3, 3), {"padding": 1}),
+        (16, 24, 2, (3, 1), {"dilation": (2, 1)}),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_slabs_of_a_convolution(c, o, groups, kernel, options, noise, dtype, layout):
+    """Within torch's error; a pair is its two signs, x for all is a copy a group, eps = 0 is the plain layer: bit for bit."""
+    torch.manual_seed(0)
+    how = dict(site=3, bias_site=4, groups=groups, precision="ieee", strategy="slab", **options)
+    x = torch.randn(6, c, 14, 13).cuda().to(dtype).contiguous(memory_format=layout)
+    w = (torch.randn(o, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5).cuda().to(dtype)
+    b = torch.randn(o).cuda().to(dtype)
+    one = functools.partial(pass_, noise, queries=1)
+    both = ops.perturbed_conv2d(x, w, b, one(), **how).chunk(2)
+    for sign, part, y, w_g, b_g in zip(
+        (1, -1), x.chunk(2), both, groups_of(w, one(), 3, "conv"), groups_of(b, one(), 4), strict=True
+    ):
+        exact = F.conv2d(part.double(), w_g, b_g, groups=groups, **options)
+        torch.backends.cudnn.allow_tf32 = False
+        same = F.conv2d(part, w_g.to(dtype), b_g.to(dtype), groups=groups, **options)
+        error_rule(y, same, exact)
+        assert torch.equal(ops.perturbed_conv2d(part, w, b, one((sign,)), **how), y)
+    alike = ops.perturbed_conv2d(torch.cat([x[:3], x[:3]]), w, b, one(), **how)
+    assert torch.equal(ops.perturbed_conv2d(x[:3], w, b, one(), shared=True, **how), alike)
+    zero = ops.perturbed_conv2d(torch.cat([x[:3], x[:3]]), w, b, one(eps=0.0), **how).chunk(2)
+    plain = ops.perturbed_conv2d(x[:3], w, b, one((0,)), **how)
+    assert torch.equal(zero[0], plain) and torch.equal(zero[1], plain)
+
+
+@pytest.mark.parametrize("noise", FLOAT)
+def test_slabs_of_a_convolution_hold_the_weights_of_the_contract(noise):
+    """An image with a single one shows a weight of every output: exactly W + sign eps z. (5 x 1: no Winograd transform.)"""
+    p = pass_(noise, queries=1)
+    w = torch.randn(96, 8, 5, 1, device="cuda").bfloat16().contiguous(memory_format=torch.channels_last)
+    x = torch.zeros(40, 8, 5, 1, device="cuda", dtype=torch.bfloat16)
+    x.view(40, 40).fill_diagonal_(1)
+    for of_x in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = ops.perturbed_conv2d(of_x, w, None, p, site=3, shared=True, strategy="slab")
+        assert torch.equal(y.reshape(2, 40, 96).mT.reshape(2, 96, 8, 5, 1), ops.perturb(w, p, site=3))
+
+
 @pytest.mark.parametrize("noise", FLOAT)
 def test_embedding_is_exact(noise):
     p = pass_(noise)

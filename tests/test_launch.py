@@ -127,6 +127,20 @@ def test_slabs(launches):
     assert [launch.name for launch in launches] == ["perturb_kernel"] * 7
 
 
+@pytest.mark.parametrize(
+    ("channels", "memory"), [(64, torch.channels_last), (64, torch.contiguous_format), (3, torch.channels_last)]
+)
+def test_slabs_of_a_convolution(launches, channels, memory):
+    """auto takes them for many products; the writer is told where 16 bytes lie together."""
+    x = torch.ones(32, channels, 32, 32, dtype=BF16).contiguous(memory_format=memory)
+    w = torch.ones(64, channels, 3, 3, dtype=BF16).contiguous(memory_format=memory)
+    how = dict(site=1, bias_site=2, padding=1)
+    chosen = "auto" if channels == 64 else "slab"
+    ops.perturbed_conv2d(x, w, w[:, 0, 0, 0], pass_of("clt4"), strategy=chosen, **how)
+    ops.perturbed_conv2d(x[:16], w, None, pass_of("clt4", signs=(0,)), strategy=chosen, **how)
+    assert [launch.name for launch in launches] == ["perturb_kernel"] * 3
+
+
 def test_z_of_sixteen_bits_in_the_fused_kernel(launches):
     x, w = torch.ones(256, 128, dtype=BF16), torch.ones(48, 128, dtype=BF16)
     ops.perturbed_linear(x, w, None, pass_of("clt4"), site=1, z_dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""The strategy of a linear layer: a pure function, its table, and what each strategy computes on a CPU."""
+"""The strategy of a linear layer or a convolution: a pure function, its table, and what each strategy computes on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import ezo_kernels as ezo
 from ezo_kernels import ops
 from ezo_kernels.ops import _strategy
-from ezo_kernels.ops._strategy import choose
+from ezo_kernels.ops._strategy import choose, choose_conv
 from ezo_kernels.ops.noise import NOISES, key_tensor
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -67,9 +67,85 @@ def test_regular():
     assert not _strategy.regular(x, torch.ones(6, 25)[:, :24])
 
 
-def test_the_hash_is_of_the_shipped_file():
+def test_the_hash_is_of_the_shipped_file_and_of_the_rules(monkeypatch):
     file = pathlib.Path(_strategy.__file__).with_name("strategies.json")
-    assert _strategy.table_hash() == hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    whole = file.read_bytes() + f"choice {_strategy.VERSION}".encode()
+    assert _strategy.strategy_hash() == hashlib.sha256(whole).hexdigest()[:16]
+    monkeypatch.setattr(_strategy, "VERSION", _strategy.VERSION + 1)
+    assert _strategy.strategy_hash.__wrapped__() != _strategy.strategy_hash()
+
+
+def conv(positions=128 * 32 * 32, shape=(64, 64, 3, 3), groups=1, x=BF16, noise="clt4", arch=90, **options):
+    return choose_conv(positions, shape, groups, x, noise, arch=arch, **options)
+
+
+def test_regimes_of_convolutions():
+    assert conv().name == "slab" and conv(x=F32, noise="gaussian").name == "slab"
+    lenet = ((32 * 24 * 24, (6, 1, 5, 5)), (32 * 8 * 8, (16, 6, 5, 5)))
+    assert [conv(*layer).name for layer in lenet] == ["fused", "fused"]
+    products = 340_000_000  # of clt4: padded to 16 outputs a conv group and 4 channels
+    assert [conv(n, (1, 1, 5, 5)).name for n in (products // 1600, products // 1600 - 1)] == ["slab", "fused"]
+    assert [conv(n, (32, 1, 5, 5), 32).name for n in (products // 51200 + 1, products // 51200)] == ["slab", "fused"]
+    at = [conv(4000, (100, 100, 3, 3), noise=noise).name for noise in ("gaussian", "clt4", "rademacher")]
+    assert at == ["slab", "slab", "fused"]
+    assert conv(signs=(0,)).name == "slab", "a plain pass has the bits of eps = 0"
+    assert conv(asked="fused").name == "fused" and conv(1, asked="slab").name == "slab"
+
+
+@pytest.mark.parametrize(("queries", "signs"), [(1, (1, -1)), (3, (1, -1)), (1, (-1,))])
+def test_positions_are_those_of_one_group(monkeypatch, queries, signs):
+    seen, of = [], _strategy.choose_conv
+    monkeypatch.setattr(_strategy, "choose_conv", lambda *a, **k: (seen.append((*a, k["signs"])), of(*a, **k))[1])
+    p = ops.Perturbation(key_tensor(1, 2), torch.ones(1), queries=queries, signs=signs)
+    x, w = torch.ones(3 * p.groups, 4, 7, 8), torch.ones(6, 2, 3, 3)
+    ops.perturbed_conv2d(x, w, None, p, groups=2, stride=2, **SITE)
+    assert seen == [(3 * 3 * 3, (6, 2, 3, 3), 2, F32, "gaussian", signs)]
+
+
+def test_workspace_of_convolutions():
+    weight = 64 * 64 * 9 * 2
+    assert conv().workspace_bytes == 2 * weight and conv(signs=(-1,)).workspace_bytes == weight
+    assert conv(shape=(1024, 1024, 3, 3)).workspace_bytes == 2 * 512 * 9216 * 2 <= 32 << 20
+    assert conv(asked="fused").workspace_bytes == 0
+
+
+@pytest.mark.parametrize("arch", [70, 80, 86, 89, 90, 100, 103, 120, 130])
+@pytest.mark.parametrize("noise", [n for n in NOISES if n != "sparse_int8"])
+def test_unseen_convolutions_get_a_sound_choice(arch, noise):
+    for positions, shape, groups in ((1, (1, 1, 1, 1), 1), (1 << 30, (3, 7, 11, 2), 1), (7, (4096, 4096, 7, 7), 1)):
+        for x in (F32, F16, BF16):
+            chosen = conv(positions, shape, groups, x, noise, arch)
+            assert chosen.name in ("fused", "slab") and chosen.reason
+            assert 0 <= chosen.workspace_bytes <= 32 << 20
+            assert bool(chosen.workspace_bytes) == (chosen.name == "slab")
+
+
+def test_convolutions_refuse_what_they_have_not():
+    with pytest.raises(NotImplementedError, match="linear layers alone have a kernel of two products"):
+        conv(asked="two_products")
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        conv(asked="fast")
+    with pytest.raises(NotImplementedError, match="torch's, which is ieee now, not tf32"):
+        conv(x=F32, precision="tf32", asked="slab")
+    assert "torch's, which is ieee" in conv(x=F32, precision="tf32").reason
+    assert conv(arch=0).name == "fused" and conv(arch=0, asked="slab").name == "slab"
+
+
+def test_reasons_say_why():
+    def why(*args, **options):
+        return choose(*args, BF16, BF16, "clt4", arch=90, **options).reason
+
+    square = (4096, 4096)
+    assert why(16, square, z_dtype="bfloat16") == "16 rows a sign, at most 64"
+    assert "z of this site is float32" in why(16, square)
+    assert why(100, square) == "100 rows a sign: more than 64, fewer than 1300"
+    assert why(1300, square) == "1300 rows a sign, at least 1300, and 16777216 weights, at least 1048576"
+    assert why(1300, (120, 84)) == "no slab: 10080 weights, fewer than 1048576"
+    assert why(1300, square, transposed=True) == "no slab: the weight is stored [K, N]"
+    assert why(16, square, asked="fused") == why(16, square, asked="slab") == "asked for by name"
+    assert why(16, square, signs=(0,)) == "no sign is perturbed"
+    assert choose(16, square, BF16, BF16, "clt4", arch=0).reason == "the reference of a CPU"
+    assert conv().reason == "4.8e+09 products a sign, at least 3.4e+08"
 
 
 def test_unknown_names():

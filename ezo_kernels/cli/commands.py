@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """``ezo info``: what runs here, and how each layer of a model would be trained."""
     from ..nn import summary
-    from ..ops._strategy import table_hash
+    from ..ops._strategy import strategy_hash
     from ..ops.noise import rng_version
 
     device = system.pick_device(args.device)
@@ -58,7 +58,7 @@ def info(args: argparse.Namespace) -> int:
     for name, version in system.versions().items():
         print(f"{name:12} {version}")
     print(f"{'noise':12} {rng_version(7)}")
-    print(f"{'strategies':12} {table_hash()}")
+    print(f"{'strategies':12} {strategy_hash()}")
     print(f"{'device':12} {device.type}: {system.device_name(device)}")
     print(f"\n{args.model}, head {args.head}:")
     print(summary(model))

@@ -26,6 +26,11 @@ def _explicit_padding(conv: nn.modules.conv._ConvNd, x: torch.Tensor):
     return x, conv.padding
 
 
+def conv_strategy(asked: str) -> str:
+    """A model's strategy for its convolutions: linear layers alone have ``two_products``, beside which these choose."""
+    return "auto" if asked == "two_products" else asked
+
+
 class _ZOConv:
     zo: ZOContext
     site: int
@@ -53,6 +58,7 @@ class _ZOConv:
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
+            strategy=conv_strategy(self.zo.strategy),
         )
         return y.squeeze(0) if single else y
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from ._address import address, offsets
+from ._address import Address, address, offsets
 from ._layout import Grid, grid
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._rounding_triton import round_z
@@ -64,14 +64,24 @@ def perturb_kernel(
     n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, threshold, scale,
     SIGNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, W_DIMS: tl.constexpr, DIMS: tl.constexpr, CONV: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, ROUNDED: tl.constexpr = False,
+    EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else the sign. ROUNDED: z has out's dtype.
 
+    EIGHTS: channels lie side by side in w and out, begin at multiples of 16 bytes, and they, the padding and every stride are
+    multiples of 8: the divisions below tell the compiler, which then moves 16 bytes at a time.
     first_row: of the parameter, where w is some of its rows.
     """
+    if EIGHTS:
+        channels, padded, group_stride = channels // 8 * 8, padded // 8 * 8, group_stride // 8 * 8
+        w_s0, w_s1, w_s2, w_s3 = w_s0 // 8 * 8, w_s1 // 8 * 8, w_s2 // 8 * 8, w_s3 // 8 * 8
+        s0, s1, s2, s3 = s0 // 8 * 8, s1 // 8 * 8, s2 // 8 * 8, s3 // 8 * 8
+        w_row_stride, row_stride = w_row_stride // 8 * 8, row_stride // 8 * 8
     first, r, c, taps, within = _place(tl.program_id(0), tiles, channels, padded, R, C, CONV)
     q = tl.program_id(1)
-    mask = (r < rows) & (c < columns) & (within < channels)
+    mask = (r < rows) & (within < channels)
+    if CONV:
+        mask = mask & (taps < columns // padded)
     w_at = offsets(
         r, taps, within, w_n1, w_n2, w_n3, w_s0, w_s1, w_s2, w_s3, w_row_stride, w_channel_stride, W_DIMS, CONV
     )
@@ -98,9 +108,9 @@ def perturb_kernel(
             tl.store(out_ptr + at, (w - step).to(dtype), mask=mask)
 
 
-def _cover(where: Grid, noise) -> tuple:
+def _cover(where: Grid, noise, scattered: bool = False) -> tuple:
     """Tile, tiles in all and the arguments they give."""
-    tile = element_tile(where.rows, noise.name)
+    tile = element_tile(where.rows, noise.name, scattered)
     across = -(-where.columns // tile.columns)
     total = -(-where.rows // tile.rows) * across
     if max(where.rows + tile.rows, where.columns + tile.columns, total) >= 1 << 31:
@@ -113,6 +123,12 @@ def _cover(where: Grid, noise) -> tuple:
         "tiles": across,
     }
     return tile, total, scalars
+
+
+def _eights(where: Grid, tensor: torch.Tensor, place: Address) -> bool:
+    """Whether a tensor's channels lie side by side in whole runs of eight that begin at multiples of 16 bytes."""
+    steps = (*place.strides, place.row, where.channels, where.padded)
+    return place.channel == 1 and tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
 
 
 def launch_noise(out: torch.Tensor, key: torch.Tensor, site: int, query: int, layout: str, noise) -> None:
@@ -169,14 +185,15 @@ def launch_perturb(
         launch_perturb(w, key, eps, site, layout, query, queries, signs, noise, whole, **more)
         out.copy_(whole)
         return
-    tile, total, scalars = _cover(where, noise)
+    eights = out.stride(0) % 8 == 0 and _eights(where, w, source) and _eights(where, out, place)
+    tile, total, scalars = _cover(where, noise, scattered=not eights)
     threshold, scale = noise_args(noise)
     with torch.cuda.device_of(w):
         perturb_kernel[(total, queries)](
             w, out, key, eps, signed32(site), query, first_row, **scalars, group_stride=out.stride(0),
             **source.args("w_"), **place.args(), threshold=threshold, scale=scale,
             SIGNS=2 if len(signs) == 2 else signs[0], R=tile.rows, C=tile.columns,
-            W_DIMS=source.dims, DIMS=place.dims, CONV=layout == "conv", ROUNDED=rounded,
+            W_DIMS=source.dims, DIMS=place.dims, CONV=layout == "conv", ROUNDED=rounded, EIGHTS=eights,
             **noise_constexprs(noise, tile.columns), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -214,7 +231,11 @@ def _variant(kernel, name, pointers, integers, constexprs, tile, noise, ones, re
 
 
 def variants():
-    """Contiguous tensors: a matrix, a bias and a 3 x 3 convolution, for the static report and the compile tests."""
+    """For the static report and the compile tests: a matrix, a bias and a 3 x 3 convolution.
+
+    z alone is written to contiguous tensors. Perturbed copies are those of slabs: matrices and channels_last convolutions by 16
+    bytes at a time, contiguous convolutions and biases in the general form.
+    """
     require()
     strides = ("s0", "s1", "s2", "s3", "row_stride", "channel_stride")
     out = [*_SCALARS, "channels", *strides]
@@ -230,12 +251,19 @@ def variants():
             yield _variant(
                 noise_kernel, f"noise/{name}/{shape}", pointers, out, constexprs, tile, noise, (one,), tested
             )
-            if name == "sparse_int8" or conv:
+            if name == "sparse_int8":
                 continue
+            of_bias, of_slab = {("bf16", "gaussian"), ("fp32", "hadamard")}, {("bf16", "clt4"), ("fp32", "gaussian")}
             for dtype in ("bf16", "fp16", "fp32"):
                 pointers = {"w_ptr": dtype, "out_ptr": dtype, "key_ptr": "i32", "eps_ptr": "fp32"}
-                constexprs = {"DIMS": 1, "W_DIMS": 1, "CONV": conv, "SIGNS": 2, "ROUNDED": False}
+                constexprs = {"DIMS": 1, "W_DIMS": 1, "CONV": conv, "SIGNS": 2, "ROUNDED": False, "EIGHTS": rows > 1}
                 yield _variant(
                     perturb_kernel, f"perturb/{dtype}/{name}/{shape}/pair", pointers, both, constexprs, tile, noise,
-                    (one, "w_" + one), shape == "bias" and (dtype, name) in {("bf16", "gaussian"), ("fp32", "hadamard")},
+                    ("channel_stride", "w_channel_stride"), (dtype, name) in (of_slab if rows > 1 else of_bias),
                 )  # fmt: skip
+                if conv:
+                    yield _variant(
+                        perturb_kernel, f"perturb/{dtype}/{name}/{shape}/pair/scattered", pointers, both,
+                        {**constexprs, "EIGHTS": False}, element_tile(rows, name, True), noise, ("s3", "w_s3"),
+                        (dtype, name) in {("bf16", "gaussian"), ("fp32", "sparse")},
+                    )  # fmt: skip

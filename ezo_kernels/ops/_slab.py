@@ -31,28 +31,43 @@ def _parts(flat: torch.Tensor, *shape: int) -> torch.Tensor:
     return flat[: 2 * step].view(2, step)[:, :size].view(2, *shape)
 
 
-def allocate(x: torch.Tensor, n: int, k: int) -> tuple[tuple[tuple[int, int, int], ...], torch.Tensor]:
-    """The slabs (:func:`slab_plan`) of a weight [n, k] and the memory for one of them, in x's dtype and on its device.
+def reserve(x: torch.Tensor, op: str, make, least: int):
+    """Slabs and the memory for one of them, in x's dtype and on its device.
 
-    Out of memory, slabs get smaller, with a warning; the smallest have :data:`SLAB_ROWS` rows, and raise.
+    Out of memory, slabs get smaller, with a warning.
+
+    Args:
+        op: name of the operator, for the warning.
+        make: ``make(most)``: slabs of at most so many outputs (None: as many as :data:`SLAB_BYTES` hold), the outputs of the
+            largest, and the bytes of its copies.
+        least: slabs of so many outputs are the smallest; without memory for them it raises.
     """
-    size = x.element_size()
-    plan = slab_plan(n, k, size)
+    plan, rows, held = make(None)
     while True:
-        held = slab_bytes(plan, k, size)
         try:
-            return plan, x.new_empty(held // size)
+            return plan, x.new_empty(held // x.element_size())
         except torch.OutOfMemoryError:
-            rows = max(r for _, r, _ in plan)
-            if rows <= SLAB_ROWS:
+            if rows <= least:
                 raise
-            plan = slab_plan(n, k, size, most=max(rows // 2, SLAB_ROWS))
+            before = f"{held} bytes ({rows} outputs)"
+            plan, rows, held = make(max(rows // 2, least))
         warnings.warn(
-            f"perturbed_linear: no memory for a slab of {held} bytes ({rows} outputs): {max(r for _, r, _ in plan)} outputs "
-            "are tried. The last bits of a sum may depend on it, so a sign made alone may differ from one made before",
+            f"{op}: no memory for a slab of {before}: {rows} outputs are tried. The last bits of a sum may depend on it, so a "
+            "sign made alone may differ from one made before",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
+
+
+def allocate(x: torch.Tensor, n: int, k: int) -> tuple[tuple[tuple[int, int, int], ...], torch.Tensor]:
+    """The slabs (:func:`slab_plan`) of a weight [n, k] and the memory for one of them; see :func:`reserve`."""
+    size = x.element_size()
+
+    def make(most: int | None):
+        plan = slab_plan(n, k, size, most)
+        return plan, max(rows for _, rows, _ in plan), slab_bytes(plan, k, size)
+
+    return reserve(x, "perturbed_linear", make, SLAB_ROWS)
 
 
 def multiply(x, w, b, out, queries, signs, fill, product) -> None:

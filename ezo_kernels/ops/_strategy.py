@@ -1,15 +1,16 @@
-"""Which way a perturbed linear layer is multiplied: a pure function of shape, dtype, noise and architecture.
+"""Which way a perturbed linear layer or convolution is multiplied: a pure function of shape, dtype, noise and architecture.
 
 | strategy | what it does |
 |---|---|
 | ``fused`` | W + eps z and W - eps z are formed in the tile that multiplies; any shape |
-| ``two_products`` | x W^T and x z^T in one kernel, joined in its epilogue; for few rows |
-| ``slab`` | W + eps z and W - eps z of some outputs go to memory, then torch's batched matmul; for many rows |
+| ``two_products`` | x W^T and x z^T in one kernel, joined in its epilogue; linear layers of few rows |
+| ``slab`` | W + eps z and W - eps z of some outputs go to memory, then torch's batched matmul or convolution; for many rows |
 
 Only ``slab`` needs memory beside inputs and outputs, 32 MB at most. The numbers come from ``strategies.json``, which is shipped
-and never measured on the user's machine: the same run makes the same choices. It holds, by architecture, up to how many rows
-two products are taken, and from how many rows slabs are, for noise that is dear, plain or cheap to make (:data:`KINDS`).
-Rows are those of one group, so that a pass made one group at a time, or with more queries, chooses alike.
+and never measured on the user's machine: the same run makes the same choices. It holds, by architecture and for noise that is
+dear, plain or cheap to make (:data:`KINDS`): up to how many rows two products are taken, from how many rows slabs are, and from
+how many multiplications convolutions take slabs. Rows are those of one group, so that a pass made one group at a time, or
+with more queries, chooses alike.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from ._tiles import slab_bytes, slab_plan
+from ._tiles import conv_slab_plan, slab_bytes, slab_plan
 
+#: Of the rules below, for :func:`strategy_hash`: a higher one where the same table would be read otherwise.
+VERSION = 3
 STRATEGIES = ("auto", "fused", "two_products", "slab")
 _TABLE = pathlib.Path(__file__).with_name("strategies.json")
 #: What a value of each noise costs; others are ``plain``.
 KINDS = {"gaussian": "dear", "sparse": "dear", "hadamard": "cheap", "rademacher": "cheap"}
+_ASKED, _CPU = "asked for by name", "the reference of a CPU"
 _SIXTEEN = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -38,10 +43,12 @@ class Strategy:
     Args:
         name: one of :data:`STRATEGIES`, never ``auto``.
         workspace_bytes: memory for perturbed weights that it takes, if there is as much.
+        reason: why, in words.
     """
 
     name: str
     workspace_bytes: int = 0
+    reason: str = field(default="", compare=False)
 
 
 @functools.cache
@@ -50,9 +57,9 @@ def _table() -> dict:
 
 
 @functools.cache
-def table_hash() -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the shipped table, for logs."""
-    return hashlib.sha256(_TABLE.read_bytes()).hexdigest()[:16]
+def strategy_hash() -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the shipped table and :data:`VERSION`, for logs and states."""
+    return hashlib.sha256(_TABLE.read_bytes() + f"choice {VERSION}".encode()).hexdigest()[:16]
 
 
 def two_products_faults(
@@ -117,32 +124,92 @@ def choose(
         ValueError: an unknown name.
         NotImplementedError: a strategy that was asked for by name and cannot be taken, with every reason.
     """
-    if asked not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {asked!r}")
+    check_name(asked)
     faults = two_products_faults(x_dtype, w_dtype, noise, z_dtype, precision, transposed)
     if tuple(signs) == (0,):
-        return Strategy("fused")
+        return Strategy("fused", reason="no sign is perturbed")
     if asked == "two_products":
         if faults:
             raise NotImplementedError("strategy 'two_products': " + "; ".join(faults))
-        return Strategy("two_products")
+        return Strategy("two_products", reason=_ASKED)
     no_slab = slab_faults(transposed, precision, torch_precision)
-    slab = Strategy(
-        "slab", 0 if no_slab else slab_bytes(slab_plan(*shape, x_dtype.itemsize), shape[1], x_dtype.itemsize)
-    )
+    held = 0 if no_slab else slab_bytes(slab_plan(*shape, x_dtype.itemsize), shape[1], x_dtype.itemsize)
     if asked == "slab":
         if no_slab:
             raise NotImplementedError("strategy 'slab': " + "; ".join(no_slab))
-        return slab
-    if asked == "fused" or arch == 0 or x_dtype == torch.float32 or not regular:
-        return Strategy("fused")
-    # a GPU that the table has never seen is taken for the newest one that is older, or for the oldest
+        return Strategy("slab", held, _ASKED)
+    if asked == "fused":
+        return Strategy("fused", reason=_ASKED)
+    if arch == 0:
+        return Strategy("fused", reason=_CPU)
+    if x_dtype == torch.float32:
+        return Strategy("fused", reason="the table is of 16 bits")
+    if not regular:
+        return Strategy("fused", reason="rows of x or of the weight are not in runs of 16 bytes")
     table, kind = _table(), KINDS.get(noise, "plain")
-    if not faults and rows <= _known(table["two_products_rows"], arch)[kind]:
-        return Strategy("two_products")
-    large = shape[0] * shape[1] >= table["slab_weights"]
-    return slab if large and not no_slab and rows >= _known(table["slab_rows"], arch)[kind] else Strategy("fused")
+    few, many = (_known(table[name], arch)[kind] for name in ("two_products_rows", "slab_rows"))
+    if not faults and rows <= few:
+        return Strategy("two_products", reason=f"{rows} rows a sign, at most {few}")
+    weights, least = shape[0] * shape[1], table["slab_weights"]
+    if not no_slab and rows >= many and weights >= least:
+        return Strategy("slab", held, f"{rows} rows a sign, at least {many}, and {weights} weights, at least {least}")
+    why = [f"{rows} rows a sign: " + (f"more than {few}, " if rows > few else "") + f"fewer than {many}"]
+    if rows <= few:
+        why = [f"no two products: {fault}" for fault in faults]
+    elif rows >= many:
+        why = [f"no slab: {fault}" for fault in no_slab or [f"{weights} weights, fewer than {least}"]]
+    return Strategy("fused", reason="; ".join(why))
+
+
+def choose_conv(
+    positions: int, shape: tuple[int, ...], groups: int, x_dtype: torch.dtype, noise: str, *, arch: int,
+    signs: tuple[int, ...] = (1, -1), precision: str = "ieee", torch_precision: str = "ieee", asked: str = "auto",
+) -> Strategy:  # fmt: skip
+    """The strategy of a convolution.
+
+    Args:
+        positions: B H' W' of one group of the pass, never of the stacked batch.
+        shape: of the weight, [O, I / groups, R, S].
+        groups: of the convolution.
+        x_dtype: of the product.
+        noise, arch, asked: as in :func:`choose`.
+        signs: of the pass. A pass of (0,) takes slabs where others do, so that eps = 0 gives its bits.
+        precision, torch_precision: of fp32 products that were asked for, and that torch's convolution can give.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: a strategy that was asked for by name and cannot be taken, with every reason.
+    """
+    check_name(asked)
+    if asked == "two_products":
+        raise NotImplementedError("strategy 'two_products': linear layers alone have a kernel of two products")
+    no_slab = slab_faults(False, precision, torch_precision)
+    if asked == "slab" and no_slab:
+        raise NotImplementedError("strategy 'slab': " + "; ".join(no_slab))
+    outputs, channels, *kernel = shape
+    taps = math.prod(kernel)
+    held = conv_slab_plan(outputs, channels * taps, groups, x_dtype.itemsize).bytes_of(len(signs))
+    if asked == "slab":
+        return Strategy("slab", held, _ASKED)
+    if asked == "fused":
+        return Strategy("fused", reason=_ASKED)
+    if arch == 0:
+        return Strategy("fused", reason=_CPU)
+    # what the fused kernel multiplies: its tiles have 16 outputs of a conv group and 4 channels of a tap at least
+    products = positions * groups * max(outputs // groups, 16) * taps * max(channels, 4)
+    least = _known(_table()["conv_slab_products"], arch)[KINDS.get(noise, "plain")]
+    if no_slab or products < least:
+        why = [f"no slab: {fault}" for fault in no_slab] or [f"{products:.1e} products a sign, fewer than {least:.1e}"]
+        return Strategy("fused", reason="; ".join(why))
+    return Strategy("slab", held, f"{products:.1e} products a sign, at least {least:.1e}")
+
+
+def check_name(asked: str) -> None:
+    """ValueError unless ``asked`` is one of :data:`STRATEGIES`."""
+    if asked not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {asked!r}")
 
 
 def _known(table: list[dict], arch: int) -> dict:
+    """The row of a GPU; one that the table has never seen is taken for the newest that is older, or for the oldest."""
     return max((row for row in table if row["arch"] <= arch), key=lambda row: row["arch"], default=table[0])

@@ -24,13 +24,19 @@ class ElementTile:
     warps: int = 4
 
 
-def element_tile(rows: int, noise: str) -> ElementTile:
-    """Tile of the kernels that write z or perturbed copies of a parameter with ``rows`` logical rows."""
+def element_tile(rows: int, noise: str, scattered: bool = False) -> ElementTile:
+    """Tile of the kernels that write z or perturbed copies of a parameter with ``rows`` logical rows.
+
+    Args:
+        scattered: two tensors are addressed an element at a time: half as many a thread, whose addresses are registers.
+    """
     if noise == "hadamard":
         # its mix is a matrix product with 32 columns of work a z for every 32 columns of tile: narrow and tall is cheap
-        return ElementTile(16, 64) if rows <= 16 else ElementTile(64, 64)
+        return ElementTile(16, 64) if rows <= 16 else ElementTile(32 if scattered else 64, 64)
     if rows <= 4:
         return ElementTile(1, 1024)
+    if scattered:
+        return ElementTile(4 if noise == "sparse" else 8, 256)
     return ElementTile(16, 256)
 
 
@@ -109,6 +115,46 @@ def slab_plan(n: int, k: int, size: int, most: int | None = None) -> tuple[tuple
 def slab_bytes(plan: tuple[tuple[int, int, int], ...], k: int, size: int) -> int:
     """Bytes of two copies of the largest slab, each rounded up to 64."""
     return 2 * max(-(-rows * k * size // 64) * 64 for _, rows, _ in plan)
+
+
+@dataclass(frozen=True)
+class ConvSlabs:
+    """Slabs of a conv weight [O, K], K = I/g R S: (first output, outputs, conv groups) of each, in order.
+
+    A slab is some whole conv groups, or some outputs of one.
+    """
+
+    slabs: tuple[tuple[int, int, int], ...]
+    columns: int
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """Outputs of the largest slab."""
+        return max(rows for _, rows, _ in self.slabs)
+
+    def bytes_of(self, signs: int) -> int:
+        """Bytes of as many copies of the largest slab, each rounded up to 64."""
+        return signs * (-(-self.rows * self.columns * self.size // 64) * 64)
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_slab_plan(outputs: int, columns: int, groups: int, size: int, most: int | None = None) -> ConvSlabs:
+    """Slabs of a conv weight of ``outputs`` rows of ``columns`` elements of ``size`` bytes, in ``groups`` conv groups.
+
+    Two copies of a slab take :data:`SLAB_BYTES` at most (or are of one output), whatever the signs of the pass: a sign alone is
+    cut as the pair is. ``most``: outputs of a slab, instead.
+    """
+    most = most or max(SLAB_BYTES // max(2 * columns * size, 1), 1)
+    own = outputs // groups
+    if own <= most:
+        many = -(-groups // -(-groups // (most // own)))  # conv groups a slab, evenly
+        slabs = [(g * own, min(many, groups - g) * own, min(many, groups - g)) for g in range(0, groups, many)]
+        return ConvSlabs(tuple(slabs), columns, size)
+    rows = -(-own // -(-own // most))
+    rows = min(-(-rows // SLAB_ROWS) * SLAB_ROWS, most)
+    slabs = [(g + at, min(rows, own - at), 1) for g in range(0, outputs, own) for at in range(0, own, rows)]
+    return ConvSlabs(tuple(slabs), columns, size)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@
 | b | [O] |
 | y | [groups * B, O, H', W'] |
 
-As a GEMM: M = B H' W' of one group, N = O / g, K = R S pad(C / g). A 1-D convolution is one with H = R = 1.
+As a GEMM: M = B H' W' of one group, N = O / g, K = R S pad(C / g). A 1-D convolution is one with H = R = 1. ``fused`` is that
+GEMM with z made in it; ``slab`` writes some outputs of W + sign eps z to memory for torch's convolution
+(:mod:`ezo_kernels.ops._strategy`).
 """
 
 from __future__ import annotations
@@ -15,41 +17,83 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import _conv2d_slab, _strategy
 from ._library import register
 from ._perturbation import SCHEMA, Perturbation, check_pass, compute_dtype, group_slices
+from .linear import input_precision
 from .noise import Noise, check_index
 from .perturb import perturbed_cpu
 
 
 def _conv2d_cpu(
-    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, strategy,
     query, queries, signs, noise, rounds, p_zero, out,
 ) -> None:  # fmt: skip
     spec = Noise(noise, rounds, p_zero)
     groups = queries * len(signs)
+    how = (stride, padding, dilation, conv_groups)
     tail = (query, queries, signs, spec, x.dtype)
-    weights = perturbed_cpu(w, key, eps, site, "conv", *tail)
     biases = [None] * groups if b is None else perturbed_cpu(b, key, eps, bias_site, "matrix", *tail)
+    if _choose(x, w, out, groups, 0, conv_groups, precision, strategy, signs, noise).name == "slab":
+
+        def fill(room, rows, first, q):
+            own = (query + q, 1, signs, spec, x.dtype)
+            for to, part in zip(room, perturbed_cpu(rows, key, eps, site, "conv", *own, first_row=first), strict=True):
+                to.copy_(part)
+
+        biases = None if b is None else torch.stack(list(biases))
+        _conv2d_slab.multiply(x, w, biases, out, how, shared, queries, len(signs), False, fill)
+        return
+    weights = perturbed_cpu(w, key, eps, site, "conv", *tail)
     for x_g, y_g, w_g, b_g in zip(group_slices(x, groups, shared), out.chunk(groups), weights, biases, strict=True):
-        y_g.copy_(F.conv2d(x_g, w_g, b_g, stride, padding, dilation, conv_groups))
+        y_g.copy_(F.conv2d(x_g, w_g, b_g, *how))
+
+
+def _choose(x, w, out, groups, arch, conv_groups, precision, strategy, signs, noise) -> _strategy.Strategy:
+    positions = out.shape[0] // groups * out.shape[2] * out.shape[3]
+    precision = input_precision(x.dtype, precision)
+    # cuDNN is told its precision at each call; the CPU has one only
+    told = not arch or (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled)
+    return _strategy.choose_conv(
+        positions, tuple(w.shape), conv_groups, x.dtype, noise, arch=arch, signs=tuple(signs), precision=precision,
+        torch_precision=precision if told else input_precision(x.dtype, ""), asked=strategy,
+    )  # fmt: skip
 
 
 def _conv2d_cuda(
-    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, strategy,
     query, queries, signs, noise, rounds, p_zero, out,
 ) -> None:  # fmt: skip
     from ._conv2d_triton import launch_conv2d
+    from ._linear_triton import architecture
+    from ._perturb_triton import launch_perturb
 
-    launch_conv2d(
-        x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
-        query, queries, signs, Noise(noise, rounds, p_zero), out,
-    )  # fmt: skip
+    spec, groups = Noise(noise, rounds, p_zero), queries * len(signs)
+    chosen = _choose(x, w, out, groups, architecture(x.device), conv_groups, precision, strategy, signs, noise)
+    if chosen.name == "fused":
+        launch_conv2d(
+            x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+            query, queries, signs, spec, out,
+        )  # fmt: skip
+        return
+
+    def fill(room, rows, first, q):
+        launch_perturb(rows, key, eps, site, "conv", query + q, 1, signs, spec, room, first_row=first)
+
+    biases = None
+    if b is not None:
+        biases = x.new_empty(groups, b.shape[0])
+        launch_perturb(b, key, eps, bias_site, "matrix", query, queries, signs, spec, biases)
+    tf32 = input_precision(x.dtype, precision) == "tf32"
+    how = (stride, padding, dilation, conv_groups)
+    _conv2d_slab.multiply(x, w, biases, out, how, shared, queries, len(signs), tf32, fill)
 
 
 _conv2d = register(
     "conv2d",
     "(Tensor x, Tensor w, Tensor? b, Tensor key, Tensor eps, int site, int bias_site, bool shared, SymInt[2] stride, "
-    f"SymInt[2] padding, SymInt[2] dilation, int conv_groups, str precision, {SCHEMA}, Tensor(a!) out) -> ()",
+    "SymInt[2] padding, SymInt[2] dilation, int conv_groups, str precision, str strategy, "
+    f"{SCHEMA}, Tensor(a!) out) -> ()",
     cpu=_conv2d_cpu,
     cuda=_conv2d_cuda,
 )
@@ -96,8 +140,9 @@ def perturbed_conv2d(
     groups: int = 1,
     shared: bool = False,
     precision: str | None = None,
+    strategy: str = "auto",
 ) -> torch.Tensor:
-    """2-D convolution of every group of a pass, in one launch.
+    """2-D convolution of every group of a pass, in one launch (``slab``: one for each slab of outputs, and torch's).
 
     Args:
         x: [groups of the pass * B, C, H, W], or [B, C, H, W] with ``shared``. Contiguous or channels_last.
@@ -108,14 +153,18 @@ def perturbed_conv2d(
         stride, padding, dilation: an int or two; padding is with zeros.
         groups: of the convolution, as in ``F.conv2d`` (not the groups of the pass).
         shared, precision: as in :func:`perturbed_linear`.
+        strategy: ``fused``, ``slab``, or ``auto``, which the shipped table resolves
+            (:func:`ezo_kernels.ops._strategy.choose_conv`); on a CPU ``auto`` is ``fused``.
 
     Returns:
         [groups of the pass * B, O, H', W'], in x's memory format.
 
     Raises:
         TypeError: dtypes that do not go together.
-        ValueError: shapes, devices, rows that are no multiple of the groups of the pass, x that requires grad.
+        ValueError: shapes, devices, rows that are no multiple of the groups of the pass, x that requires grad, unknown names.
+        NotImplementedError: a strategy that was asked for and cannot be taken, with every reason.
     """
+    _strategy.check_name(strategy)
     stride, padding, dilation, size = output_size(
         "perturbed_conv2d", x, weight, bias, stride, padding, dilation, groups
     )
@@ -134,7 +183,7 @@ def perturbed_conv2d(
     if out.numel():
         _conv2d(
             x, weight, bias, p.key, p.eps, site, bias_site, shared, stride, padding, dilation, groups,
-            precision or "", *p.schema_args(), out,
+            precision or "", strategy, *p.schema_args(), out,
         )  # fmt: skip
     return out
 
@@ -153,6 +202,7 @@ def perturbed_conv1d(
     groups: int = 1,
     shared: bool = False,
     precision: str | None = None,
+    strategy: str = "auto",
 ) -> torch.Tensor:
     """1-D convolution of every group of a pass: :func:`perturbed_conv2d` with a height of one.
 
@@ -180,4 +230,5 @@ def perturbed_conv1d(
         groups=groups,
         shared=shared,
         precision=precision,
+        strategy=strategy,
     ).squeeze(2)
