@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ezo_kernels as ezo
-from ezo_kernels.ops import Int8Tensor, _int8_cpu, _int8_loss_cpu, _library
+from ezo_kernels.ops import Int8Tensor
 from ezo_kernels.optim import IntegerSchedule
 from tests import int8_oracle as oracle
 from tests.int8_models import (
@@ -393,67 +392,6 @@ def test_a_schedule_goes_on_from_its_state():
     assert opt.param_groups[0]["bits"] == 1
     schedule.load_state_dict(saved)
     assert opt.param_groups[0]["bits"] == 3 and schedule.state_dict() == saved
-
-
-# ---- no float
-
-
-def leaves(tree):
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-class NoFloats(TorchDispatchMode):
-    """Fails at the first floating-point tensor that an operator reads or writes, inside our operators too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(str(func))
-        out = func(*args, **(kwargs or {}))
-        for t in leaves((args, kwargs, out)):
-            assert not t.is_floating_point() and not t.is_complex(), f"{func} on {t.dtype} {tuple(t.shape)}"
-        return out
-
-
-@pytest.fixture
-def inside(monkeypatch):
-    """A mode that is on within the CPU implementations as well, where the dispatcher has turned it off."""
-
-    def enter(mode):
-        for (name, key), implementation in list(_library.implementations.items()):
-
-            def run(*args, _run=implementation, **kwargs):
-                with mode:
-                    return _run(*args, **kwargs)
-
-            if name.startswith("int8") and key == "CPU":
-                monkeypatch.setitem(_library.implementations, (name, key), run)
-        return mode
-
-    return enter
-
-
-@pytest.mark.parametrize("head", LENET_HEADS, ids=str)
-@pytest.mark.parametrize("mode", ["stacked", "sequential"])
-def test_no_floating_point_number_in_a_step(head, mode, inside):
-    opt = ezo.ElasticZOInt8(lenet(head), mode=mode)
-    steps(opt, 1)
-    x, y = lenet_batch(8, 1)
-    with inside(NoFloats()) as watched:
-        opt.train_step(x, y)
-    assert {"ezo.int8_linear.default", "ezo.int8_update_.default", "aten.empty.memory_format"} <= watched.seen
-
-
-def test_no_numba_kernel_takes_a_float():
-    steps(ezo.ElasticZOInt8(lenet(("fc3",)), loss="cross_entropy"), 1)
-    compiled = {
-        n: f for n, f in (vars(_int8_cpu) | vars(_int8_loss_cpu)).items() if getattr(f, "nopython_signatures", None)
-    }
-    assert len(compiled) > 8
-    for name, f in compiled.items():
-        assert "float" not in str(f.nopython_signatures), name
 
 
 def main() -> int:
