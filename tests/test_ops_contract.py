@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -125,6 +126,10 @@ def good_conv(**change):
     return lambda: ops.perturbed_conv2d(a.pop("x"), a.pop("weight"), a.pop("bias"), a.pop("p"), **a)
 
 
+def good_conv1d(**change):
+    return lambda: ops.perturbed_conv1d(randn(4, 6, 8), randn(6, 6, 3), None, Pass().p, site=1, **change)
+
+
 def good_embedding(**change):
     a = dict(ids=torch.arange(4), weight=randn(6, 5), p=Pass().p, site=1) | change
     return lambda: ops.perturbed_embedding(a.pop("ids"), a.pop("weight"), a.pop("p"), **a)
@@ -155,6 +160,14 @@ meta = dict(device="meta")
         (good_linear(x=torch.ones(4, 5, dtype=torch.float64)), TypeError, "float64"),
         (good_linear(weight=randn(6, 5).half()), TypeError, "goes with x of the same dtype"),
         (good_linear(x=randn(4, 5).half(), weight=randn(6, 5).bfloat16()), TypeError, "goes with x of the same dtype"),
+        (good_linear(bias=randn(6).double()), TypeError, "weight and bias must be float32"),
+        (good_linear(bias=torch.ones(6, dtype=torch.int32)), TypeError, "int32"),
+        (good_linear(p=Pass(eps=-1.0).p), ValueError, "eps must be finite and at least 0, got -1.0"),
+        (good_linear(p=Pass(eps=math.nan).p), ValueError, "got nan"),
+        (good_linear(p=Pass(eps=math.inf).p), ValueError, "got inf"),
+        (good_conv(p=Pass(eps=-1.0).p), ValueError, "eps"),
+        (good_embedding(p=Pass(eps=math.nan).p), ValueError, "eps"),
+        (good_perturb(p=Pass(eps=-math.inf).p), ValueError, "eps"),
         (good_linear(weight=torch.empty(6, 5, **meta)), ValueError, "a weight, the key or eps is on meta"),
         (good_linear(x=randn(4, 5).requires_grad_()), ValueError, "requires grad"),
         (good_linear(precision="bf16"), ValueError, "precision"),
@@ -172,6 +185,12 @@ meta = dict(device="meta")
         (good_conv(padding=-1), ValueError, "padding"),
         (good_conv(dilation=(1, 0)), ValueError, "dilation"),
         (good_conv(stride=(1, 1, 1)), ValueError, "stride"),
+        (good_conv(stride=1.5), TypeError, "stride must be one or two integers, got 1.5"),
+        (good_conv(padding="same"), TypeError, "padding"),
+        (good_conv(groups=2.0), TypeError, "groups"),
+        (good_conv(weight=randn(6, 3, 0, 3)), ValueError, "empty kernel"),
+        (good_conv(bias=torch.ones(6, dtype=torch.int64)), TypeError, "int64"),
+        (good_conv1d(stride=(1, 2)), ValueError, "one integer each"),
         (good_conv(x=randn(4, 6, 2, 2)), ValueError, "larger than the padded"),
         (good_conv(x=randn(5, 6, 8, 8)), ValueError, "no multiple of the 2 groups"),
         (good_conv(x=randn(4, 6, 8, 8).requires_grad_()), ValueError, "requires grad"),
@@ -186,6 +205,7 @@ meta = dict(device="meta")
         (good_embedding(ids=torch.tensor([0, -1])), IndexError, "id -1"),
         (good_embedding(site=-1), ValueError, "site"),
         (good_perturb(weight=randn(6, 5).double()), TypeError, "float64"),
+        (good_perturb(dtype=torch.int32), TypeError, "int32"),
         (good_perturb(layout="rows"), ValueError, "layout"),
         (good_perturb(site=2**32), ValueError, "site"),
         (good_pass(key=torch.zeros(2)), TypeError, "key must be int32"),
@@ -195,6 +215,10 @@ meta = dict(device="meta")
         (good_pass(signs=(-1, 1)), ValueError, "signs"),
         (good_pass(signs=()), ValueError, "signs"),
         (good_pass(queries=0), ValueError, "queries"),
+        (good_pass(queries=1.5), TypeError, "queries"),
+        (good_pass(queries=True), TypeError, "queries"),
+        (good_pass(noise="gaussian"), TypeError, "noise must be a Noise, got str"),
+        (good_pass(eps=1.0), TypeError, "eps must be a Tensor, got float"),
         (good_pass(query=-1), ValueError, "query"),
         (good_pass(query=2**24 - 1, queries=2), ValueError, "query"),
         (good_pass(noise=Noise("sparse_int8")), NotImplementedError, "integer layers"),

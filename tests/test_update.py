@@ -337,6 +337,7 @@ def bad(**change):
         (bad(params=[randn(3, 4), randn(4).double()]), TypeError, "float64"),
         (bad(params=[randn(3, 4), torch.ones(4, dtype=torch.int8)]), TypeError, "int8"),
         (bad(params=[randn(3, 4), torch.empty(4, device="meta")]), ValueError, "on meta"),
+        (bad(params=[randn(3, 4), randn(1).expand(4)]), ValueError, "is expanded"),
         (bad(sites=[1, -1]), ValueError, "site"),
         (bad(sites=[1, 2.0]), TypeError, "site"),
         (bad(query=2**24), ValueError, "query"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,19 @@ def check_directions(p) -> None:
     """The signs, queries and first query of a pass, or ValueError."""
     if tuple(p.signs) not in ((1, -1), (1,), (-1,), (0,)):
         raise ValueError(f"signs must be (1, -1), (1,), (-1,) or (0,), got {tuple(p.signs)}")
+    if isinstance(p.queries, bool) or not isinstance(p.queries, int):
+        raise TypeError(f"queries must be an int, got {type(p.queries).__name__}")
     if p.queries < 1:
         raise ValueError(f"queries must be at least 1, got {p.queries}")
     check_index(p.query, "query", (1 << 24) - p.queries + 1)
+
+
+def scale_of(eps: torch.Tensor) -> float:
+    """eps of a pass on the CPU, where looking at it costs nothing."""
+    scale = eps.item()
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {scale}")
+    return scale
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,8 @@ class Perturbation:
 
     Args:
         key: int32[2], the folded key of (seed, step); :func:`ezo_kernels.ops.noise.fold_key`.
-        eps: float32[1], perturbation scale, on the device.
+        eps: float32[1], perturbation scale, on the device; finite and at least 0. An operator on the CPU refuses another; on
+            CUDA nothing waits to look at it.
         noise: :class:`Noise`.
         query: first direction, [0, 2^24).
         queries: how many directions.
@@ -43,6 +55,9 @@ class Perturbation:
     signs: tuple[int, ...] = (1, -1)
 
     def __post_init__(self) -> None:
+        for name, kind in (("key", torch.Tensor), ("eps", torch.Tensor), ("noise", Noise)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
         if self.key.dtype != torch.int32:
             raise TypeError(f"key must be int32, got {self.key.dtype}")
         if self.eps.dtype != torch.float32:
@@ -106,6 +121,9 @@ def check_pass(x: torch.Tensor, tensors, p: Perturbation, rows: int, shared: boo
     for t in (*tensors, p.key, p.eps):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: x is on {x.device} but a weight, the key or eps is on {t.device}")
+    for t in tensors:
+        if t is not None and t.dtype not in FLOATS:
+            raise TypeError(f"{name}: weight and bias must be float32, float16 or bfloat16, got {t.dtype}")
     check_order(x, name, site)
     if shared or p.groups == 1:
         return rows

@@ -14,6 +14,8 @@ GEMM with z made in it; ``slab`` writes some outputs of W + sign eps z to memory
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 
@@ -100,7 +102,10 @@ _conv2d = register(
 
 
 def _pair(value, name: str, least: int, op: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    try:
+        pair = tuple(map(operator.index, value if isinstance(value, (tuple, list)) else (value, value)))
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be one or two integers, got {value!r}") from None
     if len(pair) != 2 or any(v < least for v in pair):
         raise ValueError(f"{op}: {name} must be one or two integers >= {least}, got {value}")
     return pair
@@ -113,6 +118,10 @@ def output_size(op: str, x, weight, bias, stride, padding, dilation, groups: int
     stride, padding = _pair(stride, "stride", 1, op), _pair(padding, "padding", 0, op)
     dilation = _pair(dilation, "dilation", 1, op)
     o, c, *kernel = weight.shape
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"{op}: groups must be an int, got {groups!r}")
+    if min(kernel) < 1:
+        raise ValueError(f"{op}: weight {tuple(weight.shape)} has an empty kernel")
     if groups < 1 or o % groups or x.shape[1] != c * groups:
         raise ValueError(f"{op}: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}")
     if bias is not None and bias.shape != (o,):
@@ -216,7 +225,9 @@ def perturbed_conv1d(
     """
     if weight.dim() != 3 or x.dim() != 3:
         raise ValueError(f"perturbed_conv1d: x and weight must be 3-D, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    one = [v[0] if isinstance(v, (tuple, list)) else v for v in (stride, padding, dilation)]
+    one = [v[0] if isinstance(v, (tuple, list)) and len(v) == 1 else v for v in (stride, padding, dilation)]
+    if any(isinstance(v, (tuple, list)) for v in one):
+        raise ValueError(f"perturbed_conv1d: stride, padding and dilation must be one integer each, got {one}")
     return perturbed_conv2d(
         x.unsqueeze(2),
         weight.unsqueeze(2),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from ._library import register
-from ._perturbation import FLOATS, SCHEMA, Perturbation, check_pass
+from ._perturbation import FLOATS, SCHEMA, Perturbation, check_pass, scale_of
 from .noise import Noise, check_index, fill_cpu
 
 
@@ -33,7 +33,7 @@ def _embedding_cpu(ids, w, key, eps, site, shared, query, queries, signs, noise,
         base = w.detach()[rows].float()
         if tuple(signs) != (0,):
             z = fill_cpu(key, site, query + q, columns, spec, rows.numpy().astype(np.uint32))
-            z = torch.from_numpy(z)[:, :width] * eps.item()
+            z = torch.from_numpy(z)[:, :width] * scale_of(eps)
         for j, g in enumerate(own):
             table = base if signs[j] == 0 else (base + z if signs[j] > 0 else base - z)
             outs[g].copy_(table.to(out.dtype)[inverse[j]])

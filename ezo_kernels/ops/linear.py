@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from . import _slab, _strategy
 from ._library import register
-from ._perturbation import SCHEMA, Perturbation, check_pass, compute_dtype, group_slices
+from ._perturbation import SCHEMA, Perturbation, check_pass, compute_dtype, group_slices, scale_of
 from .noise import Noise, check_index, z_cpu
 from .perturb import perturbed_cpu
 
@@ -91,7 +91,7 @@ def _slab_cuda(x, w, b, key, eps, site, bias_site, shared, z_dtype, query, queri
 def _two_products_cpu(x, w, b, key, eps, site, bias_site, shared, query, queries, signs, spec, out) -> None:
     """What the two-product kernel computes: W and z in x's dtype, sums and the rest in fp32, one rounding at the end."""
     groups = queries * len(signs)
-    scale = eps.item()
+    scale = scale_of(eps)
     noises = [z_cpu(w.shape, key, site, q, spec, "matrix").to(x.dtype).float() for q in range(query, query + queries)]
     zero = torch.zeros(w.shape[0]) if b is None else b.float()
     of_bias = [

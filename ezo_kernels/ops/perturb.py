@@ -15,7 +15,7 @@ import torch
 
 from ._layout import LAYOUTS, default_layout
 from ._library import register
-from ._perturbation import FLOATS, SCHEMA, Perturbation
+from ._perturbation import FLOATS, SCHEMA, Perturbation, scale_of
 from .noise import Noise, check_index, shift_cpu
 
 
@@ -27,7 +27,7 @@ def perturbed_cpu(
 
     ``weight`` is the rows from ``first_row`` on of its parameter.
     """
-    scale = eps.item()
+    scale = scale_of(eps)
     w = weight.detach().float().contiguous()
     for q in range(query, query + queries):
         if tuple(signs) == (0,):
@@ -79,6 +79,8 @@ def perturb(weight: torch.Tensor, p: Perturbation, *, site: int, layout: str | N
     """
     if weight.dtype not in FLOATS:
         raise TypeError(f"perturb takes float32, float16 or bfloat16, got {weight.dtype}")
+    if dtype not in (None, *FLOATS):
+        raise TypeError(f"perturb makes float32, float16 or bfloat16, not {dtype}")
     layout = layout or default_layout(weight.shape)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")

@@ -89,6 +89,8 @@ class UpdatePlan:
         for w, layout in zip(params, layouts, strict=True):
             if w.dtype not in FLOATS:
                 raise TypeError(f"update_ takes float32, float16 or bfloat16, got {w.dtype}")
+            if any(n > 1 and s == 0 for n, s in zip(w.shape, w.stride(), strict=True)):
+                raise ValueError(f"update_: a parameter {tuple(w.shape)} is expanded: its elements share their memory")
             if w.device != params[0].device:
                 raise ValueError(f"update_: parameters on {w.device} and on {params[0].device}")
             grid(w.shape, layout, noise.segment)  # refuses a layout before anything is written
