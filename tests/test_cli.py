@@ -261,6 +261,10 @@ def test_a_resumed_integer_run_is_the_run(ezo, folder, tmp_path):
         (("--precision", "int8", "--bits", "1,0@0.7,2@0.5"), "rising fractions"),
         (("--precision", "int8", "--bits", "a"), "'a'"),
         (("--precision", "int8", "--bits", "9"), "got 9"),
+        (("--precision", "int8", "--bits", "1,-9@0.9"), "bits must be in [-8, 7], got -9"),
+        (("--precision", "int8", "--head-bits", "3,8@0.5"), "head_bits must be in [-8, 7], got 8"),
+        (("--precision", "int8", "--r-max", "3,0@0.9"), "r_max must be in 1..127, got 0"),
+        (("--precision", "int8", "--p-zero", "0.5,1.5@0.5"), "got 1.5"),
         (("--precision", "int8", "--p-zero", "1"), "got 1.0"),
         (("--precision", "int8", "--r-max", 200), "got 200"),
         (("--precision", "int8", "--method", "bp"), "method elastic"),
@@ -515,6 +519,12 @@ def test_info(ezo):
     for word in ("python", "torch", "triton", "numba", "cupy", "ezo-1/philox4x32-7", "device", "conv1", "fc2", "fc3"):
         assert word in out
     assert refused(ezo("info", "--head", "fc9"), "fc9")
+
+
+@pytest.mark.parametrize("model", ["lenet5", "mlp", "pointnet"])
+def test_info_of_every_model_in_integers(ezo, model):
+    code, out, err = ezo("info", "--precision", "int8", "--model", model)
+    assert (code, err) == (0, "") and "integer backward" in out
 
 
 def test_no_command_is_an_error(ezo):

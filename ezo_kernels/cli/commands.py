@@ -52,7 +52,10 @@ def info(args: argparse.Namespace) -> int:
     from ..ops.noise import rng_version
 
     device = system.pick_device(args.device)
-    recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head)
+    # PointNet in integers is without batch norm
+    recipe = Recipe(
+        model=args.model, hidden=args.hidden, head=args.head, precision="int8" if args.precision == "int8" else "fp32"
+    )
     model = build_model(recipe, device)
     convert_(model, head=recipe.head_argument, precision=args.precision)
     for name, version in system.versions().items():

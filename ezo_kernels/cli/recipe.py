@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
+from ..ops.int8_pass import sparse_noise
+from ..ops.int8_update import check_bits
+
 MODELS = ("lenet5", "mlp", "pointnet")
 DATA = ("mnist", "fashion_mnist", "digits")
 METHODS = ("elastic", "mezo", "bp", "frozen")
@@ -114,6 +117,11 @@ class Recipe:
             values = parse_schedule(getattr(self, name), name, kind)
             if name == "p_zero" and len(values) > 1 and not self.integer:
                 raise ValueError(f"p_zero is {self.p_zero!r}: a schedule of it needs precision int8")
+            for _, value in values if self.integer else ():  # all of them now, not when a run comes to them
+                if name in ("bits", "head_bits"):
+                    check_bits(value, name)
+                else:
+                    sparse_noise(**{name: value})
 
     @property
     def head_argument(self) -> list[str] | int | str:
