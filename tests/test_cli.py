@@ -20,6 +20,7 @@ from ezo_kernels.cli import train as train_module
 from ezo_kernels.cli.recipe import METHODS, PRECISIONS, Recipe
 from ezo_kernels.cli.run import Run
 from ezo_kernels.data.files import PARTS
+from ezo_kernels.ops._strategy import strategy_hash
 
 download_module = sys.modules["ezo_kernels.data.download"]
 
@@ -88,7 +89,7 @@ def test_train_writes_what_it_promises(train, tmp_path, folder):
     assert record["epochs"] == 2 and record["steps"] == record["steps_of_recipe"] == 14 and record["seed"] == 0
     assert 0 <= record["validation_accuracy"] <= 1 and 0 <= record["test_accuracy"] <= 1
     assert record["step_ms"] > 0 and record["peak_memory_bytes"] > 1e6 and record["skipped_steps"] == 0
-    assert record["rng_version"] == "ezo-1/philox4x32-7"
+    assert record["rng_version"] == "ezo-1/philox4x32-7" and record["strategy_hash"] == strategy_hash()
     assert Recipe.from_dict(record["recipe"]) == Recipe(batch=16, epochs=2, noise="clt4")
     assert record["versions"]["torch"] == torch.__version__ and "python" in record["versions"]
     assert [row["epoch"] for row in record["history"]] == [1, 2]
@@ -519,6 +520,26 @@ def test_info(ezo):
     for word in ("python", "torch", "triton", "numba", "cupy", "ezo-1/philox4x32-7", "device", "conv1", "fc2", "fc3"):
         assert word in out
     assert refused(ezo("info", "--head", "fc9"), "fc9")
+
+
+def test_info_shows_strategies_and_why(ezo):
+    code, out, err = ezo(
+        "info", "--arch", 90, "--batch", 2048, "--head", 0, "--precision", "bf16", "--noise", "rademacher"
+    )
+    assert code == 0 and err == "" and "batches of 2048, rademacher, strategies of sm_90" in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(("conv", "fc"))}
+    assert "slab" in rows["conv2"] and "9,600" in rows["conv2"] and "9.6e+08 products a sign, at least" in rows["conv2"]
+    assert "fused" in rows["fc1"] and "no slab: 94080 weights, fewer than 1048576" in rows["fc1"]
+    assert "workspace of perturbed weights: 9,600 bytes at most" in out
+    code, out, _ = ezo("info", "--strategy", "slab", "--model", "pointnet", "--head", 1, "--batch", 3)
+    assert code == 0 and out.count("asked for by name") == 7 and "strategies of this device" in out
+    code, out, _ = ezo("info", "--precision", "int8")
+    assert code == 0 and "workspace of" not in out
+    assert refused(ezo("info", "--precision", "int8", "--arch", 90, "--batch", 3), "--batch, --arch: no meaning")
+    assert refused(ezo("info", "--batch", 0), "--batch must be at least 1, got 0")
+    assert refused(ezo("info", "--arch", -1), "--arch must be at least 0")
+    assert refused(ezo("info", "--strategy", "fast"), "strategy must be one of auto, fused")
+    assert refused(ezo("info", "--noise", "normal"), "normal")
 
 
 @pytest.mark.parametrize("model", ["lenet5", "mlp", "pointnet"])

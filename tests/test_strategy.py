@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import warnings
 
 import pytest
 import torch
@@ -261,3 +262,87 @@ def test_fused_rounds_z_before_it_meets_the_weight():
     y = ops.perturbed_linear(torch.eye(64, dtype=BF16), w, None, p, strategy="fused", z_dtype="bfloat16", **SITE)
     rounded, whole = ((w.float() + of * p.eps).to(BF16) for of in (z.to(BF16).float(), z))
     assert torch.equal(y.T, rounded) and not torch.equal(rounded, whole)
+
+
+# ---- what is reported
+
+
+def test_a_state_says_by_which_strategies_it_was_made(monkeypatch):
+    def optimizer():
+        return ezo.ElasticZO(ezo.convert_(torch.nn.Linear(6, 3)))
+
+    state = optimizer().state_dict()
+    assert state["strategies"] == _strategy.strategy_hash()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer().load_state_dict(state)
+        optimizer().load_state_dict({k: v for k, v in state.items() if k != "strategies"})
+    with pytest.warns(RuntimeWarning, match="made with the strategies 0123"):
+        optimizer().load_state_dict({**state, "strategies": "0123"})
+
+
+class Mixed(torch.nn.Module):
+    """A convolution, batch norm, two linear layers and one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(32, 64, 3, padding=1), torch.nn.BatchNorm2d(64)
+        self.line, self.wide = torch.nn.Conv1d(64, 8, 3), torch.nn.Linear(1024, 1024)
+        self.twice, self.head = torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 5)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).flatten(2)
+        y = self.wide(self.line(y)[..., :1024])
+        return self.head(self.twice(self.twice(y.mean(1)).repeat(1, 1)))
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+def test_summary_shows_what_a_pass_takes(noise, monkeypatch):
+    """The same names as the operators choose for, seen from inside a pass with a GPU's architecture."""
+    model = Mixed().bfloat16()
+    model.norm.float()
+    ezo.convert_(model, head=["head"])
+    x = torch.randn(6, 32, 64, 64).bfloat16()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    table = ezo.summary(model, x, noise=noise, arch=90)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "batch norm's statistics moved"
+    assert not any(m._forward_hooks for m in model.modules())
+    shown = {row.name: (row.strategy, row.workspace_bytes) for row in table.rows if row.strategy}
+    taken = []
+    for module in (ops.linear, ops.conv2d):
+        of = module.strategy_for
+
+        def asked(*args, _of=of):
+            taken.append(_of(*args[:4], 90, *args[5:]))
+            return _of(*args)
+
+        monkeypatch.setattr(module, "strategy_for", asked)
+    opt = ezo.ElasticZO(model, noise=noise, mode="stacked")
+    opt._checked = opt._rows_checked = True  # one pass and no check
+    opt.train_step(x, torch.zeros(6, dtype=torch.long))
+    names = ["conv", "line", "wide", "twice"]
+    assert [(t.name, t.workspace_bytes) for t in taken[:4]] == [shown[name] for name in names]
+    assert list(shown) == names and len(taken) == 5
+    assert {t.name for t in taken} == {"fused", "slab", "two_products"} or noise == "gaussian"
+    text = str(table)
+    assert f"workspace of perturbed weights: {table.workspace_bytes:,} bytes at most" in text
+    assert "rows a sign" in text and "products a sign" in text
+    assert table.workspace_bytes == max(held for _, held in shown.values())
+
+
+def test_summary_of_other_samples_and_refusals():
+    model = ezo.convert_(torch.nn.Linear(64, 32), strategy="slab")
+    for sample in (torch.ones(4, 64), (torch.ones(4, 64),), {"input": torch.ones(4, 64)}):
+        (row,) = ezo.summary(model, sample).rows
+        assert (row.strategy, row.workspace_bytes) == ("slab", 2 * 16 * 64 * 4) and "by name" in row.reason
+    assert [row.strategy for row in ezo.summary(model).rows] == [""] and "workspace" not in str(ezo.summary(model))
+    mixed = ezo.convert_(torch.nn.Linear(64, 32), strategy="two_products")
+    with torch.autocast("cpu", dtype=BF16):
+        (row,) = ezo.summary(mixed, torch.ones(4, 64), arch=90).rows
+    assert row.strategy == "refused" and "the weight is torch.float32 and x torch.bfloat16" in row.reason
+    with pytest.raises(ValueError, match="leave the sample out"):
+        ezo.summary(ezo.convert_(torch.nn.Linear(64, 32), precision="int8"), torch.ones(4, 64))
+    with pytest.raises(ValueError, match="noise"):
+        ezo.summary(model, noise="normal")
+    with pytest.raises(NotImplementedError, match="integer layers"):
+        ezo.summary(model, noise="sparse_int8")

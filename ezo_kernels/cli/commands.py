@@ -12,7 +12,7 @@ from ..nn import convert_
 from . import checkpoint as ckpt
 from . import outputs, system
 from .recipe import Recipe
-from .run import accuracy, build_model, data_for, inputs
+from .run import DTYPES, accuracy, build_model, data_for, inputs
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -45,26 +45,44 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+#: shape of one image or cloud, by model
+SHAPES = {"lenet5": (1, 28, 28), "mlp": (1, 28, 28), "pointnet": (3, 128)}
+
+
 def info(args: argparse.Namespace) -> int:
-    """``ezo info``: what runs here, and how each layer of a model would be trained."""
+    """``ezo info``: what runs here, and how each layer of a model would be trained, by which strategy, and why."""
     from ..nn import summary
     from ..ops._strategy import strategy_hash
     from ..ops.noise import rng_version
 
+    given = [name for name in ("batch", "noise", "arch", "strategy") if getattr(args, name) is not None]
+    if given and args.precision == "int8":
+        raise ValueError(f"{', '.join('--' + name for name in given)}: no meaning with --precision int8")
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    if args.arch is not None and args.arch < 0:
+        raise ValueError(f"--arch must be at least 0, got {args.arch}")
     device = system.pick_device(args.device)
-    # PointNet in integers is without batch norm
-    recipe = Recipe(
-        model=args.model, hidden=args.hidden, head=args.head, precision="int8" if args.precision == "int8" else "fp32"
-    )
-    model = build_model(recipe, device)
-    convert_(model, head=recipe.head_argument, precision=args.precision)
+    precision = "fp32" if args.precision == "float" else args.precision
+    recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head, precision=precision)
+    model, of = build_model(recipe, device), f"{args.model}, head {args.head}"
+    if recipe.integer:
+        table = summary(convert_(model, head=recipe.head_argument, precision="int8"))
+    else:
+        convert_(model, head=recipe.head_argument, strategy=args.strategy or "auto")
+        batch = args.batch or recipe.batch
+        sample = torch.zeros(batch, *SHAPES[args.model], dtype=DTYPES[precision], device=device)
+        noise = args.noise or recipe.noise
+        table = summary(model, sample, noise=noise, arch=args.arch)
+        on = "this device" if args.arch is None else f"sm_{args.arch}" if args.arch else "a CPU"
+        of += f", batches of {batch}, {noise}, strategies of {on}"
     for name, version in system.versions().items():
         print(f"{name:12} {version}")
     print(f"{'noise':12} {rng_version(7)}")
     print(f"{'strategies':12} {strategy_hash()}")
     print(f"{'device':12} {device.type}: {system.device_name(device)}")
-    print(f"\n{args.model}, head {args.head}:")
-    print(summary(model))
+    print(f"\n{of}:")
+    print(table)
     return 0
 
 

@@ -110,13 +110,21 @@ def add_experiment(commands) -> None:
         help=f"{', '.join(R.DATA)} (default: mnist; quick: digits); of regression: diabetes",
     )
     add_data_dir(parser)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="of regression: a table, its first line names the columns")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="of regression: a table, its first line names the columns"
+    )
     parser.add_argument("--target", metavar="NAME", help="of regression: the column of --csv to predict")
     parser.add_argument(
-        "--models", nargs="+", choices=R.MODELS, metavar="NAME", help=f"of partition: {', '.join(R.MODELS)} (default: lenet5)"
+        "--models",
+        nargs="+",
+        choices=R.MODELS,
+        metavar="NAME",
+        help=f"of partition: {', '.join(R.MODELS)} (default: lenet5)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: 0 1 2; quick: 0 1)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of every trial (default: 10, of regression 200; quick: 1)")
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="of every trial (default: 10, of regression 200; quick: 1)"
+    )
     add_device(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
 
@@ -160,7 +168,14 @@ def build() -> Parser:
     info.add_argument("--model", choices=R.MODELS, default="lenet5", help="(default: lenet5)")
     info.add_argument("--hidden", default="256,128", metavar="N,N", help="widths of the MLP's hidden layers")
     info.add_argument("--head", default="fc2,fc3", metavar="fc2,fc3|N|0|all", help="(default: fc2,fc3)")
-    info.add_argument("--precision", choices=("float", "int8"), default="float", help="(default: float)")
+    precisions = ("float", "bf16", "fp16", "int8")
+    info.add_argument("--precision", choices=precisions, default="float", help="(default: float, which is fp32)")
+    info.add_argument(
+        "--strategy", metavar="NAME", help="auto, fused, two_products or slab, of all layers (default: auto)"
+    )
+    info.add_argument("--batch", type=int, metavar="N", help="rows a sign, for the strategies (default: 32)")
+    info.add_argument("--noise", metavar="NAME", help="for the strategies (default: gaussian)")
+    info.add_argument("--arch", type=int, metavar="N", help="strategies of another GPU, 90 for an H100; 0: of a CPU")
     add_device(info)
 
     profile = commands.add_parser(

@@ -17,6 +17,7 @@ import torch
 
 from ..data import Dataset, DownloadError, load
 from ..ops._constants import INT8_VERSION
+from ..ops._strategy import strategy_hash
 from ..optim import Diagnostics
 from . import checkpoint as ckpt
 from . import outputs, system
@@ -141,6 +142,7 @@ def record(run: Run, asked: str, validation: float, test: float | None, history:
         "skipped_steps": run.skipped,
         "seed": recipe.seed,
         "rng_version": noise_version(recipe),
+        "strategy_hash": None if recipe.integer else strategy_hash(),
         "numerics_version": INT8_VERSION if recipe.integer else None,
         "device": run.device.type,
         "device_name": system.device_name(run.device),

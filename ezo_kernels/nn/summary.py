@@ -1,18 +1,31 @@
-"""A table of what trains each parameterised module of a converted model, by which backend, and why."""
+"""A table of what trains each parameterised module of a converted model, by which backend and strategy, and why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.func import functional_call
 
+from ..ops import Noise
+from ..ops._perturbation import compute_dtype
+from ..ops._strategy import Strategy
+from ..ops.conv2d import strategy_for as conv_strategy_for
+from ..ops.linear import strategy_for as linear_strategy_for
+from .context import ZOContext
+from .conv import ZOConv1d, ZOConv2d, conv_strategy
 from .convert import context_of, is_int8, plan_of
 from .cut import in_head
+from .linear import ZOLinear, ZOTransposedLinear
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module: its name, class, who trains it (ZO, BP or frozen), parameters, backend and the reason for it."""
+    """One module: its name, class, who trains it (ZO, BP or frozen), parameters, backend and the reason for it.
+
+    ``strategy`` and ``workspace_bytes`` are of linear layers and convolutions in a summary of a sample, else "" and 0.
+    """
 
     name: str
     type: str
@@ -20,6 +33,8 @@ class Row:
     parameters: int
     backend: str
     reason: str
+    strategy: str = ""
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,18 +47,119 @@ class Summary:
         """Parameters trained by ZO, by BP, or frozen; a tied one counts once, where it stands first."""
         return sum(r.parameters for r in self.rows if r.trained == trained)
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Of the layer that takes most: layers run one after the other."""
+        return max((r.workspace_bytes for r in self.rows), default=0)
+
     def __str__(self) -> str:
-        head = ("name", "type", "trained", "parameters", "backend", "reason")
-        body = [(r.name, r.type, r.trained, f"{r.parameters:,}", r.backend, r.reason) for r in self.rows]
+        chosen = any(r.strategy for r in self.rows)
+        head = [
+            "name",
+            "type",
+            "trained",
+            "parameters",
+            "backend",
+            *(["strategy", "workspace"] if chosen else []),
+            "reason",
+        ]
+        body = []
+        for r in self.rows:
+            own = [r.strategy, f"{r.workspace_bytes:,}" if r.workspace_bytes else ""] if chosen else []
+            body.append([r.name, r.type, r.trained, f"{r.parameters:,}", r.backend, *own, r.reason])
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append(", ".join(f"{t}: {self.total(t):,}" for t in ("ZO", "BP", "frozen")))
+        if chosen:
+            lines.append(f"workspace of perturbed weights: {self.workspace_bytes:,} bytes at most")
         return "\n".join(lines)
 
 
-def summary(model: nn.Module) -> Summary:
-    """One row for each module of a converted model that holds parameters."""
+def strategies(model: nn.Module, sample, noise: Noise, arch: int) -> dict[str, Strategy]:
+    """What each fused linear layer and convolution of a converted model takes in a pass over ``sample``, by name.
+
+    A forward in fake tensors: nothing is computed, allocated or changed. A layer that is called more than once shows its first
+    call; one that cannot take the strategy of its model has the name ``refused``.
+
+    Args:
+        sample: the batch of one sign: a tensor, a tuple of arguments or a dict.
+        noise: of the pass.
+        arch: compute capability, 90 for an H100; 0 for the CPU reference.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports sympy: not when the package is imported
+
+    zo, found, names = context_of(model), {}, {module: name for name, module in model.named_modules()}
+
+    def note(module, args, kwargs, out):
+        name, (x,) = names[module], (*args, *kwargs.values())
+        if name not in found:
+            try:
+                found[name] = _strategy_of(module, x, out, zo, noise, arch)
+            except NotImplementedError as error:
+                found[name] = Strategy("refused", reason=str(error))
+
+    layers = (ZOLinear, ZOTransposedLinear, ZOConv1d, ZOConv2d)
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if isinstance(m, layers)]
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(value):
+        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    args = (
+        tuple(map(fake, sample)) if isinstance(sample, tuple) else () if isinstance(sample, dict) else (fake(sample),)
+    )
+    kwargs = {k: fake(v) for k, v in sample.items()} if isinstance(sample, dict) else {}
+    try:
+        with mode, torch.no_grad():
+            functional_call(model, {name: mode.from_tensor(t) for name, t in held.items()}, args, kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _strategy_of(module, x: torch.Tensor, out: torch.Tensor, zo: ZOContext, noise: Noise, arch: int) -> Strategy:
+    w = module.weight
+    x = x.to(compute_dtype(x, w, type(module).__name__))
+    both = (1, -1)
+    if isinstance(module, ZOLinear | ZOTransposedLinear):
+        transposed = isinstance(module, ZOTransposedLinear)
+        z_dtype = "float32" if transposed else zo.z_dtype(module.site, w)
+        return linear_strategy_for(x, w, out, 1, arch, transposed, "", zo.strategy, z_dtype, both, noise.name)
+    if out.dim() < w.dim():  # torch's unbatched form
+        out = out.unsqueeze(0)
+    if w.dim() == 3:
+        w, out = w.unsqueeze(2), out.unsqueeze(2)
+    return conv_strategy_for(x, w, out, 1, arch, module.groups, "", conv_strategy(zo.strategy), both, noise.name)
+
+
+def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int | None = None) -> Summary:
+    """One row for each module of a converted model that holds parameters.
+
+    Args:
+        sample: the batch of one sign (a tensor, a tuple of arguments or a dict; its values do not matter), for the strategy of
+            each linear layer and convolution, its workspace, and why. Without it there are none.
+        noise: of the passes; a name of :data:`ezo_kernels.ops.noise.NOISES`.
+        arch: compute capability whose choices are shown, 90 for an H100, 0 for the CPU; by default the model's device's.
+
+    Raises:
+        ValueError: a model that is not converted, an unknown noise, a sample of an int8 model (whose strategies are
+            :class:`ezo_kernels.ElasticZOInt8`'s).
+        NotImplementedError: noise of integer layers.
+    """
+    spec, chosen = Noise(noise), {}
+    if noise == "sparse_int8":
+        raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
+    if sample is not None:
+        if is_int8(model):
+            raise ValueError("summary: strategies of integer layers are ElasticZOInt8's; leave the sample out")
+        if arch is None:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+            arch = 10 * major + minor
+        chosen = strategies(model, sample, spec, arch)
     plan, zo = plan_of(model), context_of(model)
     integer = is_int8(model)
     fused_backend = {"cuda": "triton, z in the kernel", "cpu": "reference (numba + torch)"}
@@ -72,5 +188,7 @@ def summary(model: nn.Module) -> Summary:
         else:
             reason = plan.reasons.get(name, "read by its parent module")
             row = ("ZO", "workspace, a copy a group", reason)
-        rows.append(Row(name or "(model)", cls.__name__, row[0], count, row[1], row[2]))
+        own = chosen.get(name, Strategy(""))
+        reason = "; ".join(filter(None, (row[2], own.reason)))
+        rows.append(Row(name or "(model)", cls.__name__, row[0], count, row[1], reason, own.name, own.workspace_bytes))
     return Summary(tuple(rows))

@@ -36,7 +36,7 @@ def _conv2d_cpu(
     how = (stride, padding, dilation, conv_groups)
     tail = (query, queries, signs, spec, x.dtype)
     biases = [None] * groups if b is None else perturbed_cpu(b, key, eps, bias_site, "matrix", *tail)
-    if _choose(x, w, out, groups, 0, conv_groups, precision, strategy, signs, noise).name == "slab":
+    if strategy_for(x, w, out, groups, 0, conv_groups, precision, strategy, signs, noise).name == "slab":
 
         def fill(room, rows, first, q):
             own = (query + q, 1, signs, spec, x.dtype)
@@ -51,7 +51,8 @@ def _conv2d_cpu(
         y_g.copy_(F.conv2d(x_g, w_g, b_g, *how))
 
 
-def _choose(x, w, out, groups, arch, conv_groups, precision, strategy, signs, noise) -> _strategy.Strategy:
+def strategy_for(x, w, out, groups, arch, conv_groups, precision, strategy, signs, noise) -> _strategy.Strategy:
+    """What a call with these tensors and arguments of the operator takes; ``arch`` 0: the CPU. They may be fake."""
     positions = out.shape[0] // groups * out.shape[2] * out.shape[3]
     precision = input_precision(x.dtype, precision)
     # cuDNN is told its precision at each call; the CPU has one only
@@ -71,7 +72,7 @@ def _conv2d_cuda(
     from ._perturb_triton import launch_perturb
 
     spec, groups = Noise(noise, rounds, p_zero), queries * len(signs)
-    chosen = _choose(x, w, out, groups, architecture(x.device), conv_groups, precision, strategy, signs, noise)
+    chosen = strategy_for(x, w, out, groups, architecture(x.device), conv_groups, precision, strategy, signs, noise)
     if chosen.name == "fused":
         launch_conv2d(
             x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,

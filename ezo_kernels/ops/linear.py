@@ -31,7 +31,7 @@ def _linear_cpu(
 ) -> None:  # fmt: skip
     spec = Noise(noise, rounds, p_zero)
     groups = queries * len(signs)
-    chosen = _choose(x, w, out, groups, 0, transposed, precision, strategy, z_dtype, signs, noise)
+    chosen = strategy_for(x, w, out, groups, 0, transposed, precision, strategy, z_dtype, signs, noise)
     if chosen.name == "two_products":
         _two_products_cpu(x, w, b, key, eps, site, bias_site, shared, query, queries, signs, spec, out)
         return
@@ -105,7 +105,8 @@ def _two_products_cpu(x, w, b, key, eps, site, bias_site, shared, query, queries
         y_g.copy_(F.linear(x_g, w) + zero + sign * step)
 
 
-def _choose(x, w, out, groups, arch, transposed, precision, strategy, z_dtype, signs, noise) -> _strategy.Strategy:
+def strategy_for(x, w, out, groups, arch, transposed, precision, strategy, z_dtype, signs, noise) -> _strategy.Strategy:
+    """What a call with these tensors and arguments of the operator takes; ``arch`` 0: the CPU. They may be fake."""
     rows = out.numel() // (out.shape[-1] * groups)
     torch_precision = input_precision(x.dtype, "")
     precision = input_precision(x.dtype, precision)
@@ -139,7 +140,7 @@ def _linear_cuda(
         out.copy_(whole)
         return
     spec, precision = Noise(noise, rounds, p_zero), input_precision(x.dtype, precision)
-    chosen = _choose(
+    chosen = strategy_for(
         x, w, out, queries * len(signs), architecture(x.device), transposed, precision, strategy, z_dtype, signs, noise
     )
     if chosen.name == "two_products":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
+
+from ..ops._strategy import strategy_hash
 
 
 class Copies:
@@ -60,6 +63,7 @@ class OptimizerState(Copies):
         trunk = {k: v for k, v in self.param_groups[0].items() if k != "params"}
         return {
             "rng_version": self.rng_version,
+            "strategies": strategy_hash(),
             "noise": dataclasses.asdict(self.noise),
             "queries": self.queries,
             "antithetic": self.antithetic,
@@ -72,7 +76,7 @@ class OptimizerState(Copies):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from :meth:`state_dict`.
+        """Go on from :meth:`state_dict`. A state made with another table of strategies is taken, with a warning.
 
         Raises:
             ValueError: a state of another noise contract, noise, model or cut; nothing is changed then.
@@ -103,3 +107,11 @@ class OptimizerState(Copies):
                 mine.copy_(saved)
         self.param_groups[0].update(trunk)
         self._drop()
+        made = state_dict.get("strategies", strategy_hash())  # states from before it was kept
+        if made != strategy_hash():
+            warnings.warn(
+                f"the state was made with the strategies {made}, this run has {strategy_hash()}: on a GPU layers may be "
+                "multiplied another way, and the last bits of the run that goes on may differ",
+                RuntimeWarning,
+                stacklevel=2,
+            )
