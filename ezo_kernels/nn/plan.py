@@ -25,6 +25,8 @@ FUSED: dict[type, type] = {
 }
 #: Modules that read their children's parameters instead of calling them: their whole subtree is one unit.
 UNITS = (nn.MultiheadAttention,)
+#: Containers of bare parameters: they have no forward.
+LISTS = (nn.ParameterList, nn.ParameterDict)
 REFUSED: dict[type, str] = {
     nn.DataParallel: "it replicates the model each forward and drops the pass; use one GPU a process",
     nn.parallel.DistributedDataParallel: "it reduces gradients that zeroth-order layers do not have",
@@ -63,6 +65,17 @@ def is_transposed_linear(module: nn.Module) -> bool:
 def fused_class(module: nn.Module) -> type | None:
     """The fused layer for exactly this class of module, or None."""
     return ZOTransposedLinear if is_transposed_linear(module) else FUSED.get(type(module))
+
+
+def _read_by(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module's own forward reads, by path below it."""
+    if isinstance(module, UNITS):
+        return dict(module.named_parameters())
+    own = dict(module.named_parameters(recurse=False))
+    for name, child in module.named_children():
+        if isinstance(child, LISTS):
+            own |= {f"{name}.{path}": p for path, p in child.named_parameters()}
+    return own
 
 
 def _not_fused(module: nn.Module, trunk: set[nn.Parameter]) -> str | None:
@@ -198,7 +211,7 @@ def make_plan(model: nn.Module, head, filter_fn=None, sample=None, strategy: str
         if unit is not None and name.startswith(unit):
             continue
         if isinstance(module, UNITS):
-            unit = name + "."
+            unit = f"{name}.".lstrip(".")
         if type(module) in DROPOUTS:
             plan.dropouts.append(name)
             continue
@@ -211,8 +224,9 @@ def make_plan(model: nn.Module, head, filter_fn=None, sample=None, strategy: str
             ):
                 plan.grouped[name] = ()
             continue
-        own = dict(module.named_parameters() if isinstance(module, UNITS) else module.named_parameters(recurse=False))
-        own = {path: p for path, p in own.items() if p in trunk}
+        if isinstance(module, LISTS) and name:  # read by the module that has it
+            continue
+        own = {path: p for path, p in _read_by(module).items() if p in trunk}
         if not own:
             if type(module) in BATCH_NORMS:
                 plan.grouped[name] = ()

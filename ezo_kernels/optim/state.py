@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 
 import torch
 
 from ..ops._strategy import strategy_hash
+from .arguments import number
 
 
 class Copies:
@@ -38,7 +40,11 @@ class OptimizerState(Copies):
         return [(s.site, list(s.names), list(s.shape), s.layout, s.z_dtype_for(p)) for s, p in sites]
 
     def _check_manifest(self, theirs: list) -> None:
-        theirs, ours = ([list(row) for row in rows] for rows in (theirs, self._manifest()))
+        try:
+            theirs = [list(row) for row in theirs]
+        except TypeError:
+            raise ValueError(f"the state's manifest is no list of sites but {type(theirs).__name__}") from None
+        ours = [list(row) for row in self._manifest()]
         if [row[:4] for row in theirs] != [row[:4] for row in ours]:
             raise ValueError("the state is of another model, or of one converted with another head")
         differ = [(row[1][0], a[4], row[4]) for a, row in zip(theirs, ours, strict=True) if a[4:] != row[4:]]
@@ -59,7 +65,10 @@ class OptimizerState(Copies):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict:
-        """Everything a run needs to go on bit for bit, beside the model's own state_dict."""
+        """Everything a run needs to go on bit for bit, beside the model's own state_dict.
+
+        Taken between steps: what ``train_step(..., update=False)`` has accumulated is not in it.
+        """
         trunk = {k: v for k, v in self.param_groups[0].items() if k != "params"}
         return {
             "rng_version": self.rng_version,
@@ -73,14 +82,19 @@ class OptimizerState(Copies):
             "skipped": self.skipped.clone(),
             "trunk": trunk,
             "head": None if self.head_optimizer is None else self.head_optimizer.optimizer.state_dict(),
+            "head_shapes": [list(p.shape) for p in self.head],
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Go on from :meth:`state_dict`. A state made with another table of strategies is taken, with a warning.
 
         Raises:
-            ValueError: a state of another noise contract, noise, model or cut; nothing is changed then.
+            TypeError: no state at all.
+            ValueError: a state of another noise contract, noise, model or cut, or values that cannot be; nothing is changed
+                then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"a state is a dict, got {type(state_dict).__name__}")
         try:
             version, noise, queries = state_dict["rng_version"], state_dict["noise"], state_dict["queries"]
             manifest, trunk, head = state_dict["manifest"], state_dict["trunk"], state_dict["head"]
@@ -97,10 +111,27 @@ class OptimizerState(Copies):
                 f"{dataclasses.asdict(self.noise)} with {self.queries}, antithetic={self.antithetic}"
             )
         self._check_manifest(manifest)
+        if state_dict.get("head_shapes", shapes := [list(p.shape) for p in self.head]) != shapes:
+            raise ValueError("the state is of a model with another head: its parameters have other shapes")
+        for name, (mine, saved) in zip(("seed", "step", "skipped"), tensors, strict=True):
+            kind = (saved.dtype, saved.shape) if isinstance(saved, torch.Tensor) else type(saved).__name__
+            if kind != (mine.dtype, mine.shape):
+                raise ValueError(f"{name} of the state must be {mine.dtype} {tuple(mine.shape)}, got {kind}")
+        try:
+            for name, strict in (("lr", False), ("eps", True), ("clip", True)):
+                if name != "clip" or trunk["clip"] is not None:
+                    number(trunk[name], name, least=0.0, strict=strict)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the trunk's settings in the state are no settings: {error}") from None
         if (head is None) != (self.head_optimizer is None):
             raise ValueError("the state and this run do not both have a head")
         if head is not None:
-            self.head_optimizer.load_state_dict(head)
+            try:
+                self.head_optimizer.load_state_dict(head)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"the head's state in it is none of {type(self.head_optimizer.optimizer).__name__}"
+                ) from error
             self.param_groups[1:] = self.head_optimizer.optimizer.param_groups
         with torch.no_grad():
             for mine, saved in tensors:

@@ -1,0 +1,82 @@
+"""Saved states: what cannot be one is refused, and nothing changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import ezo_kernels as ezo
+
+
+def start(outputs: int = 3):
+    torch.manual_seed(0)
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, outputs)), head="2")
+    return ezo.ElasticZO(model, seed=1, head_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
+
+
+def stepped(opt, steps: int):
+    g = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        opt.train_step(torch.randn(5, 4, generator=g), torch.randint(0, 3, (5,), generator=g))
+    return opt
+
+
+def flat(value) -> list:
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in (key, *flat(value[key]))]
+    if isinstance(value, (list, tuple)):
+        return [leaf for own in value for leaf in flat(own)]
+    return [value.tolist() if isinstance(value, torch.Tensor) else value]
+
+
+GOOD_TRUNK = {"lr": 1e-4, "eps": 1e-3, "clip": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("seed", 3, "seed"),
+        ("seed", torch.zeros(2, dtype=torch.int64), "seed"),
+        ("step", torch.tensor([1.5]), "step"),
+        ("skipped", None, "skipped"),
+        ("trunk", None, "settings"),
+        ("trunk", {}, "lr"),
+        ("trunk", {**GOOD_TRUNK, "lr": -1.0}, "lr"),
+        ("trunk", {**GOOD_TRUNK, "eps": 0.0}, "eps"),
+        ("trunk", {**GOOD_TRUNK, "clip": float("nan")}, "clip"),
+        ("trunk", {**GOOD_TRUNK, "eps": "1"}, "eps"),
+        ("head", None, "head"),
+        ("head", {}, "SGD"),
+        ("head", {"state": {}, "param_groups": []}, "groups"),
+        ("manifest", None, "manifest"),
+        ("noise", None, "noise"),
+    ],
+)
+def test_values_that_cannot_be_change_nothing(key, value, match):
+    opt = stepped(start(), 1)
+    state, before = stepped(start(), 3).state_dict(), flat(opt.state_dict())
+    with pytest.raises(ValueError, match=match):
+        opt.load_state_dict({**state, key: value})
+    assert flat(opt.state_dict()) == before
+    opt.load_state_dict(state)
+    assert flat(opt.state_dict()) == flat(state)
+
+
+def test_a_state_of_another_head_is_refused():
+    opt = stepped(start(4), 1)
+    before = flat(opt.state_dict())
+    with pytest.raises(ValueError, match="another head"):
+        opt.load_state_dict(stepped(start(3), 2).state_dict())
+    assert flat(opt.state_dict()) == before
+    old = copy.deepcopy(opt.state_dict())
+    del old["head_shapes"]  # states from before it was kept
+    opt.load_state_dict(old)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], "state"])
+def test_what_is_no_state_is_refused(value):
+    with pytest.raises(TypeError, match="a state is a dict"):
+        start().load_state_dict(value)
