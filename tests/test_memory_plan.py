@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ezo_kernels as ezo
-from ezo_kernels.planning import memory_plan, paper_tally
+from ezo_kernels.planning import int8_step_bytes, memory_plan, paper_tally, plan_int8_step
 from ezo_kernels.planning.live import LiveBytes
-from ezo_kernels.planning.memory import MODES, OPTIMIZERS, backprop_bytes, step_bytes
+from ezo_kernels.planning.memory import MODES, OPTIMIZERS, backprop_bytes, plan_step, step_bytes
 from tests.zoo import Encoder, ViT
 
 CASES = {
@@ -237,3 +237,72 @@ def test_live_bytes_follow_views_and_frees():
         del b
     assert live.now == 20 and live.peak == 420 and c.numel() == 5
     assert live.at_peak("activations") == {"activations": 400, "workspace": 20}
+
+
+# ---- in integers
+
+INTEGERS = {
+    "lenet5": (lambda: ezo.models.LeNet5(), (8, 1, 28, 28), 10, (0, ["fc3"], ["fc2", "fc3"], 3)),
+    "pointnet": (lambda: ezo.models.PointNet(10, norm=False), (4, 3, 32), 10, (0, 2)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_step_in_integers_takes_what_was_planned(name, mode):
+    make, shape, classes, heads = INTEGERS[name]
+    x, y = ezo.quantize(torch.rand(shape)), torch.arange(shape[0]) % classes
+    for head in heads:
+        for queries in (1, 2):
+            model = make()
+            before = copy.deepcopy(model.state_dict())
+            planned = plan_int8_step(model, x, y, head=head, mode=mode, queries=queries)
+            assert (
+                all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and "_ezo" not in model.__dict__
+            )
+            opt = ezo.ElasticZOInt8(ezo.convert_(model, head=head, precision="int8"), mode=mode, queries=queries)
+            assert planned == int8_step_bytes(opt, x, y), (head, queries)
+            arena = opt.memory()
+            assert planned.total >= arena["planned_bytes"] + arena["parameter_bytes"]
+
+
+def test_an_integer_head_takes_more_than_the_arena():
+    """Its gradients, int32 and of each group: a third of a stacked step of LeNet-5 with fc2 and fc3 by BP."""
+    model, x, y = ezo.models.LeNet5(), ezo.quantize(torch.rand(32, 1, 28, 28)), torch.arange(32) % 10
+    none, two = (plan_int8_step(model, x, y, head=head) for head in (0, ["fc2", "fc3"]))
+    gradients = 4 * (84 * 121 + 10 * 85)
+    assert two.total - none.total >= 2 * gradients
+
+
+def test_a_regression_in_integers_is_planned():
+    model, x = ezo.models.MLP(6, 8, 1), ezo.quantize(torch.rand(5, 6))
+    y = ezo.quantize(torch.rand(5, 1))
+    planned = plan_int8_step(model, x, y, head=1, loss="squared_error")
+    opt = ezo.ElasticZOInt8(ezo.convert_(model, head=1, precision="int8"), loss="squared_error")
+    assert planned == int8_step_bytes(opt, x, y)
+
+
+def test_what_integers_are_refused():
+    model, x, y = ezo.models.MLP(6, 8, 4), torch.rand(5, 6), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(TypeError, match="must be an Int8Tensor, got Tensor"):
+        plan_int8_step(model, x, y, head=0)
+    with pytest.raises(NotImplementedError, match="BatchNorm1d"):
+        plan_int8_step(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), ezo.quantize(x), y, head=0)
+    for sample in (ezo.quantize(x), (ezo.quantize(x), y)):
+        with pytest.raises(TypeError, match="plan_int8_step"):
+            memory_plan(model, sample)
+    with pytest.raises(TypeError, match="plan_int8_step"):
+        ezo.choose_cut(model, (ezo.quantize(x), y))
+
+
+def test_a_frozen_trunk_is_planned_as_it_is_measured():
+    from ezo_kernels.optim.baselines import FrozenTrunk
+
+    model, x, y = ezo.models.LeNet5(), torch.randn(8, 1, 28, 28), torch.arange(8) % 10
+    planned = plan_step(model, x, y, F.cross_entropy, head=["fc2", "fc3"], frozen=True)
+    assert all(p.requires_grad for p in model.parameters())
+    twin = copy.deepcopy(model)
+    FrozenTrunk(twin, ["fc2", "fc3"])
+    assert planned == backprop_bytes(twin, x, y, F.cross_entropy, optimizer="sgd")
+    everything = plan_step(model, x, y, F.cross_entropy, head=None)
+    assert planned.total < 0.8 * everything.total and planned.parameters == everything.parameters

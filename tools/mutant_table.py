@@ -446,6 +446,48 @@ MUTANTS = (
         "total > 0",
         "tests/test_choose_cut.py -k memory_budget",
     ),
+    Mutant(
+        "a budget that only stacked steps may meet",
+        "ezo_kernels/planning/choice.py",
+        "total, how = next(fit, min(ways))",
+        "total, how = ways[0]",
+        "tests/test_choose_cut.py -k one_by_one",
+    ),
+    Mutant(
+        "bytes of a first integer step, with its arena's making",
+        "ezo_kernels/planning/integers.py",
+        "        live.restart()\n        optimizer.train_step(x, y)\n",
+        "",
+        "tests/test_memory_plan.py -k 'integer_head or regression_in or takes_what'",
+    ),
+    Mutant(
+        "a tie of the integers agrees with a tie of the floats",
+        "ezo_kernels/cli/experiments/probes.py",
+        '"sign_agreement": ((ours == floats) & (ours != 0))',
+        '"sign_agreement": (ours == floats)',
+        "tests/test_regression_experiment.py -k ties",
+    ),
+    Mutant(
+        "the float network of unperturbed weights",
+        "ezo_kernels/cli/experiments/probes.py",
+        "(values + sign * own).clamp(-127, 127)",
+        "values.clamp(-127, 127)",
+        "tests/test_regression_experiment.py -k very_weights",
+    ),
+    Mutant(
+        "the computed eps ranked by what did worse",
+        "ezo_kernels/cli/experiments/findings.py",
+        "sum(e < own for e in others)",
+        "sum(e > own for e in others)",
+        "tests/test_experiment_findings.py -k rank",
+    ),
+    Mutant(
+        "the regret of errors instead of accuracies",
+        "ezo_kernels/cli/experiments/findings.py",
+        '{n: 1 - values["test_error"] for n',
+        '{n: values["test_error"] for n',
+        "tests/test_experiment_findings.py -k regret",
+    ),
     # captured step
     Mutant(
         "a captured step replays the old batch",
@@ -611,6 +653,20 @@ MUTANTS = (
         "positions = out.shape[0] // groups * ",
         "positions = out.shape[0] * ",
         "tests/test_strategy.py -k one_group",
+    ),
+    Mutant(
+        "other rules have the hash of these",
+        _OPS + "_strategy.py",
+        '_TABLE.read_bytes() + f"choice {VERSION}".encode()',
+        "_TABLE.read_bytes()",
+        "tests/test_strategy.py -k hash",
+    ),
+    Mutant(
+        "the summary asks for another z than the layer has",
+        _NN + "summary.py",
+        '"float32" if transposed else zo.z_dtype(module.site, w)',
+        '"float32"',
+        "tests/test_strategy.py -k summary",
     ),
     # CUDA C++
     Mutant(
