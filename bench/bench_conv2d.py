@@ -3,10 +3,11 @@
 | case | is |
 |---|---|
 | plain | ``F.conv2d`` with the weight as it is, as two batches of B or one of 2 B, contiguous or channels_last |
-| fused | :func:`perturbed_conv2d`, both signs in one launch |
+| fused | :func:`perturbed_conv2d`, both signs in one call, by auto and by each strategy forced that auto does not take |
 | materialised | z in memory, W + eps z and W - eps z beside it, two convolutions |
 
-Efficiency is the time of the fastest plain one over that of fused.
+Before a strategy is timed all of them are compared with the reference, and beside each time is the cosine of its measured
+derivative (:mod:`bench.derivative`). Efficiency is the time of the fastest plain one over that of fused.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.derivative import cosine
 from bench.timing import copies, devices, rotate, time_case
 from ezo_kernels.ops import Noise, Perturbation, materialize, perturb, perturbed_conv2d
+from ezo_kernels.ops._linear_triton import architecture
+from ezo_kernels.ops.conv2d import strategy_for
 from ezo_kernels.ops.noise import key_tensor
 from tests.tolerance import assert_within_torch_error
 
@@ -29,6 +33,7 @@ SHAPES = {
     ],
 }
 NOISES = {"cpu": ["gaussian", "hadamard"], "cuda": ["hadamard", "gaussian", "clt4", "rademacher"]}
+STRATEGIES = ("fused", "slab")
 SEED, STEP, SITE = 1, 2, 3
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CASES = [
@@ -78,18 +83,35 @@ def test_plain(benchmark, device, images, c, o, size, kernel, dtype, parts, memo
     time_case(benchmark, run, device, case=case, **about(*shape))
 
 
+def taken(x, w, p) -> str:
+    """The strategy that auto takes."""
+    out = torch.empty(x.shape[0], w.shape[0], *x.shape[2:], device="meta")
+    arch = architecture(x.device) if x.is_cuda else 0
+    return strategy_for(x, w, out, p.groups, arch, 1, "", "auto", p.signs, p.noise.name).name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("strategy", ["auto", "slab", "fused"])
 @pytest.mark.parametrize(("device", "images", "c", "o", "size", "kernel", "dtype", "noise"), NOISY)
-def test_fused(benchmark, device, images, c, o, size, kernel, dtype, noise, memory):
+def test_fused(benchmark, device, images, c, o, size, kernel, dtype, noise, strategy, memory):
     shape = (images, c, o, size, kernel, dtype, memory)
     x, weights, p = operands(device, *shape, noise)
+    if strategy == taken(x, weights[0], p):
+        pytest.skip("what auto takes")
 
-    def once(w):
-        return perturbed_conv2d(x, w, None, p, site=SITE, padding=kernel // 2)
+    def by(strategy, x=x, shared=False):
+        return lambda w: perturbed_conv2d(
+            x, w, None, p, site=SITE, padding=kernel // 2, strategy=strategy, shared=shared
+        )
 
-    check(x, weights[0], p, lambda: once(weights[0]))
-    time_case(benchmark, rotate(once, weights), device, case="fused", noise=noise, **about(*shape))
+    for each in STRATEGIES:
+        check(x, weights[0], p, lambda each=each: by(each)(weights[0]))
+    z = materialize(weights[0].shape, seed=SEED, step=STEP, site=SITE, noise=noise, layout="conv").to(x.device)
+    right = F.conv2d(x[: min(2, images)].double(), z.double(), padding=kernel // 2)
+    along = cosine(by(strategy, x[:images], True)(weights[0]), right)
+    info = dict(case="fused", strategy=strategy, noise=noise, cosine=along)
+    time_case(benchmark, rotate(by(strategy), weights), device, **info, **about(*shape))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.derivative import cosine
 from bench.timing import copies, devices, rotate, time_case
 from ezo_kernels.ops import Noise, Perturbation, materialize, perturb, perturbed_linear
 from ezo_kernels.ops.noise import key_tensor
@@ -38,6 +39,8 @@ NOISES = {
     "cuda": ["hadamard", "clt4", "gaussian", "rademacher", "gaussian_fast"],
 }
 SEED, STEP, SITE = 1, 2, 3
+#: Rows of a sign that are compared.
+FEW = 16
 CASES = [
     pytest.param(device, *shape, id=f"{device}-{shape[0]}x{shape[1]}x{shape[2]}-{str(shape[3])[6:]}")
     for device in devices()
@@ -70,7 +73,7 @@ def reference(shape, noise: str, device):
     return materialize(shape, seed=SEED, step=STEP, site=SITE, noise=noise, device="cpu" if portable else device)
 
 
-def check(x, w, p, run, few: int = 16, z_dtype=torch.float32):
+def check(x, w, p, run, few: int = FEW, z_dtype=torch.float32):
     """The first rows of both groups against fp64 with z from the reference; a case that is wrong is not timed."""
     z = reference(w.shape, p.noise.name, w.device).to(w.device).to(z_dtype).float()
     rows = x.shape[0] // 2
@@ -105,7 +108,12 @@ def test_fused(benchmark, device, rows, n, k, dtype, noise, strategy):
     except NotImplementedError as error:
         pytest.skip(f"cannot be taken: {error}")
     run = rotate(once, weights)
-    info = dict(case="fused", strategy=strategy, rows=rows, n=n, k=k, dtype=str(dtype)[6:], noise=noise)
+    z = reference((n, k), noise, x.device).to(x.device, dtype)
+    pair = perturbed_linear(
+        x[:rows], weights[0], None, p, site=SITE, shared=True, strategy=strategy, z_dtype=str(dtype)[6:]
+    )
+    along = cosine(pair, F.linear(x[: min(rows, FEW)].double(), z.double()))
+    info = dict(case="fused", strategy=strategy, rows=rows, n=n, k=k, dtype=str(dtype)[6:], noise=noise, cosine=along)
     time_case(benchmark, run, device, **info)
 
 

@@ -51,13 +51,30 @@ def linear(rows: tuple[int, ...], noises: tuple[str, ...], **chosen) -> Callable
     return measured
 
 
-def conv(results: Results) -> list[float]:
-    cases, found = results.get("conv2d", []), []
-    shapes = {(c["c"], c["o"], c["size"]) for c in cases if c["dtype"] == "bfloat16"}
-    for c, o, size in sorted(shapes):
-        shape = dict(c=c, o=o, size=size, dtype="bfloat16")
-        found += over(least(cases, case=PLAIN, **shape), least(cases, case="fused", **shape))
-    return found
+def conv(strategy: str) -> Callable[[Results], list[float]]:
+    """Efficiencies of the paired convolution by a strategy."""
+
+    def measured(results: Results) -> list[float]:
+        cases, found = results.get("conv2d", []), []
+        shapes = {(c["c"], c["o"], c["size"]) for c in cases if c["dtype"] == "bfloat16"}
+        for c, o, size in sorted(shapes):
+            shape = dict(c=c, o=o, size=size, dtype="bfloat16")
+            ours = least(cases, case="fused", strategy=strategy, **shape)
+            found += over(least(cases, case=PLAIN, **shape), ours)
+        return found
+
+    return measured
+
+
+def cosines(strategy: str) -> Callable[[Results], list[float]]:
+    """Of the derivative that layers by this strategy measure, in bf16 at eps 1e-3 (:mod:`bench.derivative`)."""
+
+    def measured(results: Results) -> list[float]:
+        cases = [*results.get("linear", []), *results.get("conv2d", [])]
+        wanted = {"strategy": strategy, "dtype": "bfloat16"}
+        return [c["cosine"] for c in cases if "cosine" in c and all(c.get(k) == v for k, v in wanted.items())]
+
+    return measured
 
 
 def integers(results: Results) -> list[float]:
@@ -162,8 +179,13 @@ TARGETS = (
     Target("linear, 2048 rows, every noise", 0.80, 0.92, linear((2048,), EVERY)),
     Target("linear, 8192 rows, every noise", 0.92, 0.97, linear((8192,), EVERY)),
     Target("linear, 512 to 8192 rows, hadamard, no workspace", 0.70, 0.92, linear(MANY, ("hadamard",), strategy="fused")),
-    Target("conv2d, 64 to 256 channels, 32x32 and 56x56, batch 128", 0.93, 0.98, conv),
+    Target("conv2d, 64 to 256 channels, 32x32 and 56x56, batch 128", 0.93, 0.98, conv("auto")),
+    Target("the same, no workspace", None, None, conv("fused")),
     Target("int8 linear and conv, sparse_int8", 0.75, 0.90, integers),
+    Target("cosine of the measured derivative, eps 1e-3: by auto", 0.99, 0.995, cosines("auto")),
+    Target("the same, fused", 0.99, 0.995, cosines("fused")),
+    Target("the same, two products", 0.99, 0.995, cosines("two_products")),
+    Target("the same, slab", 0.99, 0.995, cosines("slab")),
     Target("update, share of copy: fp32", 0.85, 0.92, update("float32", (*CHEAP, "gaussian"))),
     Target("update, share of copy: bf16, gaussian_fast, clt4, rademacher", 0.85, 0.92, update("bfloat16", CHEAP)),
     Target("update, share of copy: bf16, gaussian", 0.60, 0.75, update("bfloat16", ("gaussian",))),

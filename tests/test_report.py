@@ -6,8 +6,10 @@ import argparse
 import json
 
 import pytest
+import torch
 
 from bench import plots, report, targets
+from bench.derivative import cosine
 
 
 def test_tables_are_generated(capsys):
@@ -61,3 +63,22 @@ def test_a_lower_time_is_the_better_one():
     cases = [{"case": "captured", "head": "pure ZO", "us": us} for us in (85.0, 79.0)]
     assert targets.cell(row, {"step": cases}) == "79: reached"
     assert targets.cell(row, {"step": cases[:1]}) == "85: missed"
+
+
+def test_a_cosine_and_an_efficiency_for_each_strategy():
+    shape = dict(c=64, o=64, size=32, dtype="bfloat16")
+    cases = [
+        {"case": "two plain", "us": 40.0, **shape},
+        {"case": "fused", "strategy": "fused", "us": 160.0, "cosine": 0.98, **shape},
+        {"case": "fused", "strategy": "auto", "us": 50.0, "cosine": 0.999, **shape},
+    ]
+    results = {"conv2d": cases, "linear": [{"strategy": "auto", "cosine": 0.995, "dtype": "bfloat16"}]}
+    rows = {row.work: targets.cell(row, results) for row in targets.TARGETS}
+    assert rows["conv2d, 64 to 256 channels, 32x32 and 56x56, batch 128"] == "0.8: missed"
+    assert rows["the same, no workspace"] == "0.25"
+    assert rows["cosine of the measured derivative, eps 1e-3: by auto"] == "0.995 to 0.999 (2): reached"
+    assert rows["the same, fused"] == "0.98: missed" and rows["the same, slab"] == "not measured"
+    x, z = torch.randn(3, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    plain, along = torch.randn(3, 4, dtype=torch.float64), x @ z.T
+    assert cosine(torch.cat([plain + along, plain - along]), along[:2]) == pytest.approx(1.0)
+    assert cosine(torch.cat([plain - along, plain + along]), along) == pytest.approx(-1.0)
