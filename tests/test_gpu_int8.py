@@ -74,6 +74,37 @@ def test_conv2d(c, o, groups, kernel, options, strategy, shared):
     assert equal(*made)
 
 
+@pytest.mark.parametrize("strategy", ["buffer", "twice"])
+@pytest.mark.parametrize("signs", [(1, -1), (-1,)], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("rows", "n", "k"), [(300, 130, 257), (256, 1024, 512), (5, 9000, 4096)])
+def test_linear_of_slabs(rows, n, k, shared, signs, strategy):
+    """The last one has three slabs as a pair, and two as one sign."""
+    made = []
+    for device in ("cuda", "cpu"):
+        p = pass_(device, signs)
+        x = tensor(rows, k, groups=1 if shared else p.groups, device=device)
+        w, b = ints((n, k), 1).to(device), ints((n,), 2).to(device)
+        options = {"weight_exponent": one(-8, device), "bias_exponent": one(-9, device), "site": 3, "bias_site": 4}
+        made.append(ops.int8_linear(x, w, b, p, strategy=strategy, weights="slab", **options))
+    assert equal(*made)
+
+
+@pytest.mark.parametrize("strategy", ["buffer", "twice"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("c", "o", "groups", "kernel"), [(64, 96, 1, (3, 3)), (8, 20, 4, (3, 1)), (48, 40, 1, (1, 1))])
+def test_conv2d_of_slabs(c, o, groups, kernel, last, strategy):
+    made = []
+    for device in ("cuda", "cpu"):
+        p = pass_(device)
+        x, w = tensor(5, c, 14, 13, groups=p.groups, device=device), ints((o, c // groups, *kernel), 1).to(device)
+        w = w.to(memory_format=torch.channels_last) if last else w
+        exponents = {"weight_exponent": one(-8, device), "bias_exponent": one(-3, device), "site": 3, "bias_site": 4}
+        how = {"strategy": strategy, "groups": groups, "weights": "slab", "padding": 1, **exponents}
+        made.append(ops.int8_conv2d(x, w, ints((o,), 2).to(device), p, **how))
+    assert equal(*made)
+
+
 def test_pointwise_and_losses():
     key, labels = key_tensor(5, 6), torch.arange(40) % 10
     for device in ("cuda",):

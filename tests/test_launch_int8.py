@@ -57,6 +57,29 @@ def test_everything_is_one(launches, signs, groups):  # noqa: F811
     assert len(launches) == 4
 
 
+@pytest.mark.parametrize("strategy", ["buffer", "twice"])
+def test_slabs(launches, strategy):  # noqa: F811
+    """Written once where all outputs fit: bias, weight, then the pair's product, and one a group for a convolution."""
+    p, how = pass_of(), options(strategy=strategy, weights="slab")
+    ops.int8_linear(tensor(2, 8, 64), int8(48, 64), int8(48), p, **how)
+    times = 1 if strategy == "buffer" else 2
+    names = ["int8_slab_kernel"] * 2 + ["int8_plain_kernel"] * times
+    assert [launch.name for launch in launches[: 2 + times]] == names
+    launches.clear()
+    ops.int8_conv2d(tensor(1, 2, 3, 6, 6), int8(5, 3, 3, 3), None, p, **how)
+    assert [launch.name for launch in launches[: 1 + 2 * times]] == ["int8_slab_kernel"] + [
+        "int8_conv2d_kernel"
+    ] * 2 * times
+
+
+@pytest.mark.parametrize("signs", [(1, -1), (-1,)])
+def test_slabs_of_one(launches, signs):  # noqa: F811
+    p = pass_of(signs)
+    ops.int8_linear(tensor(1, 1, 1), int8(1, 1), int8(1), p, **options(weights="slab"))
+    ops.int8_conv2d(tensor(1, 1, 1, 1, 1), int8(1, 1, 1, 1), None, p, **options(strategy="twice", weights="slab"))
+    assert {launch.name for launch in launches} >= {"int8_slab_kernel", "int8_plain_kernel", "int8_conv2d_kernel"}
+
+
 @pytest.mark.parametrize("size", [1, 33])
 def test_between_the_products(launches, size):  # noqa: F811
     key, x, image = key_tensor(1, 2), tensor(2, 2 * size, size), tensor(1, size, 1, 3, 3)

@@ -213,7 +213,7 @@ def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Mod
             module, zo,
             sites={leaf: sites[n].site for leaf, n in own.items() if n in sites},
             head_names={leaf: n for leaf, n in own.items() if in_head(n, chosen) and n not in plan.frozen},
-            rounding="nearest", strategy="buffer",
+            rounding="nearest", strategy="buffer", weights="auto",
         )  # fmt: skip
     model.__dict__["_ezo"] = zo
     model.__dict__["_ezo_plan"] = plan

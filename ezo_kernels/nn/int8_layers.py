@@ -39,7 +39,7 @@ class _Int8Layer:
         zo: the model's context.
         sites: "weight" (and "bias") -> id of a trunk parameter; empty if frozen or in the head.
         head_names: "weight" (and "bias") -> qualified name of a head parameter; empty elsewhere.
-        rounding, strategy: as in :func:`ezo_kernels.ops.int8_linear`.
+        rounding, strategy, weights: as in :func:`ezo_kernels.ops.int8_linear`.
     """
 
     zo: ZOContext
@@ -47,6 +47,7 @@ class _Int8Layer:
     head_names: dict[str, str]
     rounding: str
     strategy: str
+    weights: str
     _kind = "linear"
 
     @classmethod
@@ -77,6 +78,7 @@ class _Int8Layer:
             bias_site=self.sites.get("bias", 0),
             rounding=self.rounding,
             strategy=self.strategy,
+            weights=self.weights,
         )
         if zo.tape is not None and (self.head_names or input.tape is not None):
             y = dataclasses.replace(y, tape=zo.tape)

@@ -14,6 +14,7 @@ import dataclasses
 import torch
 
 from . import _cpu
+from ._int8_slab import check_way, choose, reserve
 from ._library import register
 from .conv2d import output_size
 from .int8_matmul import (
@@ -39,7 +40,7 @@ from .noise import Noise, check_index
 
 def _conv2d_cpu(
     x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, stride, padding, dilation, conv_groups, size,
-    what, rounding, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
+    what, rounding, weights, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
     import numpy as np
 
@@ -49,7 +50,7 @@ def _conv2d_cpu(
     groups, outputs, k = peak.numel(), w.shape[0], w[0].numel()
     parts = x.chunk(x_exponent.numel())
     tail = (groups, query, signs, noise)
-    weights = perturbed_weights(w, key, site, "conv", *tail)
+    perturbed = perturbed_weights(w, key, site, "conv", *tail)
     biases = [None] * groups if b is None else perturbed_weights(b, key, bias_site, "matrix", *tail)
     per, channels, kernel, (height, width) = outputs // conv_groups, w.shape[1], w.shape[2:], size
     padded = [n + 2 * pad for n, pad in zip(x.shape[2:], padding, strict=True)]
@@ -60,7 +61,7 @@ def _conv2d_cpu(
     most = max(1, _CHUNK_BYTES // (k * height * pitch))
     mode = ROUNDINGS.index(rounding)
     x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
-    pairs = list(zip(weights, biases, strict=True))
+    pairs = list(zip(perturbed, biases, strict=True))
     # groups that share x are multiplied at once: (groups, their part of x)
     together = [(range(groups), parts[0])] if len(parts) == 1 else [([g], part) for g, part in enumerate(parts)]
     for own, part in together:
@@ -102,14 +103,24 @@ def _conv2d_cpu(
 def _conv2d_cuda(*args) -> None:
     from ._int8_conv2d_triton import launch_conv2d
 
-    launch_phases(launch_conv2d, args, 14)
+    (*plain, weights), tail = args[:17], args[17:]
+    x, w, x_exponent, size, signs = args[0], args[1], args[3], args[13], tail[2]
+    rows, columns = x.shape[0] // x_exponent.numel() * size[0] * size[1], w[0].numel()
+    way = choose(rows, len(w), columns, tuple(signs), conv=True, asked=weights)
+    memory = reserve(way, x, way.workspace_bytes, "int8_conv2d") if way.name == "slab" else None
+    if memory is None:
+        launch_phases(launch_conv2d, (*plain, *tail), 14)
+        return
+    from ._int8_slab_triton import launch_conv2d_slab
+
+    launch_conv2d_slab(*plain, *tail, memory)
 
 
 _conv2d = register(
     "int8_conv2d",
     "(Tensor x, Tensor w, Tensor? b, Tensor x_exponent, Tensor w_exponent, Tensor? b_exponent, Tensor key, int site, "
     "int bias_site, int[2] stride, int[2] padding, int[2] dilation, int conv_groups, int[2] size, int what, str rounding, "
-    f"{SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, Tensor(d!) exponent) -> ()",
+    f"str weights, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, Tensor(d!) exponent) -> ()",
     cpu=_conv2d_cpu,
     cuda=_conv2d_cuda,
 )
@@ -131,6 +142,7 @@ def int8_conv2d(
     groups: int = 1,
     rounding: str = "nearest",
     strategy: str = "twice",
+    weights: str = "auto",
 ) -> Int8Tensor:
     """Integer convolution of every group; zero padding.
 
@@ -151,7 +163,7 @@ def int8_conv2d(
     check_weight(weight, weight_exponent, bias, bias_exponent, "int8_conv2d")
     stride, padding, dilation, size = output_size("int8_conv2d", x, weight, bias, stride, padding, dilation, groups)
     check_terms(weight[0].numel(), "int8_conv2d")
-    rounding = _of_activations(rounding)
+    rounding, weights = _of_activations(rounding), check_way(weights)
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
     signs = (0,) if p is None else tuple(p.signs)
     own_groups = x.groups if signs == (0,) else pass_groups(x, p, "int8_conv2d", site)
@@ -162,7 +174,7 @@ def int8_conv2d(
     def run(what, acc, peak, out, exponent):
         _conv2d(
             values, weight, bias, x.exponent, weight_exponent, bias_exponent, key, site, bias_site, stride, padding,
-            dilation, groups, size, what, rounding, *tail, acc, peak, out, exponent,
+            dilation, groups, size, what, rounding, weights, *tail, acc, peak, out, exponent,
         )  # fmt: skip
 
     shape = (own_groups * (x.shape[0] // x.groups), weight.shape[0], *size)

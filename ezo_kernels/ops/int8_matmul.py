@@ -18,6 +18,7 @@ import functools
 import torch
 
 from . import _cpu
+from ._int8_slab import check_way, choose, pitch_of, reserve
 from ._layout import grid
 from ._library import register
 from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check_rounding, check_terms, pass_groups
@@ -101,7 +102,7 @@ def shift_of(peak: int) -> int:
 
 
 def _linear_cpu(
-    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding,
+    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, weights,
     query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
     import numpy as np
@@ -112,7 +113,7 @@ def _linear_cpu(
     groups, (n, k) = peak.numel(), w.shape
     parts = x.reshape(x_exponent.numel(), -1, k)
     tail = (groups, query, signs, noise)
-    weights = perturbed_weights(w, key, site, "matrix", *tail)
+    perturbed = perturbed_weights(w, key, site, "matrix", *tail)
     biases = [None] * groups if b is None else perturbed_weights(b, key, bias_site, "matrix", *tail)
     # an output that is not written still needs a shape to be compiled for
     accs = acc.view(groups, -1, n) if what == STORE else acc.new_empty(groups, 0, 0)
@@ -120,7 +121,7 @@ def _linear_cpu(
     mode, rows = ROUNDINGS.index(rounding), parts.shape[1]
     x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
     most = rows if what == STORE else max(1, _CHUNK_BYTES // (4 * n))
-    for g, (w_g, b_g) in enumerate(zip(weights, biases, strict=True)):
+    for g, (w_g, b_g) in enumerate(zip(perturbed, biases, strict=True)):
         own = min(g, len(parts) - 1)
         bias = aligned_bias(b_g, b_exponent, x_exponents[own], w_scale, n)
         largest = shift = 0
@@ -152,13 +153,23 @@ def launch_phases(launch, args, at: int) -> None:
 def _linear_cuda(*args) -> None:
     from ._int8_matmul_triton import launch_linear
 
-    launch_phases(launch_linear, args, 9)
+    (*plain, weights), tail = args[:12], args[12:]
+    x, w, x_exponent, signs = args[0], args[1], args[3], tail[2]
+    n, k = w.shape
+    way = choose(x.numel() // (k * x_exponent.numel()), n, k, tuple(signs), conv=False, asked=weights)
+    memory = reserve(way, x, len(signs) * pitch_of(k), "int8_linear") if way.name == "slab" else None
+    if memory is None:
+        launch_phases(launch_linear, (*plain, *tail), 9)
+        return
+    from ._int8_slab_triton import launch_linear_slab
+
+    launch_linear_slab(*plain, *tail, memory)
 
 
 _linear = register(
     "int8_linear",
     "(Tensor x, Tensor w, Tensor? b, Tensor x_exponent, Tensor w_exponent, Tensor? b_exponent, Tensor key, int site, "
-    f"int bias_site, int what, str rounding, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, "
+    f"int bias_site, int what, str rounding, str weights, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, "
     "Tensor(d!) exponent) -> ()",
     cpu=_linear_cpu,
     cuda=_linear_cuda,
@@ -257,6 +268,7 @@ def int8_linear(
     bias_site: int = 0,
     rounding: str = "nearest",
     strategy: str = "buffer",
+    weights: str = "auto",
 ) -> Int8Tensor:
     """Integer linear layer of every group.
 
@@ -269,6 +281,8 @@ def int8_linear(
         site, bias_site: ids of weight and bias.
         rounding: ``nearest`` or ``pseudo``.
         strategy: ``buffer`` or ``twice``.
+        weights: on a GPU, ``fused`` makes perturbed weights in the tile that multiplies, ``slab`` in memory (32 MB at most) for
+            plain products, ``auto`` by :func:`ezo_kernels.ops._int8_slab.choose`. The bits are the same.
 
     Returns:
         [groups * B, ..., N].
@@ -284,7 +298,7 @@ def int8_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"int8_linear: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
     check_terms(weight.shape[1], "int8_linear")
-    rounding = _of_activations(rounding)
+    rounding, weights = _of_activations(rounding), check_way(weights)
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
     signs = (0,) if p is None else tuple(p.signs)
     groups = x.groups if signs == (0,) else pass_groups(x, p, "int8_linear", site)
@@ -295,7 +309,7 @@ def int8_linear(
 
     def run(what, acc, peak, out, exponent):
         _linear(
-            values, weight, bias, x.exponent, weight_exponent, bias_exponent, key, site, bias_site, what, rounding,
+            values, weight, bias, x.exponent, weight_exponent, bias_exponent, key, site, bias_site, what, rounding, weights,
             *tail, acc, peak, out, exponent,
         )  # fmt: skip
 

@@ -25,6 +25,7 @@ from ..nn.cut import in_head
 from ..nn.int8_layers import _Int8Layer, parameter_faults
 from ..nn.tape import Tape
 from ..ops._constants import INT8_VERSION, MOST_FRACTION_BITS
+from ..ops._int8_slab import check_way
 from ..ops._perturbation import PassError
 from ..ops.int8_loss import FRACTION_BITS, nats
 from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding, sparse_noise
@@ -68,6 +69,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         mode: ``stacked`` runs all groups as one batch, ``sequential`` one by one.
         strategy: ``buffer`` keeps int32 accumulators in the arena, ``twice`` multiplies twice instead; ``auto`` takes the
             second for the layers whose accumulators would make the arena larger, and on a CPU for all, where it costs little.
+        weights: on a GPU, where perturbed weights are made: ``fused``, in the tile that multiplies; ``slab``, in a workspace of
+            32 MB at most, or of a convolution's weights; ``auto``, by shape. No bit depends on it.
         rounds: Philox rounds, 7 or 10.
         nvtx: push NVTX ranges by phase and by layer (docs/profiling.md).
         capture: replay :meth:`train_step` as one CUDA graph; see :class:`ezo_kernels.ElasticZO`.
@@ -96,6 +99,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         activation_rounding: str = "nearest",
         mode: str = "stacked",
         strategy: str = "auto",
+        weights: str = "auto",
         rounds: int = 7,
         nvtx: bool = False,
         capture: bool = False,
@@ -111,6 +115,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         self.loss, self.head_grad, self.mode, self.strategy = loss, head_grad, mode, strategy
+        self.weights = check_way(weights)
         for name, value in (("queries", queries), ("seed", seed), ("fraction_bits", fraction_bits)):
             if isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got bool")
@@ -148,6 +153,10 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         torch.optim.Optimizer.__init__(self, [trunk, head], {})
         self.activation_rounding = activation_rounding
         self._strategies = dict.fromkeys(layers.values(), "buffer")
+        for (
+            layer
+        ) in layers.values():  # a forward outside of a step rounds as the steps do, those before the first one too
+            layer.rounding = activation_rounding
         self._plans: dict[tuple, ArenaPlan] = {}
         plan = plan_of(model)
         names = [n for n, _ in model.named_parameters() if in_head(n, plan.head) and n not in plan.frozen]
@@ -224,7 +233,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
     @contextlib.contextmanager
     def _running(self, p):
         for layer, strategy in self._strategies.items():  # another optimizer of the same model may want others
-            layer.strategy, layer.rounding = strategy, self.activation_rounding
+            layer.strategy, layer.rounding, layer.weights = strategy, self.activation_rounding, self.weights
         self.zo.tape = Tape(self._groups) if self.head else None
         try:
             with self.zo.running(p) if p is not None else contextlib.nullcontext():
