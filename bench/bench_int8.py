@@ -5,6 +5,7 @@
 | int_mm | torch's own int8 product, twice (linear only): what the pair is held against |
 | plain | the same operator without noise, on the batch of both groups |
 | buffer, twice | the perturbed pair by either strategy, requantised |
+| buffer fused | (GPU) the first with its weights perturbed in the tile, whatever ``auto`` takes |
 | fp32 | (step) the same step in floating point |
 | captured int8, captured fp32 | (step) both replayed as one CUDA graph (GPU) |
 
@@ -32,6 +33,7 @@ CONV = {
     "cpu": [(32, 6, 16, 14)],
     "cuda": [(128, 64, 64, 56), (128, 128, 128, 32), (128, 256, 256, 32), (32, 6, 16, 14)],
 }
+CASES = ["plain", "buffer", "twice", *(["buffer fused"] if "cuda" in devices() else [])]
 LINEAR_CASES = [pytest.param(d, *s, id=f"{d}-{'x'.join(map(str, s))}") for d in devices() for s in LINEAR[d]]
 CONV_CASES = [pytest.param(d, *s, id=f"{d}-{'x'.join(map(str, s))}") for d in devices() for s in CONV[d]]
 
@@ -59,6 +61,14 @@ def check(run, x, w, p, **options):
     assert torch.equal(ours.values.cpu(), theirs.values) and torch.equal(ours.exponent.cpu(), theirs.exponent)
 
 
+def named(case: str) -> dict[str, str]:
+    """The strategy of a case, and where its weights are made."""
+    return {
+        "strategy": "twice" if case == "twice" else "buffer",
+        "weights": "fused" if case.endswith("fused") else "auto",
+    }
+
+
 class Operation:
     """An operator with its options, called with x, w and the pass."""
 
@@ -78,11 +88,11 @@ def test_int_mm(benchmark, device, rows, n, k):
     time_case(benchmark, run, device, case="int_mm", op="linear", rows=rows, n=n, k=k)
 
 
-@pytest.mark.parametrize("case", ["plain", "buffer", "twice"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("device", "rows", "n", "k"), LINEAR_CASES)
 def test_linear(benchmark, device, rows, n, k, case):
     x, w = Int8Tensor(integers((2 * rows, k), device), exponent(device, 2)), integers((n, k), device, 1)
-    options = {"weight_exponent": exponent(device), "strategy": case if case != "plain" else "buffer"}
+    options = {"weight_exponent": exponent(device), **named(case)}
     p = pass_(device) if case != "plain" else None
     operation = Operation(int8_linear, **options)
     if p is not None:
@@ -91,15 +101,13 @@ def test_linear(benchmark, device, rows, n, k, case):
     time_case(benchmark, run, device, case=case, op="linear", rows=rows, n=n, k=k)
 
 
-@pytest.mark.parametrize("case", ["plain", "buffer", "twice"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("device", "images", "c", "o", "size"), CONV_CASES)
 def test_conv2d(benchmark, device, images, c, o, size, case):
     kernel = 5 if c == 6 else 3
     x = Int8Tensor(integers((2 * images, c, size, size), device), exponent(device, 2))
     w = integers((o, c, kernel, kernel), device, 1)
-    options = {
-        "weight_exponent": exponent(device), "padding": kernel // 2, "strategy": case if case != "plain" else "buffer",
-    }  # fmt: skip
+    options = {"weight_exponent": exponent(device), "padding": kernel // 2, **named(case)}
     p = pass_(device) if case != "plain" else None
     operation = Operation(int8_conv2d, **options)
     if p is not None:
