@@ -184,6 +184,18 @@ def test_cudnn_writes_outputs_in_place(cudnn):
     }
 
 
+@pytest.mark.parametrize("signs", [(1, -1), (1,)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_cudnn_is_given_aligned_groups_whatever_x(cudnn, signs, shared):
+    """Images of 45 elements in memory that begins at an odd one."""
+    p = Pass(signs=signs).p
+    n = 1 if shared else p.groups
+    raw = torch.cat([torch.zeros(1), randn(n * 45)])[1:].view(n, 5, 3, 3)
+    y = conv_of(raw, w := randn(3, 5, 2, 2, seed=1), None, p, shared=shared)
+    assert all(t.data_ptr() % 64 == 0 for call in cudnn for t in call[:3]) and len(cudnn) == p.groups
+    assert_bitwise_equal(y, conv_of(raw.clone(), w, None, p, shared=shared))
+
+
 # ---- memory, refusals, training
 
 

@@ -73,7 +73,7 @@ MUTANTS = (
         "tests/test_noise.py -k key_is_folded",
     ),
     # forward
-    Mutant("eps doubled", _OPS + "perturb.py", "scale = eps.item()", "scale = 2 * eps.item()", _LINEAR),
+    Mutant("eps doubled", _OPS + "perturb.py", "scale = scale_of(eps)", "scale = 2 * scale_of(eps)", _LINEAR),
     Mutant(
         "minus is plus",
         _OPS + "perturb.py",

@@ -67,7 +67,7 @@ class _ZOConv:
 
 
 class ZOConv1d(_ZOConv, nn.Conv1d):
-    """nn.Conv1d whose weight and bias are perturbed inside the implicit GEMM during a zeroth-order pass.
+    """nn.Conv1d whose weight and bias are perturbed during a zeroth-order pass, inside the implicit GEMM or by slabs.
 
     Shapes as nn.Conv1d; in a stacked pass x is [groups * B, C, L], group-major. Outside a pass it is nn.Conv1d.
     """
@@ -76,7 +76,7 @@ class ZOConv1d(_ZOConv, nn.Conv1d):
 
 
 class ZOConv2d(_ZOConv, nn.Conv2d):
-    """nn.Conv2d whose weight and bias are perturbed inside the implicit GEMM during a zeroth-order pass.
+    """nn.Conv2d whose weight and bias are perturbed during a zeroth-order pass, inside the implicit GEMM or by slabs.
 
     Shapes as nn.Conv2d; in a stacked pass x is [groups * B, C, H, W], group-major. Outside a pass it is nn.Conv2d.
     """
