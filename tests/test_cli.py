@@ -133,6 +133,11 @@ def test_quiet_prints_the_result_alone(train):
     assert code == 0 and err == "" and out.count("\n") == 1 and "after 2 steps" in out
 
 
+def test_skipped_steps_are_said(train):
+    code, out, _ = train("--quiet", "--max-steps", 3, "--lr", "1e30", "--head-lr", "1e30")
+    assert code == 0 and "after 3 steps (2 skipped: their loss was not finite)" in out
+
+
 def test_a_terminal_sees_a_bar(train, monkeypatch):
     """With steps a second, loss, accuracy and memory; an epoch's line goes above it, not through it."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -352,6 +357,8 @@ def untrained(monkeypatch):
         (("--model", "resnet"), "invalid choice: 'resnet'"),
         (("--batch", "many"), "invalid int value: 'many'"),
         (("--nonsense",), "unrecognized arguments: --nonsense"),
+        (("--epoch", "2"), "unrecognized arguments: --epoch 2"),
+        (("--data", "digits", "--data-dir", "."), "digits come with scikit-learn"),
         (("--head", "fc9"), "fc9"),
         (("--head", "17"), "17"),
         (("--noise", "pink"), "unknown noise 'pink'"),
@@ -382,6 +389,8 @@ def untrained(monkeypatch):
         (("--plot", "absent/a.png"), "--plot absent/a.png"),
         (("--plot", "a.pdf"), "a.pdf: a name that ends in .png"),
         (("--json", "."), "--json .: is a folder"),
+        (("--json", "a.png", "--plot", "./a.png"), "--json and --plot name the same file"),
+        (("--json", "a", "--checkpoint", "a"), "--json and --checkpoint name the same file"),
     ],
 )
 def test_bad_options_are_refused_before_training(train, untrained, options, said, tmp_path, monkeypatch):

@@ -34,6 +34,14 @@ def check_writable(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} {path}: cannot be overwritten: no permission")
 
 
+def check_apart(**paths: Path | None) -> None:
+    """Refuse two options that name one file: the later would overwrite the earlier."""
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is not None and seen.setdefault(path.resolve(), option) != option:
+            raise ValueError(f"--{seen[path.resolve()]} and --{option} name the same file: {path}")
+
+
 def check_plot(path: Path | None) -> None:
     """As :func:`check_writable`, and that it can be drawn.
 

@@ -15,7 +15,10 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line and left to ``main`` to print."""
+    """argparse, but an error is one line and left to ``main`` to print, and --data is no short form of --data-dir."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str):
         raise UsageError(f"{message} (see {self.prog} --help)")

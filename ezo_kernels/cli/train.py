@@ -158,6 +158,7 @@ def train(args: argparse.Namespace) -> int:
     outputs.check_writable("--json", args.json)
     outputs.check_writable("--checkpoint", args.checkpoint)
     outputs.check_plot(args.plot)
+    outputs.check_apart(json=args.json, checkpoint=args.checkpoint, plot=args.plot)
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max-steps is {args.max_steps}: at least 1 is needed")
     if args.threads < 1:
@@ -231,9 +232,10 @@ def train(args: argparse.Namespace) -> int:
     if args.plot:
         outputs.write_plot(args.plot, result)
     step = f"{run.step_ms:.2f} ms a step, " if run.step_ms else ""
+    skipped = f" ({run.skipped} skipped: their loss was not finite)" if run.skipped else ""
     print(
         f"{data.name}{'' if data.genuine else ' (NOT the genuine MNIST files)'}: test accuracy {100 * test:.2f}%, "
-        f"validation {100 * result['validation_accuracy']:.2f}% after {run.step} steps; "
+        f"validation {100 * result['validation_accuracy']:.2f}% after {run.step} steps{skipped}; "
         f"{step}{result['peak_memory_bytes'] / 2**20:.0f} MiB, {result['seconds']:.0f} s"
     )
     return 0

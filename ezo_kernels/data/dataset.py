@@ -127,6 +127,8 @@ def load(
         DownloadError: nothing to be had.
     """
     if name == "digits":
+        if data_dir is not None:
+            raise ValueError(f"digits come with scikit-learn: no folder is read, got {data_dir}")
         return load_digits()
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}: there are {', '.join(NAMES)} and digits")
