@@ -114,6 +114,61 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+#: rows of README's table of the experiment ``memory``: an arm, its name here, and what "over full ZO" is over
+_MEMORY_ARMS = [
+    (f"{arm}, {precision}, {mode}", f"{name}, {precision}, {mode}", f"full ZO, {precision}, {mode}")
+    for precision, mode in (("fp32", "sequential"), ("fp32", "stacked"), ("int8", "sequential"))
+    for arm, name in (
+        ("full ZO", "full ZO"),
+        ("ElasticZO, last layer by BP (ZO-Feat-Cls2)", "ElasticZO, fc3 by BP"),
+        ("ElasticZO, last two layers by BP (ZO-Feat-Cls1)", "ElasticZO, fc2 and fc3 by BP"),
+    )
+] + [
+    ("frozen trunk, head fc2,fc3, fp32", "frozen trunk, fc2 and fc3 by BP, fp32", "full ZO, fp32, sequential"),
+    ("full BP, fp32", "full BP, fp32", "full ZO, fp32, sequential"),
+]
+
+
+def memory_experiment() -> str:
+    """``ezo experiment memory`` as it was run: measured, planned, by the allocator and by the paper's tally."""
+    record = _read("experiments/memory.json")
+    if not record:
+        return "`ezo experiment memory` has not been run."
+    rows = {row["arm"]: row["metrics"] for row in record["table"]}
+    lines = [
+        "| LeNet-5 | batch | a step, MB | planned / measured | over full ZO | by the tally | full BP over it | by the tally "
+        "| by the allocator |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for batch in (32, 256):
+        found = {arm: rows[f"batch {batch}: {arm}"] for arm, _, _ in _MEMORY_ARMS}
+        for arm, name, base in _MEMORY_ARMS:
+
+            def over(metric: str, of: dict, by: dict) -> str:
+                return f"{of[metric]['mean'] / by[metric]['mean']:.4f}" if metric in of and metric in by else ""
+
+            own, full, bp = found[arm], found[base], found["full BP, fp32"]
+            cells = [
+                f"{own['step_bytes']['mean'] / 1e6:.3f}",
+                f"{own['planned_over_measured']['mean']:.4f}",
+                over("step_bytes", own, full),
+                over("paper_bytes", own, full),
+                over("step_bytes", bp, own),
+                over("paper_bytes", bp, own),
+                over("allocated_bytes", bp, own),
+            ]
+            lines.append(f"| {name} | {batch} | {' | '.join(cells)} |")
+    trial = next(iter(record["trials"].values()))
+    where, seeds = trial["environment"], record["table"][0]["seeds"]
+    spread = max(m["step_bytes"]["spread"] or 0 for m in rows.values())
+    lines += [
+        "",
+        f"`ezo experiment memory` on {trial['specification']['recipe']['data']}, {where['device_name']}, torch "
+        f"{where['torch']}, {len(seeds)} seeds: bytes differ by {spread:.0f} between them.",
+    ]
+    return "\n".join(lines)
+
+
 def gpu_records() -> list[dict]:
     """What ``python -m bench gpu`` has written, a record a suite."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
@@ -206,7 +261,7 @@ def ladder() -> str:
 
 
 TABLES = {
-    "README.md": {"results": training, "integers": integers},
+    "README.md": {"results": training, "integers": integers, "bytes": memory_experiment},
     "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
 }
 

@@ -155,6 +155,9 @@ def test_ratios_of_bytes():
     frozen = out["batch 32: frozen trunk, head fc3, fp32"]
     assert frozen["step_bytes_over_full_zo"]["mean"] == 0.9 and "paper_bytes_over_full_zo" not in frozen
     assert out["batch 256: full ZO, fp32, sequential"]["step_bytes_over_full_zo"]["mean"] == 1.0
+    some = {row["arm"]: row["metrics"] for row in findings.against_full_zo(summarise(ones[1:]), ones[1:])}
+    alone = some["batch 32: ElasticZO, fp32, sequential"]
+    assert "step_bytes_over_full_zo" not in alone and alone["full_bp_over"]["mean"] == 2.0
     (said,) = findings.say_planned(summarise(ones))
     assert "5 arms: within 0.833% of 1" in said and findings.say_planned([]) == []
 

@@ -127,7 +127,12 @@ def test_bad_options_are_one_line(quick, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "held" / "memory.json").mkdir(parents=True)
     for argv, said in (
-        (["memory", "--out", tmp_path / "file"], "cannot be made"),
+        (["memory", "--out", tmp_path / "file"], "cannot be made: there is a file of that name"),
+        (["memory", "--out", tmp_path / "new", "--data", "mnist", "--data-dir", tmp_path / "nothing"], "nothing"),
+        (["memory", "--data-dir", tmp_path], "the digits are scikit-learn's"),
+        (["memory", "--csv", tmp_path / "t.csv"], "--csv goes with the experiment regression"),
+        (["memory", "--data", "diabetes"], "goes with the experiment regression"),
+        (["batch", "--models", "mlp"], "--models goes with the experiment partition"),
         (["memory", "--out", tmp_path / "held"], "is a folder"),
         (["memory", "--threads", 0], "--threads is 0"),
         (["memory", "--seeds", -1], "seed is -1"),
@@ -137,6 +142,7 @@ def test_bad_options_are_one_line(quick, tmp_path, capsys):
     ):
         code, _, err = quick(*argv)
         assert code == 2 and err.startswith("ezo: error: ") and err.count("\n") == 1 and said in err
+    assert not (tmp_path / "new").exists()  # refused before anything was made
     with pytest.raises(SystemExit):
         main(["experiment", "--help"])
     listed = capsys.readouterr().out

@@ -120,6 +120,25 @@ def test_numbers_of_the_memory_rows():
     assert "{:.2f} and {:.2f} (no acc".format(*twice) in claim and "{:.2f} and {:.2f} (with".format(*buffer) in claim
 
 
+def test_numbers_of_the_measured_bytes():
+    table = json.loads((RESULTS / "experiments/memory.json").read_text())["table"]
+    bytes_of = {r["arm"]: r["metrics"]["step_bytes"]["mean"] for r in table}
+    heads = "last layer by BP (ZO-Feat-Cls2)", "last two layers by BP (ZO-Feat-Cls1)"
+    found = {}
+    for precision in ("fp32", "int8"):
+        for batch in (32, 256):
+            base = bytes_of[f"batch {batch}: full ZO, {precision}, sequential"]
+            own = [bytes_of[f"batch {batch}: ElasticZO, {head}, {precision}, sequential"] for head in heads]
+            found[precision, batch] = "{:.2f}% and {:.2f}%".format(*(100 * (b / base - 1) for b in own))
+    said = f"fp32: {found['fp32', 32]} (batch 32), {found['fp32', 256]} (batch 256); "
+    assert f"{said}int8: {found['int8', 32]}, {found['int8', 256]}," in row("memory overhead")
+    ratios = [
+        bytes_of[f"batch {b}: full BP, fp32"] / bytes_of[f"batch {b}: ElasticZO, {heads[0]}, fp32, sequential"]
+        for b in (32, 256)
+    ]
+    assert "one by one: {:.2f} and {:.2f} ".format(*ratios) in row('"2.22 times')
+
+
 def test_numbers_of_the_time_rows():
     cpu = json.loads((RESULTS / "cpu.json").read_text())
     ratios = [r["ratio"] for r in cpu["LeNet-5 int8 step against fp32"].values()]

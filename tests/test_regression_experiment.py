@@ -283,6 +283,7 @@ def test_a_table_beside_diabetes(tmp_path):
 def test_bad_tables_are_one_line(quick, tmp_path):
     table = write_table(tmp_path / "t.csv")
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n3\n")
+    (tmp_path / "binary.csv").write_bytes(b"PK\x03\x04")
     (tmp_path / "short.csv").write_text("a,b\n1,2\n3,4\n")
     for argv, said in (
         (("--csv", tmp_path / "none.csv", "--target", "a"), "none.csv: no such file"),
@@ -291,6 +292,7 @@ def test_bad_tables_are_one_line(quick, tmp_path):
         (("--target", "a"), "--csv FILE and --target NAME go together"),
         (("--csv", table, "--target", "cost"), "no column 'cost' to predict: there are a, b, price"),
         (("--csv", tmp_path / "broken.csv", "--target", "a"), "line 3: 1 fields, but 2 columns"),
+        (("--csv", tmp_path / "binary.csv", "--target", "a"), "no CSV file: its first line is not text"),
         (("--csv", tmp_path / "short.csv", "--target", "a"), "2 rows are too few"),
         (("--data", "digits"), "regression takes tables, not digits"),
         (("--data-dir", tmp_path), "--data-dir is for images"),
@@ -313,3 +315,13 @@ def test_figures_of_trajectories_leave_out_what_diverged(tmp_path):
     path = tmp_path / "t.png"
     plot.write_trajectories(path, [("d", "a", [reading(0, 1.0, 0), reading(1, None, None)])], "t")
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_allocators_peak_is_that_of_the_largest_moment():
+    def step():
+        a = torch.empty(1000)
+        b = torch.empty(3000)
+        del a, b
+        return torch.empty(2000)
+
+    assert probes.allocated_peak(step, CPU) == 16_000

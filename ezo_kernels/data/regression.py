@@ -65,6 +65,8 @@ def read_csv(path: str | Path) -> tuple[list[str], np.ndarray]:
     if not lines:
         raise ValueError(f"{path}: empty: a first line that names the columns is needed")
     names = [name.strip() for name in lines[0][1]]
+    if not all(name.isprintable() for name in names):
+        raise ValueError(f"{path}: no CSV file: its first line is not text")
     if len(set(names)) < len(names) or "" in names:
         raise ValueError(f"{path}: columns must have different names, not {', '.join(map(repr, names))}")
     rows = []

@@ -88,8 +88,14 @@ def say_rank(table: list[dict]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
+#: bytes of an arm -> name of full BP's over them
+FULL_BP_OVER = {
+    "step_bytes": "full_bp_over", "allocated_bytes": "allocated_full_bp_over", "paper_bytes": "paper_full_bp_over",
+}  # fmt: skip
+
+
 def against_full_zo(table: list[dict], done: list[Finished]) -> list[dict]:
-    """Bytes over those of the first arm of the same batch, sequential full ZO in fp32, measured and by the equations.
+    """Bytes over those of sequential full ZO in fp32 at the same batch, measured and by the equations, where it is there.
 
     Of ElasticZO in fp32 also full BP's over its own.
     """
@@ -97,23 +103,25 @@ def against_full_zo(table: list[dict], done: list[Finished]) -> list[dict]:
     def group(row: dict) -> tuple:
         return row["data"], row["arm"].partition(":")[0]
 
-    first: dict[tuple, dict] = {}
+    bases = {group(row): row["metrics"] for row in table if row["arm"].endswith(": full ZO, fp32, sequential")}
     backprop = {group(row): row["metrics"] for row in table if ": full BP" in row["arm"]}
     out = []
     for row in table:
         own = row["metrics"]
-        base = first.setdefault(group(row), own)
+        base = bases.get(group(row), {})
         over = {
             f"{name}_over_full_zo": {
                 "mean": own[name]["mean"] / base[name]["mean"],
                 "spread": None,
                 "n": own[name]["n"],
             }
-            for name in ("step_bytes", "paper_bytes")
-            if name in own
+            for name in ("step_bytes", "allocated_bytes", "paper_bytes")
+            if name in own and name in base
         }
         if ": ElasticZO" in row["arm"] and ", fp32" in row["arm"] and group(row) in backprop:
-            for name, over_own in (("step_bytes", "full_bp_over"), ("paper_bytes", "paper_full_bp_over")):
+            for name, over_own in FULL_BP_OVER.items():
+                if name not in own:
+                    continue
                 ratio = backprop[group(row)][name]["mean"] / own[name]["mean"]
                 over[over_own] = {"mean": ratio, "spread": None, "n": own[name]["n"]}
         out.append({**row, "metrics": {**own, **over}})

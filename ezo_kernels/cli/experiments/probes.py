@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,30 @@ class PhaseTimer:
         began = self.now()
         yield
         self.add(name, self.now() - began)
+
+
+def allocated_peak(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator gave out during ``step`` above those before it.
+
+    Unlike storages that operators return (:class:`ezo_kernels.planning.live.LiveBytes`) it sees what a kernel of torch's takes
+    and gives back inside of one call, such as a convolution's layouts; of a CPU not what numpy and numba take.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    # Read when the profiler first runs; below it the profiler writes lines of its own to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 class SquaredErrorWatch(ElasticZOInt8):

@@ -120,7 +120,6 @@ def experiment(args: argparse.Namespace) -> int:
     if args.threads < 1:
         raise ValueError(f"--threads is {args.threads}: at least 1 is needed")
     torch.set_num_threads(args.threads)
-    store = Store(args.out, chosen.name, args.quick)
     device = system.pick_device(args.device)
     data = _sources(args, chosen)
     trials = []
@@ -129,6 +128,8 @@ def experiment(args: argparse.Namespace) -> int:
     for seed in seeds:
         for name, own in data.items():
             trials += chosen.trials(Scope(name, fingerprint(own), len(own.x_train), seed, epochs, args.quick, models))
+    # Last of what may be refused: it makes a folder.
+    store = Store(args.out, chosen.name, args.quick)
     done = carry_out(chosen, trials, data, store, device)
     short = " (QUICK: cut short, no evidence)" if args.quick else ""
     print(f"\n{chosen.name}: {chosen.summary}{short}\n")

@@ -27,7 +27,8 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--out {folder}: cannot be made: {error.strerror}") from None
+            reason = "there is a file of that name" if folder.is_file() else error.strerror
+            raise ValueError(f"--out {folder}: cannot be made: {reason}") from None
         self.path, self.name, self.quick = folder / f"{name}.json", name, quick
         outputs.check_writable("--out", self.path)
         self.trials: dict[str, dict] = self._read() if self.path.exists() else {}

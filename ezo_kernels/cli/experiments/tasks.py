@@ -20,7 +20,7 @@ from ..recipe import Recipe
 from ..run import Run, build_model, data_for, inputs, loss_fn
 from . import regression
 from .epsilon import balanced_eps
-from .probes import GradientTrace, PhaseTimer, SignCounter
+from .probes import GradientTrace, PhaseTimer, SignCounter, allocated_peak
 from .trial import Trial
 
 #: steps before phases are timed, and at most so many that are
@@ -49,6 +49,19 @@ def step_bytes(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     with LiveBytes([x, y, *own]) as live:
         optimizer.train_step(x, y, loss_fn=loss_fn)
     return live.peak + sum(p.numel() * p.element_size() for p in own)
+
+
+def allocated_bytes(recipe: Recipe, data: Dataset, device: torch.device) -> int:
+    """What torch's allocator gave out at the peak of the second step, with the parameters and, of integers, the arena."""
+    model = build_model(recipe, device)
+    optimizer = make_optimizer(recipe, model)
+    x, y = first_batch(recipe, data, device)
+    options = {} if recipe.integer else {"loss_fn": loss_fn}
+    optimizer.train_step(x, y, **options)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    if recipe.integer:
+        held += optimizer.arena.buffer.numel()
+    return held + allocated_peak(lambda: optimizer.train_step(x, y, **options), device)
 
 
 def started(trial: Trial, data: Dataset, device: torch.device) -> dict[str, torch.Tensor]:
@@ -129,6 +142,7 @@ def count_bytes(trial: Trial, data: Dataset, device: torch.device, after_step: C
         plan = plan_step(model, x, y, loss_fn, head=head, mode=recipe.mode, queries=recipe.queries, frozen=frozen)
     measured = step_bytes(recipe, data, device)
     result = {"step_bytes": measured, "planned_bytes": plan.total, "planned_over_measured": plan.total / measured}
+    result["allocated_bytes"] = allocated_bytes(recipe, data, device)
     if recipe.method != "frozen":  # the paper has no equation of a trunk that nobody trains
         floats = x.dequantize() if recipe.integer else x
         result["paper_bytes"] = paper_bytes(model, floats, recipe.head_argument, integer=recipe.integer)
