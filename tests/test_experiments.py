@@ -104,6 +104,27 @@ def test_stopped_and_restarted_is_as_undisturbed(quick, tmp_path, monkeypatch):
     assert tables[0] == tables[1]
 
 
+def test_arms_by_name_add_to_the_same_file(quick, tmp_path):
+    code, out, err = quick("baseline", "--arms", "full ZO, int8", "frozen", "--seeds", 0)
+    assert code == 0, err
+    arms = {t["arm"] for t in json.loads((tmp_path / "baseline.json").read_text())["trials"].values()}
+    assert len(arms) == 4 and all("full ZO, int8" in arm or "frozen" in arm for arm in arms)
+    code, out, err = quick("baseline", "--arms", "full ZO", "--seeds", 0)
+    assert code == 0 and "2 trials are there, 1 to run" in out, err
+
+
+def test_arms_are_at_equal_forwards():
+    scope = Scope("mnist", "", 55000, 0, 40, False)
+    plan = {t.arm: t.recipe for t in EXPERIMENTS["baseline"].trials(scope)}
+    elastic = [r for r in plan.values() if r.method == "elastic"]
+    assert len(elastic) == 9
+    assert {r.epochs * r.queries * (1 + r.antithetic) for r in elastic} == {80}
+    for head in ("fc3", "fc2,fc3"):
+        frozen = next(r for r in plan.values() if r.method == "frozen" and r.head == head)
+        ours = next(r for r in elastic if r.head == head and not r.integer)
+        assert frozen.epochs == ours.epochs and frozen.batch == ours.batch  # as many steps
+
+
 def test_a_file_that_is_not_ours_is_refused_and_left_alone(quick, tmp_path):
     path = tmp_path / "memory.json"
     ours = {"format": "ezo-experiment-1", "experiment": "memory", "quick": True, "trials": {}}
@@ -137,6 +158,7 @@ def test_bad_options_are_one_line(quick, tmp_path, capsys):
         (["memory", "--threads", 0], "--threads is 0"),
         (["memory", "--seeds", -1], "seed is -1"),
         (["baseline", "--epochs", 0], "epochs is 0"),
+        (["baseline", "--arms", "fp32", "nobody"], "--arms nobody: in no arm's name; there are full ZO, fp32"),
         (["memory", "--data", "mnist", "--data-dir", tmp_path / "nothing"], "nothing"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ):

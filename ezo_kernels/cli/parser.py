@@ -126,7 +126,13 @@ def add_experiment(commands) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: 0 1 2; quick: 0 1)")
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help="of every trial (default: 10, of regression 200; quick: 1)"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="of every trial (default: 10; baseline: 40, of two forwards an image; regression: 200; quick: 1)",
+    )
+    parser.add_argument(
+        "--arms", nargs="+", metavar="WORDS", help="only the arms whose name holds one of these, such as fp32 'full ZO'"
     )
     add_device(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 from ...data.files import replacing
 from .summary import Column
 from .trial import Finished
+
+#: a validation error of so many times that of the initial weights has diverged
+DIVERGED = 10.0
 
 
 def available() -> bool:
@@ -44,12 +49,15 @@ def _curves(axes, rows: list[dict], column: Column, x_label: str) -> None:
             capsize=3,
             label=arm,
         )
+    told = set()
     for row in rows:
         at = row["x"], row["metrics"][column.name]["mean"] * column.scale
         if row["metrics"].get("elbow", {}).get("mean") == 1:
-            axes.plot(*at, "k*", markersize=14, label="elbow")
+            axes.plot(*at, "k*", markersize=14, label=None if "elbow" in told else "elbow")
+            told.add("elbow")
         if row["metrics"].get("chosen", {}).get("mean", 0) > 0:
-            axes.plot(*at, "ks", markersize=12, fillstyle="none", label="choose_cut")
+            axes.plot(*at, "ks", markersize=12, fillstyle="none", label=None if "choice" in told else "choose_cut")
+            told.add("choice")
     if all(row["x"] > 0 for row in rows):
         axes.set_xscale("log")
     axes.set(xlabel=x_label, ylabel=column.heading)
@@ -61,6 +69,10 @@ def write(path: Path, table: list[dict], columns: tuple[Column, ...], title: str
     # The figure by itself, without pyplot: no window system, no global state.
     from matplotlib.figure import Figure
 
+    # One that has diverged would leave nothing to be seen of the others; the table has it.
+    diverged = sum(bool(row["metrics"].get("diverged", {}).get("mean")) for row in table)
+    table = [row for row in table if not row["metrics"].get("diverged", {}).get("mean")]
+    title += f" (left out: {diverged} that diverged)" if diverged else ""
     names = list(dict.fromkeys(row["data"] for row in table))
     panels = [c for c in columns if any(c.name in row["metrics"] for row in table)]
     height = max(3.5, 0.35 * max(sum(row["data"] == name and row["x"] is None for row in table) for name in names))
@@ -124,7 +136,10 @@ def write_trajectories(path: Path, paths: list[tuple[str, str, list[dict]]], tit
         own = [(arm, readings) for data, arm, readings in paths if data == name]
         for axes, (label, of, log) in zip(line, panels, strict=True):
             for i, (arm, readings) in enumerate(own):
-                points = [(r["step"], of(r, readings[0])) for r in readings if r["validation_mse"] is not None]
+                # What has diverged ends where it did: beyond, the others would be one line.
+                most = DIVERGED * readings[0]["validation_mse"]
+                sane = itertools.takewhile(lambda r, most=most: (r["validation_mse"] or math.inf) <= most, readings)
+                points = [(r["step"], of(r, readings[0])) for r in sane]
                 points = [(step, value) for step, value in points if value is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), styles[i // 10 % 4], color=f"C{i % 10}", label=arm)

@@ -21,6 +21,7 @@ from ...models import MLP
 from ...nn import convert_
 from ...ops.int8_tensor import Int8Tensor, quantize
 from ...optim import ElasticZO, baselines
+from .plot import DIVERGED
 from .probes import GradientTrace, SquaredErrorWatch, Trajectory, relative_difference
 from .scope import Scope
 from .summary import Column
@@ -33,8 +34,6 @@ BITS, LRS = (-4, -2, 0, 2), (1e-5, 1e-4, 1e-3, 1e-2)
 #: of the head, of full BP and of the frozen trunk; the validation split takes the best
 HEAD_LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 HEAD = "fc3"
-#: a validation error of so many times that of the initial weights has diverged
-DIVERGED = 10.0
 #: readings of a trajectory, beside the one of the start
 READINGS = 50
 
@@ -239,7 +238,8 @@ def train(trial: Trial, data: Dataset, device: torch.device, after_step: Callabl
 
 VALID_MSE = Column("validation_mse", "validation, squared error / variance", 1, 3)
 AGREEMENT = Column("sign_agreement_float", "sign as the float network's, %", 100, 1)
-G_VARIANCE = Column("g_variance", "variance of g", 1, 3)
+# Of floats and integers in one unit, which the variances of a slope and of a sign are not.
+DIFFERENCE = Column("difference_rms", "rms of L+ - L- over L", 1, 3)
 COLUMNS = (
     VALID_MSE,
     Column("test_mse", "test", 1, 3),
@@ -247,10 +247,10 @@ COLUMNS = (
     Column("sign_agreement", "sign as the float loss of the same outputs, %", 100, 2),
     AGREEMENT,
     Column("ties", "ties, %", 100, 2),
-    G_VARIANCE,
-    Column("difference_rms", "rms of L+ - L- over L", 1, 3),
+    Column("g_variance", "variance of g", 1, 3),
+    DIFFERENCE,
     Column("weight_growth", "largest growth of a layer's weights", 1, 2),
     Column("at_rails", "weights at +-127, %", 100, 2),
     Column("exponent_drift", "drift of exponents, bits", 1, 1),
 )
-PLOTTED = (VALID_MSE, AGREEMENT, G_VARIANCE)
+PLOTTED = (VALID_MSE, AGREEMENT, DIFFERENCE)

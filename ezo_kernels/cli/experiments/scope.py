@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..recipe import Recipe
-from .recipes import recipe
+from .recipes import best, recipe
 from .summary import Column
 from .trial import Finished, Trial
 
@@ -42,9 +42,13 @@ class Scope:
         """ElasticZO's recipe at this scope."""
         return recipe(self.data, head, self.seed, options.pop("epochs", self.epochs), precision, **options)
 
+    def best(self, head: str) -> Recipe:
+        """The best recipe known in floats, at the forward passes of this scope's epochs with two a step."""
+        return best(self.data, head, self.seed, self.epochs)
+
     def other(self, method: str, head: str = "", **options) -> Recipe:
         """The recipe of a method that ElasticZO is held against."""
-        return Recipe(data=self.data, method=method, head=head, seed=self.seed, epochs=self.epochs, **options)
+        return Recipe(data=self.data, method=method, head=head, seed=self.seed, **{"epochs": self.epochs, **options})
 
     def ends(self, values: tuple) -> tuple:
         """A sweep: all of its values, or the first and the last one of a quick run."""
