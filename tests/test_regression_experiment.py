@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
 import ezo_kernels as ezo
@@ -302,7 +304,7 @@ def test_bad_tables_are_one_line(quick, tmp_path):
         assert code == 2 and out == "" and err.startswith("ezo: error: ") and err.count("\n") == 1 and said in err, argv
 
 
-def test_figures_of_trajectories_leave_out_what_diverged(tmp_path):
+def test_figures_of_trajectories_leave_out_what_diverged(tmp_path, monkeypatch):
     def reading(step, error, exponent):
         return {
             "step": step,
@@ -312,9 +314,32 @@ def test_figures_of_trajectories_leave_out_what_diverged(tmp_path):
             "exponents": {"f": exponent},
         }
 
+    drawn, real = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *a, **k: drawn.append(a[:2]) or real(axes, *a, **k))
     path = tmp_path / "t.png"
-    plot.write_trajectories(path, [("d", "a", [reading(0, 1.0, 0), reading(1, None, None)])], "t")
+    readings = [reading(0, 1.0, 0), reading(1, 2.0, 1), reading(2, 11.0, 9), reading(3, 3.0, 0), reading(4, None, None)]
+    plot.write_trajectories(path, [("d", "a", readings)], "t")
     assert path.read_bytes()[:4] == b"\x89PNG"
+    assert drawn == [((0, 1), (1.0, 2.0)), ((0, 1), (1.0, 1.0)), ((0, 1), (0, 1))]  # nothing at the rails in floats
+
+
+def test_bars_leave_out_what_diverged_and_say_so(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "_bars", lambda axes, rows, column, named: drawn.append([row["arm"] for row in rows]))
+
+    def row(arm, diverged):
+        values = {"validation_mse": 1.0, "diverged": diverged}
+        return {
+            "data": "d",
+            "arm": arm,
+            "x": None,
+            "metrics": {k: {"mean": v, "spread": None} for k, v in values.items()},
+        }
+
+    titles, real = [], Figure.suptitle
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, text: titles.append(text) or real(figure, text))
+    plot.write(tmp_path / "b.png", [row("a", 0.0), row("b", 1 / 3)], (regression.VALID_MSE,), "title")
+    assert drawn == [["a"]] and titles == ["title (left out: 1 that diverged)"]
 
 
 def test_the_allocators_peak_is_that_of_the_largest_moment():
