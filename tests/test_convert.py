@@ -179,6 +179,17 @@ def test_converted_twice_and_not_converted():
             call(plain)
 
 
+def test_what_is_no_model_is_refused():
+    for call in (ezo.convert_, ezo.unconvert_, ezo.summary, ezo.ElasticZO):
+        for model in (None, [nn.Linear(2, 2)], nn.Linear):
+            with pytest.raises(TypeError, match="torch.nn.Module"):
+                call(model)
+    with pytest.raises(TypeError, match="filter_fn"):
+        ezo.convert_(nn.Linear(2, 2), filter_fn=3)
+    with pytest.raises(NotImplementedError, match="DataParallel"):
+        ezo.ElasticZO(nn.DataParallel(ezo.convert_(seeded(ezo.models.LeNet5))))
+
+
 def test_root_module_and_shared_module_convert():
     linear = ezo.convert_(seeded(lambda: nn.Linear(3, 2)))
     assert type(linear) is ezo.nn.ZOLinear

@@ -90,6 +90,25 @@ def test_a_loss_may_be_a_number_where_nothing_is_differentiated():
         opt.step(lambda: float(F.cross_entropy(model(x), y)))
 
 
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+@pytest.mark.parametrize("head_grad", ["mean", "plus"])
+def test_a_step_brings_its_own_autograd(mode, head_grad):
+    """Torch's optimizers step under no_grad, too, and some loops wrap all of it."""
+    x, y = batch()
+    model, opt = start(mode=mode, head_grad=head_grad)
+    twin, other = start(mode=mode, head_grad=head_grad)
+    opt.train_step(x, y)
+    with torch.no_grad():
+        other.train_step(x, y)
+    assert torch.equal(bits(model), bits(twin))
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        other.train_step(x, y)
+    assert torch.equal(bits(model), bits(twin))
+    with torch.inference_mode():
+        loss = ezo.ElasticZO(ezo.convert_(nn.Linear(4, 3)), mode=mode).train_step(x, y)
+    assert torch.isfinite(loss)
+
+
 def test_numbers_of_numpy_are_numbers_and_a_bad_clip_is_refused_later_too():
     model, opt = start(lr=np.float32(1e-3), eps=np.float64(1e-3), head_lr=np.int64(1), clip=np.float32(2.0))
     assert type(opt.param_groups[0]["lr"]) is float

@@ -11,7 +11,7 @@ from .dropout import ZODropout
 from .grouped import Grouped, group_, ungroup_
 from .int8_convert import convert_int8_, unconvert_int8_
 from .linear import release
-from .plan import Plan, make_plan
+from .plan import REFUSED, Plan, make_plan
 
 PRECISIONS = ("float", "int8")
 
@@ -23,7 +23,12 @@ def is_int8(model: nn.Module) -> bool:
 
 def context_of(model: nn.Module) -> ZOContext:
     """The context of a converted model, or ValueError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     zo = model.__dict__.get("_ezo")
+    for cls, why in REFUSED.items():
+        if isinstance(model, cls):
+            raise NotImplementedError(f"{cls.__name__} is refused: {why}")
     if zo is None and "_ezo" in getattr(model.__dict__.get("_modules", {}).get("_orig_mod"), "__dict__", {}):
         raise ValueError(
             "this is torch.compile's wrapper of a converted model: give the model itself (its compile() compiles it in "
@@ -70,6 +75,10 @@ def convert_(
         NotImplementedError: modules that cannot be trained this way, with the way out; for ``int8`` all of them.
         Nothing is changed when it raises.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of a module and its name, got {type(filter_fn).__name__}")
     if "_ezo" in model.__dict__:
         raise ValueError("the model is converted already: unconvert_ it first")
     if any("zo" in m.__dict__ for m in model.modules()):

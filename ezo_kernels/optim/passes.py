@@ -61,9 +61,9 @@ class Passes:
     def _backward(self, losses: list[torch.Tensor]) -> None:
         """Add the mean of these groups' gradients to the head's."""
         used = [loss for g, loss in enumerate(losses) if self._uses(g)]
-        if not all(loss.requires_grad for loss in used):
-            raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
-        total = used[0] if len(used) == 1 else torch.stack(used).mean()
+        self._require_grad(used)
+        with torch.enable_grad():
+            total = used[0] if len(used) == 1 else torch.stack(used).mean()
         torch.autograd.backward(total, inputs=self.head)
 
     def _one_by_one(self, p: Perturbation, run) -> torch.Tensor:
@@ -78,14 +78,20 @@ class Passes:
             if g or not self._must_check:
                 self._require_visits()
             if self.head and self._uses(g):
-                with self._phase("head backward"):
+                with self._phase("head backward"), torch.enable_grad():
                     self._backward_one(loss / used if used > 1 else loss)
             losses.append(loss.detach().float().reshape(()))
         return torch.stack(losses)
 
-    def _backward_one(self, loss: torch.Tensor) -> None:
-        if not loss.requires_grad:
+    @staticmethod
+    def _require_grad(losses) -> None:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("a step with a head needs autograd, and this is torch.inference_mode: leave it")
+        if not all(loss.requires_grad for loss in losses):
             raise ValueError("the loss does not depend on the head's parameters by autograd: nothing to backpropagate")
+
+    def _backward_one(self, loss: torch.Tensor) -> None:
+        self._require_grad([loss])
         torch.autograd.backward(loss, inputs=self.head)
 
     def _loss(self, loss) -> torch.Tensor:
