@@ -28,16 +28,14 @@ def element_tile(rows: int, noise: str, scattered: bool = False) -> ElementTile:
     """Tile of the kernels that write z or perturbed copies of a parameter with ``rows`` logical rows.
 
     Args:
-        scattered: two tensors are addressed an element at a time: half as many a thread, whose addresses are registers.
+        scattered: two tensors are addressed an element at a time: fewer a thread, whose addresses are registers.
     """
     if noise == "hadamard":
         # its mix is a matrix product with 32 columns of work a z for every 32 columns of tile: narrow and tall is cheap
         return ElementTile(16, 64) if rows <= 16 else ElementTile(32 if scattered else 64, 64)
     if rows <= 4:
         return ElementTile(1, 1024)
-    if scattered:
-        return ElementTile(4 if noise == "sparse" else 8, 256)
-    return ElementTile(16, 256)
+    return ElementTile(4 if scattered else 16, 256)
 
 
 def update_tile(noise: str) -> ElementTile:
