@@ -154,6 +154,27 @@ def test_sequence_first_is_found_out():
     assert opt.mode == "sequential" and any("sequential" in str(w.message) for w in caught)
 
 
+class Centred(nn.Module):
+    """Takes the mean over the batch: a stacked pass would mix its groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h - h.mean(0, keepdim=True))
+
+
+def test_a_first_step_that_is_not_finite_has_checked_nothing():
+    x, y = torch.randn(4, 4), torch.randint(0, 3, (4,))
+    opt = ezo.ElasticZO(ezo.convert_(seeded(Centred)), mode="stacked")
+    opt.train_step(x * float("nan"), y)
+    assert opt.skipped.item() == 1
+    with pytest.raises(ValueError, match="mode='sequential'"):
+        opt.train_step(x, y)
+
+
 def test_random_attention_is_refused_by_name():
     x, y = torch.randn(4, 6, 16), torch.randint(0, 5, (4,))
     model = ezo.convert_(seeded(lambda: zoo.Encoder(dropout=0.1)), head=["classify"])

@@ -142,7 +142,8 @@ class Passes:
                     "a stacked pass would mix the groups; run them one by one (mode='sequential')"
                 )
             self.zo.batch_stats = stats
-            self._rows_checked = True
+            # NaN is not told from NaN: a step that is skipped has shown nothing
+            self._rows_checked = all(bool(torch.isfinite(loss).all()) for loss in losses)
         if self.head:
             with self._phase("head backward"):
                 self._backward(losses)
