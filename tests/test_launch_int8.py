@@ -72,6 +72,13 @@ def test_slabs(launches, strategy):  # noqa: F811
     ] * 2 * times
 
 
+@pytest.mark.parametrize(("rows", "first"), [(150, "int8_linear_kernel"), (192, "int8_slab_kernel")])
+def test_the_rows_of_one_group_choose(launches, rows, first):  # noqa: F811
+    """Stacked they are 300 and 384."""
+    ops.int8_linear(tensor(2, 2 * rows, 4096), int8(4096, 4096), None, pass_of(), **options())
+    assert launches[0].name == first
+
+
 @pytest.mark.parametrize("signs", [(1, -1), (-1,)])
 def test_slabs_of_one(launches, signs):  # noqa: F811
     p = pass_of(signs)

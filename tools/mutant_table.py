@@ -324,6 +324,13 @@ MUTANTS = (
         "if True:",
         "tests/test_int8_limits.py -k float_state",
     ),
+    Mutant(
+        "integer slabs chosen by the stacked rows",
+        _OPS + "int8_matmul.py",
+        "choose(x.numel() // (k * x_exponent.numel()), n, k,",
+        "choose(x.numel() // k, n, k,",
+        "tests/test_launch_int8.py -k one_group",
+    ),
     # experiments
     Mutant(
         "trials of any recipe are one",
