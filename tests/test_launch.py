@@ -118,6 +118,19 @@ def test_two_products(launches, rows, n, k, noise):
     assert [launch.name for launch in launches] == ["linear_small_kernel"] * 2
 
 
+@pytest.mark.parametrize(("rows", "n", "k"), [(128, 84, 120), (128, 10, 84), (64, 84, 120), (1, 130, 72)])
+@pytest.mark.parametrize("strategy", ["fused", "two_products"])
+def test_rows_that_begin_anywhere(launches, strategy, rows, n, k):
+    """LeNet's layers in bf16: rows of multiples of 8, and of 4; and an x that begins at two bytes. Nothing spills."""
+    x, w = torch.ones(2 * rows * k + 1, dtype=BF16), torch.ones(n, k, dtype=BF16)
+    site = dict(site=7, bias_site=1, z_dtype="bfloat16", strategy=strategy)
+    ops.perturbed_linear(x[:-1].view(2 * rows, k), w, w[:, 0], pass_of("clt4"), **site)
+    if rows == 64:
+        ops.perturbed_linear(x[1:].view(2 * rows, k), w, w[:, 0], pass_of("clt4"), **site)
+    kernel = "linear_kernel" if strategy == "fused" else "linear_small_kernel"
+    assert {launch.name for launch in launches} == {kernel}
+
+
 def test_slabs(launches):
     """auto takes them for many rows; the kernel starts at a slab's first row."""
     x, w = torch.ones(2 * 1300, 1024, dtype=BF16), torch.ones(1024, 1024, dtype=BF16)

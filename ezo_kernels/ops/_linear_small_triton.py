@@ -18,10 +18,9 @@ from __future__ import annotations
 import torch
 
 from ._address import address, strided
-from ._linear_triton import architecture, bias_noise
+from ._linear_triton import architecture, bias_noise, whole_loads
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, rademacher_words, signed32, z_units
 from ._noise_triton import UNIT as UNITS
-from ._strategy import regular
 from ._tiles import small_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -51,10 +50,16 @@ def linear_small_kernel(
     x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
     n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EIGHTS: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """SIGNS: 2 for the pair, else 1 or -1. Programs that share a tile of W are neighbours, so that it stays in L2."""
+    """SIGNS: 2 for the pair, else 1 or -1. EIGHTS, NEAR: as in ``_linear_triton.linear_kernel``.
+
+    Programs that share a tile of W are neighbours, so that it stays in L2.
+    """
+    if EIGHTS:
+        K, w_stride_n = K // 8 * 8, w_stride_n // 8 * 8
+        s0, s1, s2, s3 = s0 // 8 * 8, s1 // 8 * 8, s2 // 8 * 8, s3 // 8 * 8
     pid = tl.program_id(0)
     first_m = (pid % tiles_m) * HALF
     pid = pid // tiles_m
@@ -108,9 +113,15 @@ def linear_small_kernel(
         acc_w += b[:, None]
         step += (z * eps)[:, None]
     inside = (rm < rows)[None, :] & (rn < N)[:, None]
-    at = out_ptr + (row0 + rm)[None, :] * N + rn[:, None]
+    if NEAR:
+        at = out_ptr + row0 * N
+        column = rm + (second * rows if SIGNS == 2 and not SHARED else 0)
+        at += column[None, :] * N + rn[:, None]
+    else:
+        at = out_ptr + (row0 + rm)[None, :] * N + rn[:, None]
+        if SIGNS == 2 and not SHARED:
+            at += (second * rows).to(tl.int64)[None, :] * N
     if SIGNS == 2 and not SHARED:
-        at += (second * rows).to(tl.int64)[None, :] * N
         step = tl.where((second == 0)[None, :], step, -step)
     elif not SHARED:
         inside = inside & (second == 0)[None, :]
@@ -121,10 +132,15 @@ def linear_small_kernel(
         tl.store(at + rows.to(tl.int64) * N, (acc_w - step).to(dtype), mask=inside)
 
 
-def constexprs(tile, noise, signs: int, shared: bool, bias: bool, x_dims: int, even_k: bool, precision: str) -> dict:
+def constexprs(
+    tile, noise, signs: int, shared: bool, bias: bool, x_dims: int, even_k: bool, precision: str, eights: bool = True,
+    near: bool = False,
+) -> dict:  # fmt: skip
     """Everything that :func:`linear_small_kernel` is compiled for."""
     return {
         **{"SIGNS": signs, "SHARED": bool(shared), "BIAS": bias, "X_DIMS": x_dims, "EVEN_K": even_k},
+        "EIGHTS": eights,
+        "NEAR": near,
         **{"PRECISION": precision, "HALF": tile.half, "BN": tile.bn, "BK": tile.bk},
         **noise_constexprs(noise, tile.bk),
         "BIAS_UNIT": min(UNITS[noise.name], tile.bn),
@@ -148,18 +164,20 @@ def launch_linear_small(
     if place is None:
         x = x.contiguous()
         place = address(x, "matrix")
-    tile = small_tile(rows, x.dtype, noise.name, regular(x, w), architecture(x.device))
+    eights = whole_loads(x, w)
+    tile = small_tile(rows, x.dtype, noise.name, eights, architecture(x.device))
     tiles_m, tiles_n = -(-rows // tile.half), -(-n // tile.bn)
     if max(n + tile.bn, k + tile.bk, rows + tile.half, tiles_m * tiles_n * queries) >= 1 << 31:
         raise NotImplementedError(f"perturbed_linear: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
     threshold, scale = noise_args(noise)
     sign = 2 if len(signs) == 2 else signs[0]
+    near = n % 16 != 0 and 2 * (rows + tile.half) * n < 1 << 31
     with torch.cuda.device_of(x):
         linear_small_kernel[(tiles_m * tiles_n * queries,)](
             x, w, b if b is not None else w, out, key, eps, signed32(site), signed32(bias_site), query, rows, n, k,
             tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=w.stride(0),
             w_stride_k=w.stride(1), b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
-            **constexprs(tile, noise, sign, shared, b is not None, place.dims, k % tile.bk == 0, precision),
+            **constexprs(tile, noise, sign, shared, b is not None, place.dims, k % tile.bk == 0, precision, eights, near),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -170,13 +188,15 @@ _KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TESTED = {
     ("bf16", "gaussian", 64, "pair"), ("bf16", "hadamard", 64, "pair"), ("bf16", "sparse", 16, "pair"),
     ("fp16", "rademacher", 16, "shared"), ("bf16", "uniform", 16, "plus"),
+    ("bf16", "gaussian", 64, "eights"), ("bf16", "rademacher", 64, "eights"), ("bf16", "clt4", 64, "ragged"),
 }  # fmt: skip
 
 
 def _variant(dtype: str, name: str, rows: int, how: str, arch: int) -> Variant:
     noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
-    tile = small_tile(rows, _KINDS[dtype], name, True, arch)
-    archs = tuple(a for a in ARCHS if small_tile(rows, _KINDS[dtype], name, True, a) == tile)
+    eights, even = how != "ragged", how not in ("ragged", "eights")
+    tile = small_tile(rows, _KINDS[dtype], name, eights, arch)
+    archs = tuple(a for a in ARCHS if small_tile(rows, _KINDS[dtype], name, eights, a) == tile)
     pointers = {"x_ptr": dtype, "w_ptr": dtype, "b_ptr": dtype, "out_ptr": dtype, "key_ptr": "i32", "eps_ptr": "fp32"}
     integers = ("site", "bias_site", "query", "rows", "N", "K", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold")
     strides = ("s0", "s1", "s2", "s3", "w_stride_n")
@@ -190,7 +210,9 @@ def _variant(dtype: str, name: str, rows: int, how: str, arch: int) -> Variant:
         },
         constexprs={
             **{"x_stride": 1, "b_stride": 1, "w_stride_k": 1},
-            **constexprs(tile, noise, 1 if how == "plus" else 2, how == "shared", True, 1, True, "ieee"),
+            **constexprs(
+                tile, noise, 1 if how == "plus" else 2, how == "shared", True, 1, even, "ieee", eights, not even
+            ),
             "ASM": True,
         },
         num_warps=tile.warps,
@@ -198,7 +220,7 @@ def _variant(dtype: str, name: str, rows: int, how: str, arch: int) -> Variant:
         archs=archs,
         expects=("multiply",) if dtype == "fp32" else ("mma", "multiply"),
         z_per_loop=tile.bn * tile.bk,
-        divisible=("N", "K", *strides),
+        divisible=("N", "K", *strides) if even else (),
         representative=(dtype, name, rows, how) in _TESTED,
     )
 

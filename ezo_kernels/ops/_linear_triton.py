@@ -20,6 +20,7 @@ from ._address import address, strided
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._noise_triton import UNIT as UNITS
 from ._rounding_triton import round_z
+from ._strategy import regular
 from ._tiles import LARGE, linear_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -64,12 +65,19 @@ def _multiply(w, x, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION
 
 
 @jit
-def _store(out_ptr, acc, bias, row0, rm, rn, rows, N, SWAP: tl.constexpr, BIAS: tl.constexpr):
+def _store(
+    out_ptr, acc, bias, row0, first, rm, rn, rows, N,
+    BM: tl.constexpr, NEAR: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
     if BIAS:
         acc += bias[None, :]
-    at = (row0 + rm).to(tl.int64)[:, None] * N + rn[None, :]
+    if NEAR:
+        out_ptr += (row0 + first).to(tl.int64) * N
+        at = tl.arange(0, BM)[:, None] * N + rn[None, :]
+    else:
+        at = (row0 + rm).to(tl.int64)[:, None] * N + rn[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rm < rows)[:, None] & (rn < N)[None, :])
 
 
@@ -78,14 +86,23 @@ def linear_kernel(
     x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
     n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, ROUNDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_K: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, ROUNDED: tl.constexpr,
+    NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else the sign. ROUNDED: z of the weight has x's dtype.
 
+    EIGHTS: :func:`whole_loads`; the divisions below tell the compiler, which knows multiples of 16 by itself, of 8 by them.
+    NEAR: outputs are stored one by one, and those of a tile lie within 2^31 of each other: from its first row on their
+    addresses have 32 bits, which is half the registers.
     Programs that share a tile of W are neighbours, so that it stays in L2.
     """
+    if EIGHTS:
+        s0, s1, s2, s3 = s0 // 8 * 8, s1 // 8 * 8, s2 // 8 * 8, s3 // 8 * 8
+        if TRANSPOSED:
+            N, w_stride_k = N // 8 * 8, w_stride_k // 8 * 8
+        else:
+            K, w_stride_n = K // 8 * 8, w_stride_n // 8 * 8
     pid = tl.program_id(0)
     first_m = (pid % tiles_m) * BM
     pid = pid // tiles_m
@@ -171,9 +188,9 @@ def linear_kernel(
             b_plus, b_minus = perturb_tile(b_plus, z, eps, tl.float32)
     if SIGNS == -1:
         b_plus = b_minus
-    _store(out_ptr, acc, b_plus, row0, rm, rn, rows, N, SWAP, BIAS)
+    _store(out_ptr, acc, b_plus, row0, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS)
     if SIGNS == 2:
-        _store(out_ptr, other, b_minus, row0 + rows, rm, rn, rows, N, SWAP, BIAS)
+        _store(out_ptr, other, b_minus, row0 + rows, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS)
 
 
 def architecture(device: torch.device) -> int:
@@ -184,15 +201,22 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def whole_loads(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether rows of both are contiguous and begin and end at multiples of 8 elements, the first at one of 16 bytes."""
+    return regular(x, w) and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
+
+
 def constexprs(
     tile, noise, signs: int, shared: bool, transposed: bool, bias: bool, x_dims: int, even_k: bool, precision: str,
-    rounded: bool = False,
+    rounded: bool = False, eights: bool = True, near: bool = False,
 ) -> dict:  # fmt: skip
     """Everything that :func:`linear_kernel` is compiled for."""
     return {
         **{"SIGNS": signs, "SHARED": bool(shared), "TRANSPOSED": bool(transposed), "BIAS": bias, "X_DIMS": x_dims},
         **{
             "EVEN_K": even_k,
+            "EIGHTS": eights,
+            "NEAR": near,
             "ROUNDED": rounded,
             "PRECISION": precision,
             "SWAP": tile.swap,
@@ -224,7 +248,8 @@ def launch_linear(
     if place is None:
         x = x.contiguous()
         place = address(x, "matrix")
-    tile = linear_tile(rows, n, k, x.dtype, noise.name, precision, transposed, architecture(x.device))
+    eights = whole_loads(x, w)
+    tile = linear_tile(rows, n, k, x.dtype, noise.name, precision, transposed, architecture(x.device), eights)
     tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
     if max(n + tile.bn, k + tile.bk, rows + tile.bm, tiles_m * tiles_n * queries) >= 1 << 31:
         raise NotImplementedError(f"perturbed_linear: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
@@ -237,7 +262,8 @@ def launch_linear(
             tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=stride_n, w_stride_k=stride_k,
             b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
             **constexprs(
-                tile, noise, sign, shared, transposed, b is not None, place.dims, k % tile.bk == 0, precision, rounded
+                tile, noise, sign, shared, transposed, b is not None, place.dims, k % tile.bk == 0, precision, rounded,
+                eights, n % 16 != 0 and tile.bm * n < 1 << 31,
             ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
@@ -259,7 +285,9 @@ _TESTED = {
     ("fp16", "clt4", 32, "pair"), ("bf16", "rademacher", 32, "pair"), ("tf32", "gaussian", 32, "pair"),
     ("fp32", "gaussian", 32, "pair"), ("bf16", "gaussian", 16, "transposed"), ("bf16", "hadamard", 2048, "transposed"),
     ("bf16", "gaussian", 16, "shared"), ("fp32", "gaussian", 32, "tail"), ("bf16", "gaussian", 2048, "plus"),
-    ("bf16", "gaussian", 2048, "plain"),
+    ("bf16", "gaussian", 2048, "plain"), ("bf16", "clt4", 64, "rounded"), ("bf16", "clt4", 64, "ragged"),
+    ("bf16", "clt4", 64, "eights"), ("bf16", "gaussian", 2048, "eights"), ("bf16", "hadamard", 32, "ragged"),
+    ("mixed", "gaussian", 2048, "ragged"), ("tf32", "rademacher", 2048, "ragged"),
 }  # fmt: skip
 
 
@@ -267,12 +295,13 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
     x, w, kind, precision = _FLOATS[dtype]
     noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
     transposed = how == "transposed"
-    tile = linear_tile(rows, n, 4096, kind, name, precision, transposed, archs[0])
+    odd = how in ("ragged", "eights")
+    tile = linear_tile(rows, n + 4 * odd, 4096, kind, name, precision, transposed, archs[0], how != "ragged")
     pointers = {"x_ptr": x, "w_ptr": w, "b_ptr": w, "out_ptr": x, "key_ptr": "i32", "eps_ptr": "fp32"}
     integers = ("site", "bias_site", "query", "rows", "N", "K", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold")
     along, across = ("w_stride_n", "w_stride_k") if transposed else ("w_stride_k", "w_stride_n")
     strides = ("s0", "s1", "s2", "s3", across)
-    signs = {"plus": 1, "plain": 0}.get(how, 2)
+    signs, even = {"plus": 1, "plain": 0}.get(how, 2), not odd and how != "tail"
     return Variant(
         kernel=linear_kernel,
         name=f"linear/{dtype}/{name}/{rows}/{how}" + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
@@ -283,7 +312,20 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
         },
         constexprs={
             **{"x_stride": 1, "b_stride": 1, along: 1},
-            **constexprs(tile, noise, signs, how == "shared", transposed, True, 1, how != "tail", precision),
+            **constexprs(
+                tile,
+                noise,
+                signs,
+                how == "shared",
+                transposed,
+                True,
+                1,
+                even,
+                precision,
+                how == "rounded",
+                how != "ragged",
+                odd,
+            ),
             "ASM": True,
         },
         num_warps=tile.warps,
@@ -291,7 +333,7 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
         archs=archs,
         expects=(() if dtype == "fp32" else ("mma",)) + (("multiply",) if signs else ()),
         z_per_loop=tile.bn * tile.bk if signs else 0,
-        divisible=("N", *strides) if how == "tail" else ("N", "K", *strides),
+        divisible=() if odd else ("N", "K", *strides) if even else ("N", *strides),
         representative=(dtype, name, rows, how) in _TESTED,
     )
 

@@ -59,13 +59,15 @@ class LinearTile:
 
 
 def linear_tile(
-    rows: int, n: int, k: int, dtype: torch.dtype, noise: str, precision: str, transposed: bool, arch: int
-) -> LinearTile:
+    rows: int, n: int, k: int, dtype: torch.dtype, noise: str, precision: str, transposed: bool, arch: int,
+    regular: bool = True,
+) -> LinearTile:  # fmt: skip
     """Tile of a perturbed linear layer of ``rows`` rows a group, ``n`` outputs and ``k`` inputs.
 
     Args:
         dtype: of x. precision: ``ieee`` or ``tf32``, of fp32.
         arch: compute capability, 90 for an H100.
+        regular: rows of x and of W are contiguous, and begin at multiples of 8 elements.
     """
     dear = noise in ("gaussian", "sparse")  # many live registers a z
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
@@ -76,12 +78,16 @@ def linear_tile(
         # W's bytes or its noise decide: many programs rather than wide ones, until the GPU is full of them
         # (hadamard always wide: its mix fills the tensor core from 64 rows)
         bn = 64 if n >= 8192 or noise == "hadamard" else 32
-        tight = (dear and few > 16) or (noise == "hadamard" and few > 32)
+        # otherwise each element's address is in registers, too
+        tight = ((dear or not regular) and few > 16) or (noise == "hadamard" and few > 32)
         bk = 32 if transposed or dtype == torch.float32 or tight else 64
         return LinearTile(few, bn, bk, 4, 3, True)
+    if not regular:
+        return LinearTile(64, 64, 32, 8, 2, False)
     if arch in LARGE:
         wide = dtype != torch.float32 and not transposed
-        bk = 64 if wide and noise not in ("sparse", "hadamard") else 32
+        # outputs that are stored one by one need registers for their addresses
+        bk = 64 if wide and noise not in ("sparse", "hadamard") and n % 16 == 0 else 32
         return LinearTile(128, 128 if wide else 64, bk, 8, 2, False)
     return LinearTile(64, 64, 32, 4, 2, False)
 

@@ -43,7 +43,9 @@ def test_noises(on_cpu, key, noise, shared):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 33])
-@pytest.mark.parametrize(("n", "k", "noise_name"), [(3, 25, "clt4"), (10, 84, "hadamard"), (33, 128, "clt4")])
+@pytest.mark.parametrize(
+    ("n", "k", "noise_name"), [(3, 25, "clt4"), (10, 84, "hadamard"), (33, 128, "clt4"), (48, 72, "clt4")]
+)
 def test_shapes(on_cpu, key, rows, n, k, transposed, noise_name):
     p = ops.Perturbation(key, torch.tensor([0.4]), Noise(noise_name))
     check(on_cpu, *make(rows, n, k, groups=2, transposed=transposed), p, transposed=transposed)

@@ -33,7 +33,9 @@ def test_noises(on_cpu, key, noise, shared):
 
 
 @pytest.mark.parametrize("rows", [1, 17, 65])
-@pytest.mark.parametrize(("n", "k", "noise_name"), [(3, 25, "clt4"), (10, 84, "hadamard"), (70, 128, "clt4")])
+@pytest.mark.parametrize(
+    ("n", "k", "noise_name"), [(3, 25, "clt4"), (10, 84, "hadamard"), (70, 128, "clt4"), (48, 72, "clt4")]
+)
 def test_shapes(on_cpu, key, rows, n, k, noise_name):
     p = ops.Perturbation(key, torch.tensor([0.4]), Noise(noise_name))
     check(on_cpu, *make(rows, n, k, groups=2), p, strategy="two_products")
