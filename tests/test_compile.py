@@ -63,6 +63,15 @@ def test_weights_move_sixteen_bytes_at_a_time(form, copies, dtype, noise):
         assert sum(n for o, n in opcodes.items() if o.startswith("LDG") and o != "LDG.E.128") == 3, "the key and eps"
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "clt4"])
+def test_noise_is_written_sixteen_bytes_at_a_time(noise):
+    variant = static.variants()[f"noise/{noise}/matrix"]
+    instructions, _ = static.parse(static.disassemble(static.cubin(variant, 90)[0])[1])
+    stores = [opcode for opcode, _ in instructions if opcode.startswith("STG")]
+    assert set(stores) == {"STG.E.128"}
+    assert len(stores) * 16 * 32 * variant.num_warps == variant.constexprs["R"] * variant.constexprs["C"] * 4
+
+
 def test_every_kernel_declares_variants_for_sm_90():
     """A jit function that is launched and compiled nowhere would be found by its first user."""
     kernels = {variant.kernel.__name__ for variant in static.variants().values() if 90 in variant.archs}

@@ -47,14 +47,21 @@ def noise_kernel(
     out_ptr, key_ptr, site, query, rows, columns, channels, padded, tiles,
     n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, threshold, scale,
     R: tl.constexpr, C: tl.constexpr, DIMS: tl.constexpr, CONV: tl.constexpr,
-    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+    NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    """EIGHTS: as in :func:`perturb_kernel`, of out."""
+    if EIGHTS:
+        channels, padded = channels // 8 * 8, padded // 8 * 8
+        s0, s1, s2, s3, row_stride = s0 // 8 * 8, s1 // 8 * 8, s2 // 8 * 8, s3 // 8 * 8, row_stride // 8 * 8
     k0, k1 = load_key(key_ptr)
     first, r, c, taps, within = _place(tl.program_id(0), tiles, channels, padded, R, C, CONV)
     units = (first + tl.arange(0, C // UNIT) * UNIT)[None, :].to(tl.uint32)
     z = z_units(k0, k1, site, query, r.to(tl.uint32), units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
     at = offsets(r, taps, within, n1, n2, n3, s0, s1, s2, s3, row_stride, channel_stride, DIMS, CONV)
-    tl.store(out_ptr + at, z.to(out_ptr.dtype.element_ty), mask=(r < rows) & (c < columns) & (within < channels))
+    mask = (r < rows) & (within < channels)
+    if CONV:
+        mask = mask & (taps < columns // padded)
+    tl.store(out_ptr + at, z.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=[*_SCALARS, "first_row", "w_n1", "w_n2", "w_n3"])
@@ -153,7 +160,7 @@ def launch_noise(out: torch.Tensor, key: torch.Tensor, site: int, query: int, la
     with torch.cuda.device_of(out):
         noise_kernel[(total,)](
             out, key, signed32(site), query, **scalars, **place.args(), threshold=threshold, scale=scale,
-            R=tile.rows, C=tile.columns, DIMS=place.dims, CONV=layout == "conv",
+            R=tile.rows, C=tile.columns, DIMS=place.dims, CONV=layout == "conv", EIGHTS=_eights(where, out, place),
             **noise_constexprs(noise, tile.columns), num_warps=tile.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -247,7 +254,7 @@ def variants():
             one = "s3" if conv else "channel_stride"
             tested = (shape, name) in {("matrix", "gaussian"), ("matrix", "hadamard"), ("conv3x3", "rademacher")}
             pointers = {"out_ptr": "i8" if name == "sparse_int8" else "fp32", "key_ptr": "i32"}
-            constexprs = {"DIMS": 1, "CONV": conv}
+            constexprs = {"DIMS": 1, "CONV": conv, "EIGHTS": shape == "matrix"}
             yield _variant(
                 noise_kernel, f"noise/{name}/{shape}", pointers, out, constexprs, tile, noise, (one,), tested
             )
