@@ -12,7 +12,7 @@ from ...planning import regret
 from .summary import mean_spread
 from .trial import Finished
 
-#: What cuts beyond the last two layers gain, as a share of all that cuts gain: below it, little. Set by hand before any sweep.
+#: What larger heads take off the validation error of the last two layers, as a share of it: below it, little.
 LITTLE = 0.1
 #: the arm of a choice beside the sweep of a model
 CHOICE = "choose_cut"
@@ -166,9 +166,9 @@ def judge_cuts(table: list[dict], done: list[Finished]) -> list[dict]:
     """The elbow, what is gained beyond the last two layers, and what the cut of ``choose_cut`` loses against the best.
 
     Of each seed by itself. The row of two layers gets ``beyond``, the validation error that the best larger head has less, and
-    ``beyond_share``, that as a share of what the best cut has less than no head. Each cut gets ``chosen``, the share of seeds
-    in which it was chosen. The row of the choice gets ``regret_chosen``, ``regret_last`` and ``regret_random`` in test accuracy
-    (:func:`ezo_kernels.planning.regret`): nothing was chosen by it.
+    ``beyond_share``, that as a share of its own. Each cut gets ``chosen``, the share of seeds in which it was chosen. The row
+    of the choice gets ``regret_chosen``, ``regret_last`` and ``regret_random`` in test accuracy, by which nothing was chosen
+    (:func:`ezo_kernels.planning.regret`).
     """
     out = mark_elbow(table)
     for row in out:
@@ -177,13 +177,13 @@ def judge_cuts(table: list[dict], done: list[Finished]) -> list[dict]:
         cuts = [{int(o.trial.x): o.values for o in own if o.trial.x is not None} for own in ones]
         chosen = [[int(o.values["chosen_layers"]) for o in own if o.trial.task == "choice"] for own in ones]
         if row["x"] == 2:
-            lost = [c for c in cuts if 0 in c and max(c) > 2]
+            lost = [c for c in cuts if 2 in c and max(c) > 2]
             beyond = [c[2]["validation_error"] - min(c[n]["validation_error"] for n in c if n > 2) for c in lost]
-            all_of = [c[0]["validation_error"] - min(v["validation_error"] for v in c.values()) for c in lost]
+            left = sum(c[2]["validation_error"] for c in lost)
             if beyond:
                 row["metrics"]["beyond"] = mean_spread(beyond)
-            if beyond and sum(all_of) > 0:
-                row["metrics"]["beyond_share"] = {"mean": sum(beyond) / sum(all_of), "spread": None, "n": len(beyond)}
+            if beyond and left > 0:
+                row["metrics"]["beyond_share"] = {"mean": sum(beyond) / left, "spread": None, "n": len(beyond)}
         picks = [pick[0] for pick in chosen if pick]
         if row["x"] is not None and picks:
             share = sum(pick == row["x"] for pick in picks) / len(picks)
@@ -218,7 +218,7 @@ def say_cuts(table: list[dict]) -> list[str]:
             share = m["beyond_share"]["mean"]
             said.append(
                 f"{name}: {'little' if share < LITTLE else 'more than a little'} is gained beyond the last two layers: "
-                f"{100 * m['beyond']['mean']:.2f} points of validation error, {100 * share:.1f}% of what cuts gain in all "
+                f"{100 * m['beyond']['mean']:.2f} points of validation error, {100 * share:.1f}% of the error that they leave "
                 f"(little: below {100 * LITTLE:g}%)"
             )
         if "regret_chosen" in m:
