@@ -50,7 +50,8 @@ def test_fold_key(seed, step):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rounds"), [((37, 100), 7), ((3, 5), 7), ((1, 33), 10), ((20, 257), 10), ((20, 264), 7), ((7,), 7), ((), 7)]
+    ("shape", "rounds"),
+    [((37, 100), 7), ((3, 5), 7), ((1, 33), 10), ((20, 257), 10), ((20, 264), 7), ((7,), 7), ((), 7)],
 )
 def test_z(on_cpu, noise, shape, rounds):
     spec, limit = noise
