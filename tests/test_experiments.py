@@ -114,11 +114,11 @@ def test_arms_by_name_add_to_the_same_file(quick, tmp_path):
 
 
 def test_arms_are_at_equal_forwards():
-    scope = Scope("mnist", "", 55000, 0, 40, False)
+    scope = Scope("mnist", "", 55000, 0, 64, False)
     plan = {t.arm: t.recipe for t in EXPERIMENTS["baseline"].trials(scope)}
     elastic = [r for r in plan.values() if r.method == "elastic"]
     assert len(elastic) == 9
-    assert {r.epochs * r.queries * (1 + r.antithetic) for r in elastic} == {80}
+    assert {r.epochs * r.queries * (1 + r.antithetic) for r in elastic} == {128}
     for head in ("fc3", "fc2,fc3"):
         frozen = next(r for r in plan.values() if r.method == "frozen" and r.head == head)
         ours = next(r for r in elastic if r.head == head and not r.integer)

@@ -129,7 +129,7 @@ def add_experiment(commands) -> None:
         "--epochs",
         type=int,
         metavar="N",
-        help="of every trial (default: 10; baseline: 40, of two forwards an image; regression: 200; quick: 1)",
+        help="of every trial (default: 10; baseline: 64, of two forwards an image; regression: 200; quick: 1)",
     )
     parser.add_argument(
         "--arms", nargs="+", metavar="WORDS", help="only the arms whose name holds one of these, such as fp32 'full ZO'"

@@ -18,9 +18,9 @@ PURE_INT8 = {"r_max": "15,31@0.3,63@0.6,127@0.85", "p_zero": "0.9,0.97@0.3,0.99@
 
 #: head -> the best found in floats at equal forwards, one sign a query: many directions a step, or many steps for the head
 BEST = {
-    "0": {"queries": 16, "lr": 1.5e-3, "eps": 3e-3},
-    "fc3": {"queries": 8, "lr": 7e-4, "eps": 3e-3},
-    "fc2,fc3": {"queries": 8, "lr": 7e-4, "eps": 3e-3, "head_lr": 0.1},
+    "0": {"queries": 16, "lr": 7e-4, "eps": 3e-3},
+    "fc3": {"queries": 8, "lr": 3.5e-4, "eps": 3e-3},
+    "fc2,fc3": {"queries": 8, "lr": 3.5e-4, "eps": 3e-3, "head_lr": 0.1},
 }
 
 
