@@ -255,6 +255,19 @@ def test_batch_norm_moves_once_by_the_mean_over_groups(mode):
     assert torch.equal(held, model[1].running_mean)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batch_norm_in_16_bits(dtype):
+    """Weight and bias of 16 bits with fp32 statistics: torch refuses the mixture on a CPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+    twin = copy.deepcopy(model)
+    opt = ezo.ElasticZO(ezo.convert_(model, head=["3"]), eps=1e-2, lr=0.0, head_lr=0.0)
+    x, y = torch.randn(16, 6, dtype=dtype), torch.randint(0, 3, (16,))
+    loss = opt.train_step(x, y)
+    torch.testing.assert_close(loss, F.cross_entropy(twin(x).float(), y), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(model[1].running_mean, twin[1].running_mean, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("mode", ["auto", "sequential"])
 def test_an_encoder_in_eval_mode_is_perturbed_too(mode):
     """torch's fused encoder layer reads the weights of its linear layers instead of calling them."""

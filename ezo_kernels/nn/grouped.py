@@ -56,8 +56,10 @@ class GroupedBatchNorm(Grouped):
         self._check_input_dim(x)
         mean = x.new_zeros(x.shape[1], dtype=torch.float32)
         var = torch.ones_like(mean)
+        # statistics of 16-bit rows stay fp32, and torch wants weight and bias of the statistics' dtype then
+        affine = [None if p is None else p.float() for p in (self.weight, self.bias)]
         # momentum 1 makes F.batch_norm write this batch's own mean and unbiased variance into its "running" ones.
-        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        y = F.batch_norm(x, mean, var, *affine, True, 1.0, self.eps)
         if self.running_mean is not None:
             self.zo.batch_stats.setdefault(self, []).append((mean, var))
         return y
