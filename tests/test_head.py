@@ -131,3 +131,50 @@ def test_only_the_head_is_the_heads_though_the_user_unfreezes_everything():
     assert [id(p) for p in ezo.head_parameters(model)] == [id(p) for p in model[2].parameters()]
     model[2].bias.requires_grad_(False)
     assert [id(p) for p in ezo.head_parameters(model)] == [id(model[2].weight)]
+
+
+class Checkpointed(nn.Module):
+    """A head whose layers run again in the backward."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(6, 8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.again = again
+
+    def forward(self, x):
+        x = torch.relu(self.trunk(x))
+        return torch.utils.checkpoint.checkpoint(self.head, x, use_reentrant=False) if self.again else self.head(x)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_a_head_under_checkpoint_is_the_same_bit_for_bit(mode):
+    found = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        model = ezo.convert_(Checkpointed(again), head=["head"])
+        opt = ezo.ElasticZO(model, queries=2, mode=mode, head_lr=0.1, lr=1e-3)
+        g = torch.Generator().manual_seed(1)
+        x, y = torch.randn(12, 6, generator=g), torch.randint(0, 3, (12,), generator=g)
+        for _ in range(3):
+            opt.train_step(x, y)
+        found.append({k: v.clone() for k, v in model.state_dict().items()})
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_a_dropout_inside_a_named_head_has_one_mask_for_both_signs(mode):
+    losses = []
+    for nested in (True, False):
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3)]
+        model = (
+            nn.Sequential(nn.Linear(6, 8), nn.Sequential(*layers))
+            if nested
+            else nn.Sequential(nn.Linear(6, 8), *layers)
+        )
+        opt = ezo.ElasticZO(ezo.convert_(model, head=["1"] if nested else ["1", "2", "3"]), queries=2, mode=mode)
+        g = torch.Generator().manual_seed(1)
+        x, y = torch.randn(12, 6, generator=g), torch.randint(0, 3, (12,), generator=g)
+        losses.append([opt.train_step(x, y).item() for _ in range(2)])
+    assert losses[0] == losses[1]

@@ -675,6 +675,13 @@ MUTANTS = (
         '"float32"',
         "tests/test_strategy.py -k summary",
     ),
+    Mutant(
+        "each group of a head that runs once a group counts its dropouts on",
+        "ezo_kernels/nn/context.py",
+        "                self.calls = calls",
+        "                pass",
+        "tests/test_head.py -k one_mask",
+    ),
     # CUDA C++
     Mutant(
         "the root's first guess shifts a zero's sign in as a bit",

@@ -112,14 +112,26 @@ class ZOContext:
             self.p, self.rows = None, None
 
     @contextlib.contextmanager
+    def backward(self, p: Perturbation, rows: int | None = None) -> Iterator[None]:
+        """The backward of the pass ``p``: what torch.utils.checkpoint runs again in it runs as then, and is noted once."""
+        held = {module: list(stats) for module, stats in self.batch_stats.items()}
+        try:
+            with self.running(p, rows):
+                yield
+        finally:
+            self.batch_stats = held
+
+    @contextlib.contextmanager
     def one_group(self, group: int) -> Iterator[None]:
-        """Narrow a stacked pass to one of its groups, for a module that runs once a group."""
-        p, rows = self.p, self.rows
+        """Narrow a stacked pass to one of its groups, for a module that runs once a group; all count their dropouts alike."""
+        p, rows, calls = self.p, self.rows, dict(self.calls)
         self.p, self.rows = group_pass(p, group), None
         try:
             yield
         finally:
             self.p, self.rows = p, rows
+            if group + 1 < p.groups:
+                self.calls = calls
 
     def is_stacked(self, value) -> bool:
         """Whether ``value`` is a tensor whose first dimension holds all groups."""

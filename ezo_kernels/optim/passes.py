@@ -78,7 +78,7 @@ class Passes:
             if g or not self._must_check:
                 self._require_visits()
             if self.head and self._uses(g):
-                with self._phase("head backward"), torch.enable_grad():
+                with self._phase("head backward"), torch.enable_grad(), self.zo.backward(group_pass(p, g)):
                     self._backward_one(loss / used if used > 1 else loss)
             losses.append(loss.detach().float().reshape(()))
         return torch.stack(losses)
@@ -145,7 +145,7 @@ class Passes:
             # NaN is not told from NaN: a step that is skipped has shown nothing
             self._rows_checked = all(bool(torch.isfinite(loss).all()) for loss in losses)
         if self.head:
-            with self._phase("head backward"):
+            with self._phase("head backward"), self.zo.backward(p, rows * groups):
                 self._backward(losses)
         return torch.stack([loss.detach().float().reshape(()) for loss in losses])
 
