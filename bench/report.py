@@ -169,6 +169,50 @@ def memory_experiment() -> str:
     return "\n".join(lines)
 
 
+def baseline() -> str:
+    """``ezo experiment baseline`` as far as it was run: errors, beside full ZO's and the frozen trunk's."""
+    record = _read("experiments/baseline.json")
+    if not record:
+        return "`ezo experiment baseline` has not been run."
+    recipes = {
+        (t["specification"]["recipe"]["data"], t["arm"]): t["specification"]["recipe"]
+        for t in record["trials"].values()
+    }
+    rows = {(row["data"], row["arm"]): row for row in record["table"]}
+    lines = [
+        "| data | LeNet-5 | forwards an image | queries, a sign each | seeds | validation error, % | test error, % "
+        "| over full ZO | over the frozen trunk |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def over(row: dict, base: dict | None) -> str:
+        if base is None or base is row or base["seeds"] != row["seeds"]:
+            return ""
+        return f"{row['metrics']['test_error']['mean'] / base['metrics']['test_error']['mean']:.2f}"
+
+    for (data, arm), row in rows.items():
+        recipe = recipes[data, arm]
+        zeroth = recipe["method"] == "elastic" and recipe["head"] != "all"
+        forwards = recipe["epochs"] * (recipe["queries"] * (1 + recipe["antithetic"]) if zeroth else 1)
+        errors = [
+            f"{100 * m['mean']:.2f}" + (f" ± {100 * m['spread']:.2f}" if m["spread"] is not None else "")
+            for m in (row["metrics"]["validation_error"], row["metrics"]["test_error"])
+        ]
+        full, frozen = rows.get((data, "full ZO, fp32")), rows.get((data, f"frozen trunk, head {recipe['head']}, fp32"))
+        signs = (
+            ""
+            if not zeroth
+            else f"{recipe['queries']}"
+            if not recipe["antithetic"]
+            else f"{recipe['queries']}, both signs"
+        )
+        lines.append(
+            f"| {data} | {arm} | {forwards} | {signs} | {len(row['seeds'])} | {' | '.join(errors)} | {over(row, full)} | "
+            f"{over(row, frozen)} |"
+        )
+    return "\n".join(lines)
+
+
 def gpu_records() -> list[dict]:
     """What ``python -m bench gpu`` has written, a record a suite."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
@@ -261,7 +305,7 @@ def ladder() -> str:
 
 
 TABLES = {
-    "README.md": {"results": training, "integers": integers, "bytes": memory_experiment},
+    "README.md": {"results": training, "baseline": baseline, "integers": integers, "bytes": memory_experiment},
     "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
 }
 
