@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ezo_kernels as ezo
+from ezo_kernels.cli.experiments.probes import allocated_peak
 from ezo_kernels.planning import int8_step_bytes, memory_plan, paper_tally, plan_int8_step
 from ezo_kernels.planning.live import LiveBytes
 from ezo_kernels.planning.memory import MODES, OPTIMIZERS, backprop_bytes, plan_step, step_bytes
@@ -62,18 +63,6 @@ def test_the_cuts_are_those_that_convert_takes(case):
         assert names[0] == names[1] != []
 
 
-def allocated_at_peak(step) -> int:
-    """The most bytes that torch's own CPU allocator gave out during ``step`` above those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    now = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def test_backpropagation_against_the_allocator():
     """What the tracker follows is what the allocator gives: a second way to measure, which shares nothing with the first."""
     model, x, y = ezo.models.MLP(64, 128, 96, 10), torch.randn(64, 64), torch.arange(64) % 10
@@ -86,7 +75,7 @@ def test_backpropagation_against_the_allocator():
         opt.zero_grad()
 
     step()
-    assert allocated_at_peak(step) == pytest.approx(planned.total - planned.parameters, rel=0.03)
+    assert allocated_peak(step, torch.device("cpu")) == pytest.approx(planned.total - planned.parameters, rel=0.03)
 
 
 def test_pure_zeroth_order_against_the_allocator():
@@ -97,7 +86,7 @@ def test_pure_zeroth_order_against_the_allocator():
     opt = ezo.ElasticZO(ezo.convert_(model, head=0), mode="sequential")
     opt.train_step(x, y)
     inside = 3 * 4 * max(p.numel() for p in model.parameters())
-    found = allocated_at_peak(lambda: opt.train_step(x, y))
+    found = allocated_peak(lambda: opt.train_step(x, y), torch.device("cpu"))
     expected = planned.activations + planned.workspace
     assert 0.97 * expected <= found <= 1.03 * expected + inside
 

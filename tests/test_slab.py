@@ -13,6 +13,7 @@ from ezo_kernels import ops
 from ezo_kernels.ops import _slab, _tiles
 from ezo_kernels.ops._strategy import choose
 from ezo_kernels.ops._tiles import SLAB_BYTES, slab_bytes, slab_plan
+from tests.little_memory import LittleMemory
 from tests.materialised import Pass, randn
 from tests.tolerance import assert_bitwise_equal, assert_within_torch_error
 
@@ -126,25 +127,16 @@ def test_no_inputs_and_no_rows():
 
 def test_too_little_memory_takes_smaller_slabs(monkeypatch):
     x, w, p = randn(10, 70), randn(700, 70, seed=1), pass_of().p
-    want, asked, of = linear_of(x, w, None, p), [], torch.Tensor.new_empty
-    most = 2 * 40 * 70 + 64
-
-    def new_empty(self, *size, **options):
-        made = of(self, *size, **options)
-        if made.dim() == 1:  # the room of slabs
-            asked.append(made.numel())
-            if made.numel() > most:
-                raise torch.OutOfMemoryError("injected")
-        return made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    want = linear_of(x, w, None, p)
+    memory = LittleMemory(monkeypatch, 2 * 40 * 70 + 64)
     with pytest.warns(
         RuntimeWarning, match=r"no memory for a slab of \d+ bytes \(320 outputs\): 128 outputs are tried"
     ):
         y = linear_of(x, w, None, p)
-    assert len(asked) == 3 and sorted(asked, reverse=True) == asked and asked[-1] <= most
+    asked = memory.asked
+    assert len(asked) == 3 and sorted(asked, reverse=True) == asked and asked[-1] <= memory.most
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)
-    most = 0  # read by new_empty
+    memory.most = 0
     with pytest.raises(torch.OutOfMemoryError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         linear_of(x, w, None, p)

@@ -13,6 +13,7 @@ import ezo_kernels as ezo
 from ezo_kernels import ops
 from ezo_kernels.ops import _conv2d_slab, _tiles
 from ezo_kernels.ops._tiles import SLAB_BYTES, conv_slab_plan
+from tests.little_memory import LittleMemory
 from tests.materialised import Pass, conv, randn
 from tests.tolerance import assert_bitwise_equal, assert_within_torch_error
 
@@ -201,24 +202,14 @@ def test_cudnn_is_given_aligned_groups_whatever_x(cudnn, signs, shared):
 
 def test_too_little_memory_takes_smaller_slabs(monkeypatch):
     x, w, p = randn(4, 8, 5, 5), randn(300, 8, 3, 3, seed=1), Pass().p
-    want, asked, of = conv_of(x, w, None, p), [], torch.Tensor.new_empty
-    most = 2 * 80 * 72
-
-    def new_empty(self, *size, **options):
-        made = of(self, *size, **options)
-        if made.dim() == 1:  # the room of slabs
-            asked.append(made.numel())
-            if made.numel() > most:
-                raise torch.OutOfMemoryError("injected")
-        return made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    want = conv_of(x, w, None, p)
+    memory = LittleMemory(monkeypatch, 2 * 80 * 72)
     said = r"perturbed_conv2d: no memory for a slab of \d+ bytes \(300 outputs\): 150 outputs are tried"
     with pytest.warns(RuntimeWarning, match=said):
         y = conv_of(x, w, None, p)
-    assert asked == [2 * -(-rows * 72 // 16) * 16 for rows in (300, 150, 75)]
+    assert memory.asked == [2 * -(-rows * 72 // 16) * 16 for rows in (300, 150, 75)]
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)
-    most = 0  # read by new_empty
+    memory.most = 0
     with pytest.raises(torch.OutOfMemoryError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         conv_of(x, w, None, p)

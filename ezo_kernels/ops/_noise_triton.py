@@ -14,11 +14,8 @@ row alone or on the column alone, so that the compiler moves them out of an inne
 
 from __future__ import annotations
 
-import torch
-
 from . import _constants as C
-from ._triton import constexpr, jit, require, tl, triton
-from ._variants import Variant
+from ._triton import constexpr, jit, tl, triton
 
 #: noise name -> id that kernels branch on
 NOISE_ID = {
@@ -371,40 +368,3 @@ def noise_constexprs(noise, columns: int) -> dict:
         "UNIT": min(UNIT[noise.name], columns) if noise.name == "rademacher" else UNIT[noise.name],
         "ASM": ASM,
     }
-
-
-@jit
-def fold_key_kernel(seed_ptr, step_ptr, key_ptr, ASM: tl.constexpr):
-    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
-    step = tl.load(step_ptr).to(tl.uint64, bitcast=True)
-    zero = step.to(tl.uint32) * 0
-    w0, w1, _, _ = philox(
-        step.to(tl.uint32), (step >> 32).to(tl.uint32), zero, zero + _KEY_TAG,
-        seed.to(tl.uint32), (seed >> 32).to(tl.uint32), 10, ASM,
-    )  # fmt: skip
-    tl.store(key_ptr, w0.to(tl.int32, bitcast=True))
-    tl.store(key_ptr + 1, w1.to(tl.int32, bitcast=True))
-
-
-def launch_fold_key(seed: torch.Tensor, step: torch.Tensor, key: torch.Tensor) -> None:
-    """The step's key, on the device.
-
-    Args:
-        seed, step: int64 [1].
-        key: int32 [2], overwritten.
-    """
-    require()
-    with torch.cuda.device_of(key):
-        fold_key_kernel[(1,)](seed, step, key, ASM=ASM, num_warps=1, enable_fp_fusion=False)
-
-
-def variants():
-    """For the static report and the compile tests."""
-    yield Variant(
-        kernel=fold_key_kernel,
-        name="fold_key",
-        signature={"seed_ptr": "*i64", "step_ptr": "*i64", "key_ptr": "*i32"},
-        constexprs={"ASM": True},
-        num_warps=1,
-        num_stages=3,
-    )

@@ -232,7 +232,7 @@ def _noise_cuda(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> 
 
 
 def _fold_key_cuda(seed, step, key) -> None:
-    from ._noise_triton import launch_fold_key
+    from ._fold_key_triton import launch_fold_key
 
     launch_fold_key(seed, step, key)
 

@@ -1,8 +1,9 @@
 """Optimisers that train converted models, and the baselines they are held against."""
 
-from .diagnostics import Diagnostics, Finding, TrainingWarning
+from .diagnostics import Diagnostics
 from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
+from .findings import Finding, TrainingWarning
 from .int8_state import IntegerSchedule
 from .losses import chunked_cross_entropy
 

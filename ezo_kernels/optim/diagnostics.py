@@ -15,7 +15,7 @@ import contextlib
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from ..ops.int8_update import update_shift
 from ..ops.noise import check_index
 from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
+from .findings import Finding, TrainingWarning
 
 #: Windows (of ``every`` steps) without a better mean loss that make a plateau: 4 of 500 steps are more than an epoch of MNIST.
 PATIENCE = 4
@@ -52,32 +53,6 @@ LEAST_AT_RAILS = 4
 DRIFT = 5
 #: Share of the memory that activations take: above a half, twice the batch or the queries do not fit.
 MEMORY = 0.5
-
-
-class TrainingWarning(UserWarning):
-    """What :class:`Diagnostics` found."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        kind: ``plateau``, ``not_finite``, ``saturated_weights``, ``exponent_drift`` or ``activation_memory``.
-        step: steps observed when it was found.
-        seen: what was seen, in words with numbers.
-        advice: what to try.
-        numbers: the same numbers by name; losses in nats (or the loss's own unit), memory in bytes.
-    """
-
-    kind: str
-    step: int
-    seen: str
-    advice: str
-    numbers: dict[str, float] = field(compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.seen} (step {self.step}). Try: {self.advice}"
 
 
 @dataclass(frozen=True)
