@@ -305,8 +305,12 @@ def test_activations_that_dominate_memory():
 
 
 def test_a_head_that_keeps_much_is_told_of_the_cut_and_of_checkpointing():
-    opt = floats(head=["2", "4"], mode="sequential")
-    (finding,) = run(opt, Diagnostics(opt, every=2, memory_bytes=9_000, warn=False), batches(4, rows=64))
+    model = ezo.convert_(mlp(12, 16, 16, 16, 4), head=["2", "4", "6"])
+    opt = ezo.ElasticZO(model, mode="sequential", seed=3)
+    watch = Diagnostics(opt, every=2, memory_bytes=9_000, warn=False)
+    (finding,) = run(opt, watch, batches(4, rows=64))
+    # what a ReLU of the head reads is freed, what it gives is kept, and so are the logits
+    assert watch.kept_bytes == 64 * (16 + 16 + 4) * 4
     assert "a cut nearer to the output, or torch.utils.checkpoint" in finding.advice
     assert "sequential" not in finding.advice  # it is
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ..nn.int8_layers import _Int8Layer
@@ -105,7 +106,7 @@ class Diagnostics:
         self._skipped = self._counter()
         self._first_exponents: dict[str, torch.Tensor] = {}
         self._exponents: dict[str, torch.Tensor] = {}
-        self._kept: dict[int, int] | None = None  # of the pass that runs: bytes that autograd keeps, by storage
+        self._kept: dict[StorageWeakRef, int] | None = None  # of the pass that runs: what autograd keeps, in bytes
         self.kept_bytes = self.passing_bytes = 0
         self._hooks: list = []
         self._arm()
@@ -198,7 +199,7 @@ class Diagnostics:
 
     def _leave(self, module, args, out) -> None:
         if self._kept is not None:
-            self.kept_bytes = max(self.kept_bytes, sum(self._kept.values()))
+            self.kept_bytes = max(self.kept_bytes, sum(n for ref, n in self._kept.items() if not ref.expired()))
         self._kept = None
 
     def _note_size(self, module, args, out) -> None:
@@ -206,7 +207,9 @@ class Diagnostics:
             return
         outputs = _tensors(out)
         if any(t.requires_grad for t in outputs):
-            self._kept.update({t.untyped_storage()._cdata: t.nbytes for t in outputs})
+            # Weak references: what is freed does not count, and its address names nothing else while one is held.
+            for t in outputs:
+                self._kept[StorageWeakRef(t.untyped_storage())] = t.nbytes
         else:
             self.passing_bytes = max(self.passing_bytes, sum(t.nbytes for t in (*_tensors(args), *outputs)))
 
