@@ -130,11 +130,11 @@ def test_the_ends_of_the_gaussian(host):
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def run(host, params, layouts, keys, coef, noise: Noise, query=0, stochastic=True, z_dtypes=None):
+def run(host, params, layouts, keys, coef, noise: Noise, query=0, stochastic=True, z_dtypes=None, scales=None):
     """What the kernel does to ``params``, in place; keys [steps, 2], coef [steps, queries]."""
     sites = [0xFEDCBA98 + i for i in range(len(params))]
     rounded = z_dtypes and [name != "float32" for name in z_dtypes]
-    table = update_table(params, sites, layouts, noise, TILE, rounded)
+    table = update_table(params, sites, layouts, noise, TILE, rounded, scales)
     threshold, scale = noise_args(noise)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (table, keys, coef)]
     programs = table.numel() - FIELDS * len(params)
@@ -150,11 +150,11 @@ def copies(params):
     return [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in params]
 
 
-def check(host, params, layouts, keys, coef, noise, query=0, stochastic=True, z_dtypes=None):
+def check(host, params, layouts, keys, coef, noise, query=0, stochastic=True, z_dtypes=None, scales=None):
     ours, theirs = copies(params), copies(params)
-    sites = run(host, ours, layouts, keys, coef, noise, query, stochastic, z_dtypes)
+    sites = run(host, ours, layouts, keys, coef, noise, query, stochastic, z_dtypes, scales)
     options = dict(sites=sites, layouts=layouts, noise=noise, query=query, stochastic_rounding=stochastic)
-    options["z_dtypes"] = z_dtypes
+    options |= {"z_dtypes": z_dtypes, "scales": scales}
     ops.update_(theirs, keys, coef, **options)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.equal(a.isnan(), b.isnan()), i
@@ -196,6 +196,18 @@ def test_the_update_is_the_references_bit_for_bit(host, noise, params, dtypes, c
     keys, coef = torch.stack(KEYS[: len(coef)]), torch.tensor(coef)
     for stochastic in (True, False) if noise == "gaussian" else (True,):
         check(host, weights, layouts, keys, coef, Noise(noise, **params), query=2**24 - 3, stochastic=stochastic)
+
+
+@pytest.mark.parametrize("dtypes", [(F32,), (F32, F16, BF16)], ids=str)
+def test_scales(host, dtypes):
+    torch.manual_seed(0)
+    layouts, weights = _params(dtypes)
+    keys, coef = torch.stack(KEYS[:2]), torch.tensor([[0.1, -0.2], [0.3, 0.0]])
+    scales = [(1.0, 0.3, 2.7)[i % 3] for i in range(len(weights))]
+    scaled = check(host, weights, layouts, keys, coef, Noise("clt4"), scales=scales)
+    plain = check(host, weights, layouts, keys, coef, Noise("clt4"))
+    alike = {scale for a, b, scale in zip(scaled, plain, scales, strict=True) if a.numel() and torch.equal(a, b)}
+    assert alike == {1.0}
 
 
 @pytest.mark.parametrize("stochastic", [True, False])

@@ -48,7 +48,7 @@ def tensors(op, dtype, rows, alter):
         return (ids, w, key, eps, 1, False, *TAIL, torch.empty(4 * rows, 2, 5, dtype=dtype))
     assert op == "update_", op
     table = torch.empty(0, dtype=torch.int64)
-    sites = ([1, 2], [0, 0], [w.dtype != torch.float32, False])
+    sites = ([1, 2], [0, 0], [w.dtype != torch.float32, False], [0.5, 1.0])
     return ([w[:rows], b], key[None], torch.tensor([[0.1, 0.2]]), table, *sites, 0, True, "gaussian", 7, 0.0)
 
 

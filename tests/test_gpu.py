@@ -222,7 +222,7 @@ def test_update_is_the_references_bit_for_bit(noise, dtype, rounded):
     want = [t.cpu() for t in ours]
     coef, sites = torch.tensor([1e-2, -3e-3]), list(range(len(ours)))
     names = [str(dtype).removeprefix("torch.") if rounded and i % 3 else "float32" for i in sites]
-    how = dict(sites=sites, noise=spec, z_dtypes=names)
+    how = dict(sites=sites, noise=spec, z_dtypes=names, scales=[(1.0, 0.3, 2.0)[i % 3] for i in sites])
     ops.update_(ours, key_tensor(5, 6, "cuda"), coef.cuda(), **how)
     ops.update_(want, key_tensor(5, 6), coef, **how)
     for a, b in zip(ours, want, strict=True):

@@ -40,6 +40,21 @@ def test_fp32_is_bitwise_the_materialised_update(noise, params, coefs, device):
         assert_bitwise_equal(w.cpu(), expected)
 
 
+@pytest.mark.parametrize(("noise", "params"), NOISES)
+def test_scales_multiply_coefficients_in_fp32(noise, params, device):
+    p = Pass(device, noise=noise, params=params, queries=2)
+    weights, scales = [randn(5, 9, device=device), randn(7, 3, seed=1, device=device)], [0.3, 1.0]
+    coefs = np.array([0.1, -0.7], np.float32)
+    scaled = [(coefs * np.float32(s)).tolist() for s in scales]
+    want = [ref.update(w, c, p, site=i) for i, (w, c) in enumerate(zip(weights, scaled, strict=True))]
+    plan = UpdatePlan.build(weights, [0, 1], ["matrix"] * 2, p.p.noise, scales=scales)
+    run(weights, coefs.tolist(), p, [0, 1], plan=plan)
+    for a, b in zip(weights, want, strict=True):
+        assert_bitwise_equal(a, b)
+    with pytest.raises(ValueError, match="other scales"):
+        run(weights, coefs.tolist(), p, [0, 1], plan=plan, scales=[1.0, 1.0])
+
+
 def test_update_goes_down_the_slope(device):
     """Positive coef times z is subtracted: w - lr g z."""
     p, w = Pass(device, noise="rademacher"), torch.zeros(6, 9, device=device)
@@ -341,6 +356,10 @@ def bad(**change):
         (bad(sites=[1, -1]), ValueError, "site"),
         (bad(sites=[1, 2.0]), TypeError, "site"),
         (bad(query=2**24), ValueError, "query"),
+        (bad(scales=[1.0]), ValueError, "2 params and 1 scales"),
+        (bad(scales=[1.0, 0.0]), ValueError, "above 0, got 0.0"),
+        (bad(scales=[float("inf"), 1.0]), ValueError, "above 0, got inf"),
+        (bad(scales=[1.0, "2"]), TypeError, "got str"),
         (bad(query=2**24 - 1, coef=torch.ones(2)), ValueError, "query"),
         (bad(noise=Noise("sparse_int8")), NotImplementedError, "integer layers"),
         (bad(noise=Noise("gaussian_fast")), NotImplementedError, "CUDA only"),

@@ -27,6 +27,28 @@ _INT8_STEP = "tests/test_int8_step.py -k oracle"
 _MASK = "tests/test_noise.py -k 'mask or sparse'"
 
 MUTANTS = (
+    # scales
+    Mutant(
+        "a scaled layer perturbed like the others",
+        "ezo_kernels/nn/linear.py",
+        "            input, self.weight, self.bias, self.zo.of(self.site), site=",
+        "            input, self.weight, self.bias, self.zo.p, site=",
+        "tests/test_scales.py",
+    ),
+    Mutant(
+        "an update without the scale",
+        "ezo_kernels/optim/elastic_zo.py",
+        "z_dtypes=z_dtypes, scales=scales\n",
+        "z_dtypes=z_dtypes\n",
+        "tests/test_scales.py",
+    ),
+    Mutant(
+        "eps moved for unscaled layers alone",
+        "ezo_kernels/optim/elastic_zo.py",
+        "                    self._scaled_eps.fill(value)\n",
+        "                    pass\n",
+        "tests/test_scales.py",
+    ),
     # noise
     Mutant("rounds off by one", _CPU, "for _ in range(7):", "for _ in range(6):", "tests/test_noise.py -k philox"),
     Mutant(

@@ -7,7 +7,7 @@ import torch
 from ..nn import convert_
 from ..ops.noise import rng_version
 from ..optim import ElasticZO, ElasticZOInt8
-from .recipe import Recipe
+from .recipe import Recipe, parse_scales
 
 
 def make_optimizer(
@@ -39,6 +39,7 @@ def make_optimizer(
     if recipe.method == "elastic":
         convert_(model, head=recipe.head_argument)
         own = {"antithetic": recipe.antithetic, "mode": recipe.mode, "capture": capture}
+        own["scales"] = parse_scales(recipe.scales)
         return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, **own)
     # What ElasticZO is held against: not imported by a run that does not compare.
     from ..optim import baselines

@@ -70,6 +70,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "both signs of each direction; --no-antithetic: one, held against the other queries",
         action=argparse.BooleanOptionalAction,
     )
+    option(
+        "scales",
+        "how far a layer is perturbed, beside eps; its square, beside lr, is the layer's rate",
+        metavar="NAME=X,NAME=X",
+        shown="1 for all",
+    )
     option("mode", "all groups of a step in one pass, or one by one", choices=R.MODES)
     option("epochs", "passes over the training images", type=int, metavar="N")
     option("batch", "images a step", type=int, metavar="N")

@@ -16,7 +16,7 @@ MODES = ("auto", "stacked", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
-FLOAT_ONLY = ("noise", "antithetic", "lr", "eps", "clip", "head_lr", "schedule")
+FLOAT_ONLY = ("noise", "antithetic", "scales", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "loss", "fraction_bits")
 
 #: p_zero when none is named: of int8, a rising one beside r_max's; else none
@@ -46,6 +46,25 @@ def parse_schedule(text: str, name: str, kind: type) -> list[tuple[float, float 
     return out
 
 
+def parse_scales(text: str) -> dict[str, float]:
+    """``"conv1=2,fc1=0.4"`` as {"conv1": 2.0, "fc1": 0.4}.
+
+    Raises:
+        ValueError: not of that form, or a name twice.
+    """
+    out: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        try:
+            scale = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip() or name.strip() in out:
+            raise ValueError(f"scales is {text!r}: each layer once, with a number, such as conv1=2,fc1=0.4, is needed")
+        out[name.strip()] = scale
+    return out
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The options that decide the bits of a run; a resumed run has to have the same.
@@ -64,6 +83,7 @@ class Recipe:
     rounds: int = 7
     queries: int = 1
     antithetic: bool = True
+    scales: str = ""
     mode: str = "auto"
     epochs: int = 10
     batch: int = 32
@@ -101,6 +121,8 @@ class Recipe:
                 f"no-antithetic, one forward a query, goes with method elastic and 2 queries or more, not {self.method} "
                 f"with {self.queries}"
             )
+        if parse_scales(self.scales) and self.method != "elastic":
+            raise ValueError(f"scales goes with method elastic, not {self.method}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")
         # A frozen dataclass; the default of one field depends on another.

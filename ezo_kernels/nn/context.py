@@ -47,6 +47,7 @@ class ZOContext:
 
     Attributes:
         p: the pass, or None outside one.
+        eps: of the sites whose eps is not the pass's, by site: an optimizer's scales.
         rows: rows of the whole stacked batch, or None when groups run one by one.
         manifest: every trunk parameter, by site.
         visited: sites that the last pass perturbed (an integer step listens only to its first).
@@ -60,6 +61,7 @@ class ZOContext:
     """
 
     p: Perturbation | None = None
+    eps: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: int | None = None
     manifest: tuple[Site, ...] = ()
     visited: set[int] | None = None
@@ -73,6 +75,7 @@ class ZOContext:
 
     def __post_init__(self) -> None:
         self._sites = {s.site: s for s in self.manifest}
+        self._scaled: dict[int, Perturbation] = {}
 
     def z_dtype(self, site: int, weight: torch.Tensor) -> str:
         """:meth:`Site.z_dtype_for` of a site of the manifest; float32 for one that is not in it."""
@@ -83,6 +86,14 @@ class ZOContext:
     def stacked(self) -> bool:
         """Whether several groups lie along dimension 0."""
         return self.p is not None and self.p.groups > 1
+
+    def of(self, site: int) -> Perturbation:
+        """The pass as this site sees it: with its own eps, if it has one."""
+        return self._scaled.get(site, self.p)
+
+    def _enter(self, p: Perturbation | None, rows: int | None) -> None:
+        self.p, self.rows = p, rows
+        self._scaled = {site: replace(p, eps=eps) for site, eps in self.eps.items()} if p is not None else {}
 
     def visit(self, *sites: int | None) -> None:
         """Note that the forward perturbed these sites."""
@@ -98,7 +109,8 @@ class ZOContext:
         """Run the model as the pass ``p``."""
         if self.p is not None:
             raise RuntimeError("a zeroth-order pass is already running on this model")
-        self.p, self.rows, self.calls = p, rows, {}
+        self._enter(p, rows)
+        self.calls = {}
         self.traced = False
         if self.visited is not None:
             self.visited = set()
@@ -109,7 +121,7 @@ class ZOContext:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            self.p, self.rows = None, None
+            self._enter(None, None)
 
     @contextlib.contextmanager
     def backward(self, p: Perturbation, rows: int | None = None) -> Iterator[None]:
@@ -125,11 +137,11 @@ class ZOContext:
     def one_group(self, group: int) -> Iterator[None]:
         """Narrow a stacked pass to one of its groups, for a module that runs once a group; all count their dropouts alike."""
         p, rows, calls = self.p, self.rows, dict(self.calls)
-        self.p, self.rows = group_pass(p, group), None
+        self._enter(group_pass(p, group), None)
         try:
             yield
         finally:
-            self.p, self.rows = p, rows
+            self._enter(p, rows)
             if group + 1 < p.groups:
                 self.calls = calls
 

@@ -51,7 +51,7 @@ class _ZOConv:
             x,
             self.weight,
             self.bias,
-            self.zo.p,
+            self.zo.of(self.site),
             site=self.site,
             bias_site=self.bias_site or 0,
             stride=self.stride,

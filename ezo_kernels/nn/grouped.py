@@ -92,7 +92,7 @@ def copies(module: nn.Module, path: str, site: int, layout: str, zo: ZOContext):
     """[groups, *shape]: every group's copy of one parameter below ``module``."""
     owner, _, name = path.rpartition(".")
     zo.visit(site)
-    return perturb(module.get_submodule(owner)._parameters[name], zo.p, site=site, layout=layout)
+    return perturb(module.get_submodule(owner)._parameters[name], zo.of(site), site=site, layout=layout)
 
 
 @contextlib.contextmanager

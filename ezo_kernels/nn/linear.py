@@ -48,7 +48,7 @@ class ZOLinear(nn.Linear):
             return super().forward(input)
         self.zo.visit(self.site, self.bias_site)
         return perturbed_linear(
-            input, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0,
+            input, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0,
             strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight),
         )  # fmt: skip
 
@@ -74,7 +74,7 @@ class ZOTransposedLinear(nn.Module):
             return self.plain_class.forward(self, x)
         self.zo.visit(self.site, self.bias_site)
         return perturbed_linear(
-            x, self.weight, self.bias, self.zo.p, site=self.site, bias_site=self.bias_site or 0, transposed=True,
+            x, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0, transposed=True,
             strategy=self.zo.strategy,
         )  # fmt: skip
 

@@ -32,7 +32,7 @@ _S_ROUNDING = constexpr(C.STREAM_ROUNDING)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Numbers of one parameter in the table: address, site, code (:func:`code_of`), whether fast, rows, columns, channels, padded,
 #: tiles across, whether conv, n1..n3, s0..s3, row stride, channel stride.
-FIELDS = 19
+FIELDS = 20
 _FIELDS = constexpr(FIELDS)
 #: By the code of the parameters: what a kernel is compiled for.
 FLAGS = ("FP32", "BF16", "FP16", "BF16_Z", "FP16_Z")
@@ -71,6 +71,7 @@ def _tile(
     base = tl.load(entry_ptr).to(tl.pointer_type(dtype))
     site = tl.load(entry_ptr + 1).to(tl.int32)
     fast = tl.load(entry_ptr + 3) != 0
+    factor = tl.load(entry_ptr + 19).to(tl.int32).to(tl.float32, bitcast=True)
     rows, columns = tl.load(entry_ptr + 4).to(tl.int32), tl.load(entry_ptr + 5).to(tl.int32)
     channels = tl.load(entry_ptr + 6).to(tl.int32)
     across = tl.load(entry_ptr + 8).to(tl.int32)
@@ -97,7 +98,7 @@ def _tile(
         k0, k1 = load_key(key_ptr + 2 * step)
         moved = 0
         for q in range(1 if ONE else queries):
-            coef = tl.load(coef_ptr + step * queries + q)
+            coef = tl.load(coef_ptr + step * queries + q) * factor
             # a skipped step leaves every bit alone, that of -0 too
             if coef != 0.0:
                 z = z_units(k0, k1, site, query + q, counter_rows, units, NOISE, ROUNDS, UNIT, ASM, threshold, scale)
@@ -181,7 +182,7 @@ def code_of(dtype: torch.dtype, rounded: bool, noise) -> int:
     return DTYPES.index(dtype) + (2 if rounded and not noise.sixteen_bits else 0)
 
 
-def update_table(params, sites, layouts, noise, tile=None, rounded=None) -> torch.Tensor:
+def update_table(params, sites, layouts, noise, tile=None, rounded=None, scales=None) -> torch.Tensor:
     """The device table of :func:`launch_update`; valid while the parameters stay where they are.
 
     Args:
@@ -190,6 +191,7 @@ def update_table(params, sites, layouts, noise, tile=None, rounded=None) -> torc
         noise: a :class:`Noise`.
         tile: of another kernel; by default this one's.
         rounded: whether z of each is rounded to its dtype; by default none is.
+        scales: of each, as in :func:`ezo_kernels.ops.update_`; by default 1.
 
     Returns:
         int64, on the parameters' device.
@@ -200,8 +202,9 @@ def update_table(params, sites, layouts, noise, tile=None, rounded=None) -> torc
     tile = tile or update_tile(noise.name)
     entries = np.zeros((len(params), FIELDS), np.int64)
     rounded = rounded or [False] * len(params)
+    factors = np.asarray(scales or [1.0] * len(params), np.float32).view(np.int32)
     work = []
-    for i, (w, site, layout, rounds_z) in enumerate(zip(params, sites, layouts, rounded, strict=True)):
+    for i, (w, site, layout, rounds_z, factor) in enumerate(zip(params, sites, layouts, rounded, factors, strict=True)):
         where, place = grid(w.shape, layout, noise.segment), address(w, layout)
         if place is None:
             raise NotImplementedError(
@@ -219,6 +222,7 @@ def update_table(params, sites, layouts, noise, tile=None, rounded=None) -> torc
         entries[i] = [
             w.data_ptr(), signed32(site), code_of(w.dtype, rounds_z, noise), fast, where.rows, where.columns, where.channels,
             where.padded, across, layout == "conv", *place.sizes[1:], *place.strides, place.row, place.channel,
+            factor,
         ]  # fmt: skip
         work.append(np.arange(tiles, dtype=np.int64) + (i << 32))
     table = np.concatenate([entries.ravel(), *work])

@@ -1,10 +1,11 @@
-"""The update, in place: w <- w - coef_0 z_0 - coef_1 z_1 - ..., z made again; one launch over all parameters.
+"""The update, in place: w <- w - s coef_0 z_0 - s coef_1 z_1 - ..., z made again; one launch over all parameters.
 
 | tensor | shape |
 |---|---|
 | params | list of any shapes, fp32, fp16 or bf16 |
 | key | int32 [2] of one step, or [steps, 2] |
 | coef | fp32 [queries] or [steps, queries], on the device: lr * g_q / queries, zero on a step that is skipped |
+| s | a number for each parameter, 1 unless said: how far, beside eps, the forward perturbed it |
 
 Several steps are made in one pass over the weights, which rounds after each as a pass of its own would: a log of seeds is
 replayed at the price of its noise. Arithmetic is fp32, each product rounded, one rounding to the weight's dtype at the end
@@ -15,8 +16,10 @@ forward's was (``z_dtypes``).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from . import _constants as C
@@ -54,7 +57,7 @@ class UpdatePlan:
 
     On CUDA ``table`` holds addresses, so a parameter that was moved, rebound or cast needs a new plan. ``strategy`` is the
     kernel that the table is for: ``triton`` or ``cuda``; a CPU has neither. ``rounded``: whether z of each parameter is rounded
-    to its dtype; empty for none.
+    to its dtype; empty for none. ``scales``: of each parameter; empty for 1.
     """
 
     sites: tuple[int, ...]
@@ -63,6 +66,7 @@ class UpdatePlan:
     table: torch.Tensor
     strategy: str = "triton"
     rounded: tuple[bool, ...] = ()
+    scales: tuple[float, ...] = ()
 
     @staticmethod
     def _address(p: torch.Tensor) -> tuple:
@@ -70,12 +74,12 @@ class UpdatePlan:
 
     @classmethod
     def build(
-        cls, params, sites, layouts, noise: Noise, strategy: str | None = None, z_dtypes=None
+        cls, params, sites, layouts, noise: Noise, strategy: str | None = None, z_dtypes=None, scales=None
     ) -> UpdatePlan:  # fmt: skip
         """The plan of these parameters; raises as :func:`update_` does, and spares its later calls the checks.
 
         Args:
-            params, sites, layouts, noise, z_dtypes: as in :func:`update_`.
+            params, sites, layouts, noise, z_dtypes, scales: as in :func:`update_`.
             strategy: ``triton`` or ``cuda``; by default :func:`update_strategy` chooses.
         """
         if strategy is not None and strategy not in STRATEGIES:
@@ -94,7 +98,7 @@ class UpdatePlan:
             if w.device != params[0].device:
                 raise ValueError(f"update_: parameters on {w.device} and on {params[0].device}")
             grid(w.shape, layout, noise.segment)  # refuses a layout before anything is written
-        rounded = _rounded(params, z_dtypes)
+        rounded, scales = _rounded(params, z_dtypes), check_scales(scales, len(params))
         sites = [check_index(s, "site", 1 << 32) for s in sites]
         table = torch.empty(0, dtype=torch.int64)
         if params and params[0].is_cuda:
@@ -104,13 +108,28 @@ class UpdatePlan:
             strategy = strategy or update_strategy(noise.name, {w.dtype for w in params}, _cuda.available())
             if strategy == "cuda":
                 _cuda.require()
-            table = update_table(params, sites, layouts, noise, _cuda.TILE if strategy == "cuda" else None, rounded)
+            tile = _cuda.TILE if strategy == "cuda" else None
+            table = update_table(params, sites, layouts, noise, tile, rounded, scales)
         where = tuple(map(cls._address, params))
-        return cls(tuple(sites), tuple(layouts), where, table, strategy or "triton", rounded)
+        return cls(tuple(sites), tuple(layouts), where, table, strategy or "triton", rounded, scales)
 
     def fits(self, params) -> bool:
         """Whether the parameters are still where the plan says, and what."""
         return self.addresses == tuple(map(self._address, params))
+
+
+def check_scales(scales, count: int) -> tuple[float, ...]:
+    """One scale for each of ``count`` parameters, finite and above 0; ValueError otherwise."""
+    if scales is None:
+        return (1.0,) * count
+    if len(scales) != count:
+        raise ValueError(f"update_: {count} params and {len(scales)} scales")
+    for s in scales:
+        if isinstance(s, bool) or not isinstance(s, (int, float)):
+            raise TypeError(f"update_: a scale must be a number, got {type(s).__name__}")
+        if not 0.0 < s < math.inf:
+            raise ValueError(f"update_: a scale must be finite and above 0, got {s}")
+    return tuple(map(float, scales))
 
 
 def _rounded(params, z_dtypes) -> tuple[bool, ...]:
@@ -147,8 +166,6 @@ def round_stochastic(v: torch.Tensor, lanes: torch.Tensor, dtype: torch.dtype) -
 
 def rounding_lanes(shape, key, site: int, where, rounds: int) -> torch.Tensor:
     """Stream 4 of one parameter as int32 of its shape."""
-    import numpy as np
-
     N = _cpu.noises()
 
     k0, k1 = key_words(key)
@@ -158,21 +175,24 @@ def rounding_lanes(shape, key, site: int, where, rounds: int) -> torch.Tensor:
 
 
 def _update_cpu(
-    params, keys, coef, table, sites, layouts, rounded, query, stochastic, noise, rounds, p_zero, strategy="triton"
-) -> None:
+    params, keys, coef, table, sites, layouts, rounded, scales, query, stochastic, noise, rounds, p_zero,
+    strategy="triton",
+) -> None:  # fmt: skip
     spec = Noise(noise, rounds, p_zero)
-    # a skipped step leaves every bit alone, that of -0 too
-    steps = [(key, scales) for key, scales in zip(keys, coef.tolist(), strict=True) if any(scales)]
-    for w, site, conv, rounds_z in zip(params, sites, layouts, rounded, strict=True):
+    coef = coef.detach().numpy()
+    for w, site, conv, rounds_z, factor in zip(params, sites, layouts, rounded, scales, strict=True):
         layout, z_dtype = LAYOUTS[conv], str(w.dtype).removeprefix("torch.") if rounds_z else "float32"
+        of_step = zip(keys, (coef * np.float32(factor)).tolist(), strict=True)
+        # a skipped step leaves every bit alone, that of -0 too
+        steps = [(key, coefs) for key, coefs in of_step if any(coefs)]
         if not w.numel() or not steps:
             continue
         acc = w.detach().float().contiguous()
         own = acc.data_ptr() == w.data_ptr()
-        for key, scales in steps:
-            for q, scale in enumerate(scales):
-                if scale != 0.0:
-                    shift_cpu([acc], acc, [-scale], key, site, query + q, spec, layout, z_dtype)
+        for key, coefs in steps:
+            for q, one in enumerate(coefs):
+                if one != 0.0:
+                    shift_cpu([acc], acc, [-one], key, site, query + q, spec, layout, z_dtype)
             if w.dtype != torch.float32:
                 if stochastic:
                     lanes = rounding_lanes(w.shape, key, site, grid(w.shape, layout, spec.segment), rounds)
@@ -185,8 +205,9 @@ def _update_cpu(
 
 
 def _update_cuda(
-    params, keys, coef, table, sites, layouts, rounded, query, stochastic, noise, rounds, p_zero, strategy="triton"
-) -> None:
+    params, keys, coef, table, sites, layouts, rounded, scales, query, stochastic, noise, rounds, p_zero,
+    strategy="triton",
+) -> None:  # fmt: skip
     if strategy == "cuda":
         from ._cuda import launch_update
     else:
@@ -199,7 +220,8 @@ def _update_cuda(
 _update = register(
     "update_",
     "(Tensor(a!)[] params, Tensor key, Tensor coef, Tensor table, int[] sites, int[] layouts, "
-    "bool[] rounded, int query, bool stochastic, str noise, int rounds, float p_zero, str strategy='triton') -> ()",
+    "bool[] rounded, float[] scales, int query, bool stochastic, str noise, int rounds, float p_zero, "
+    "str strategy='triton') -> ()",
     cpu=_update_cpu,
     cuda=_update_cuda,
 )
@@ -230,8 +252,9 @@ def update_(
     plan: UpdatePlan | None = None,
     strategy: str | None = None,
     z_dtypes: list[str] | None = None,
+    scales: list[float] | None = None,
 ) -> None:
-    """Subtract ``coef[q] * z_q`` from every parameter, in place, in one launch.
+    """Subtract ``scale * coef[q] * z_q`` from every parameter, in place, in one launch.
 
     Args:
         params: tensors of one device, fp32, fp16 or bf16, any strides; also arrays of CuPy, NumPy and others that share
@@ -248,6 +271,8 @@ def update_(
         strategy: ``triton`` or ``cuda`` (CUDA C++ through CuPy); by default :func:`update_strategy` chooses.
         z_dtypes: what the forward rounded z of each parameter to: ``float32``, or the parameter's own 16-bit dtype (its
             name), as ``z_dtype`` of :func:`ezo_kernels.ops.perturbed_linear`; by default ``float32`` for all.
+        scales: factor of each parameter's coefficients, finite and above 0: that by which the forward's eps was multiplied
+            for it. The product is rounded to fp32 before it meets z. By default 1.
 
     Raises:
         TypeError: dtypes, of z too, or a parameter that is neither a tensor nor shares its memory.
@@ -269,17 +294,20 @@ def update_(
     if params and not params[0].device == coef.device == key.device:
         raise ValueError(f"update_: a parameter is on {params[0].device}, coef on {coef.device}, key on {key.device}")
     if plan is None:
-        plan = UpdatePlan.build(params, sites, layouts, noise, strategy, z_dtypes)
+        plan = UpdatePlan.build(params, sites, layouts, noise, strategy, z_dtypes, scales)
     elif strategy not in (None, plan.strategy):
         raise ValueError(f"update_: the plan was built for strategy {plan.strategy!r}, not {strategy!r}")
     elif not (plan.fits(params) and plan.sites == tuple(sites) and plan.layouts == tuple(layouts)):
         raise ValueError("update_: the plan was built for other tensors; build it again after moving a parameter")
     elif z_dtypes is not None and _rounded(params, z_dtypes) != (plan.rounded or (False,) * len(params)):
         raise ValueError("update_: the plan was built for other dtypes of z")
+    elif scales is not None and check_scales(scales, len(params)) != (plan.scales or (1.0,) * len(params)):
+        raise ValueError("update_: the plan was built for other scales")
     if not params:
         return
     _update(
         params, key.view(-1, 2), coef.view(-1, coef.shape[-1]), plan.table, list(plan.sites),
-        [LAYOUTS.index(name) for name in layouts], list(plan.rounded or (False,) * len(params)), query, stochastic_rounding,
+        [LAYOUTS.index(name) for name in layouts], list(plan.rounded or (False,) * len(params)),
+        list(plan.scales or (1.0,) * len(params)), query, stochastic_rounding,
         noise.name, noise.rounds, noise.p_zero, plan.strategy,
     )  # fmt: skip

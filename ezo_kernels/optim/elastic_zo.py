@@ -3,7 +3,9 @@
 For each query q, with z_q from the noise contract and losses l of the two groups (q, +) and (q, -):
 
     g_q = (l+ - l-) / (2 eps),   clipped to [-clip, clip]
-    trunk: w <- w - lr / queries * sum_q g_q z_q           head: its optimiser on the mean of the groups' gradients
+    trunk: w <- w - lr / queries * sum_q g_q s z_q         head: its optimiser on the mean of the groups' gradients
+
+where w + eps s z_q and w - eps s z_q are what the groups run with, and s is the scale of the layer, 1 unless ``scales`` has it.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .check import eagerly
 from .estimate import check_antithetic, projected_gradient
-from .head import GuardedOptimizer
+from .head import GuardedOptimizer, make_head_optimizer
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
+from .scales import ScaledEps, resolve_scales
 from .state import OptimizerState
 
 MODES = ("auto", "stacked", "sequential")
@@ -60,6 +63,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         head_lr: of the head's SGD.
         head_optimizer: instead of it, a function of the head's parameters that returns a torch optimizer, or one.
         clip: largest magnitude of g, or None.
+        scales: name of a module or parameter of the trunk -> how far it is perturbed, beside eps; lr times its square is its
+            own learning rate (docs/recipes.md, A scale a layer). The longest name counts; 1 where none does.
         seed: base seed, [0, 2^64).
         p_zero: fraction of zeros of ``sparse``.
         rounds: Philox rounds, 7 or 10.
@@ -94,6 +99,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         mode: str = "auto",
         head_grad: str = "mean",
         antithetic: bool = True,
+        scales: dict[str, float] | None = None,
         stochastic_rounding: bool = True,
         nvtx: bool = False,
         capture: bool = False,
@@ -128,8 +134,9 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self.device = devices.pop()
         if not self.noise.portable and self.device.type == "cpu":
             raise NotImplementedError(f"noise {noise!r} exists on CUDA only: use 'gaussian' or 'clt4' on the CPU")
+        self.scales = resolve_scales(scales, self.zo.manifest, plan_of(model).fused)
         graphs = graphs_for(self.device) if capture else None
-        head = self._head_optimizer(head_optimizer, head_lr, capture)
+        head = make_head_optimizer(self.head, head_optimizer, head_lr, fused=capture)
         trunk = {"params": self.trunk, "lr": lr, "eps": eps, "clip": clip, "name": "trunk"}
         torch.optim.Optimizer.__init__(self, [trunk], {"lr": lr, "eps": eps, "clip": clip, "name": "trunk"})
         self.head_optimizer = None if head is None else GuardedOptimizer(head)
@@ -159,6 +166,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self._key = scalar(0, torch.int32, (2,))
         self._eps, self._lr = scalar(eps, torch.float32), scalar(lr, torch.float32)
         self._filled = {"eps": eps, "lr": lr}
+        self._scaled_eps = ScaledEps(self.scales, eps, self.device)
         self.skipped = scalar(0, torch.int64, ())
         self.g = scalar(0.0, torch.float32, (self.queries,))
         self.losses = scalar(0.0, torch.float32, (self._groups,))
@@ -201,21 +209,6 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     def _held(self) -> list[torch.Tensor]:
         return [] if self.head_optimizer is None else self.head_optimizer.tensors()
 
-    def _head_optimizer(self, made, head_lr: float, fused: bool):
-        if not self.head:
-            if made is not None:
-                raise ValueError("head_optimizer was given but the head has no parameter")
-            return None
-        if made is None:
-            return torch.optim.SGD(self.head, lr=head_lr, fused=fused or None)
-        optimizer = made if isinstance(made, torch.optim.Optimizer) else made(self.head)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"head_optimizer must give a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        own = {id(p) for p in self.head}
-        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError("head_optimizer holds parameters that are not the head's")
-        return optimizer
-
     def _mode(self, mode: str) -> str:
         if mode != "auto" or not self.trunk:
             return "stacked" if mode == "auto" else mode
@@ -235,6 +228,8 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             if value != self._filled[name]:
                 tensor.fill_(number(value, name, least=0.0, strict=name == "eps"))
                 self._filled[name] = value
+                if name == "eps":
+                    self._scaled_eps.fill(value)
         if self.head_optimizer is not None:
             self.head_optimizer.fill()
 
@@ -249,7 +244,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
         self._fill_scalars()
         fold_key(self._seed, self._step, self._key)
-        self.zo.micro, self.zo.one_mask = self._micro, not self.antithetic
+        self.zo.micro, self.zo.one_mask, self.zo.eps = self._micro, not self.antithetic, self._scaled_eps.of_site
         return Perturbation(self._key, self._eps, self.noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
 
     # --------------------------------------------------------------------------------------------------------- steps
@@ -383,7 +378,10 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     def _update(self, coef: torch.Tensor) -> None:
         if self._plan is None or not self._plan.fits(self.trunk):
             z_dtypes = [s.z_dtype_for(p) for s, p in zip(self.zo.manifest, self.trunk, strict=True)]
-            self._plan = UpdatePlan.build(self.trunk, self._sites, self._layouts, self.noise, z_dtypes=z_dtypes)
+            scales = [self.scales.get(site, 1.0) for site in self._sites]
+            self._plan = UpdatePlan.build(
+                self.trunk, self._sites, self._layouts, self.noise, z_dtypes=z_dtypes, scales=scales
+            )
         update_(
             self.trunk,
             self._key,

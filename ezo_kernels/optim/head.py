@@ -169,3 +169,32 @@ class GuardedOptimizer:
                 group["lr"] = lr
                 if capturable is not None:
                     group["capturable"] = capturable
+
+
+def make_head_optimizer(
+    head: list[torch.nn.Parameter], made, lr: float, *, fused: bool
+) -> torch.optim.Optimizer | None:
+    """The optimizer of the head: ``made``, or what it makes of the parameters, or SGD; None for an empty head.
+
+    Args:
+        head: its parameters.
+        made: a torch optimizer, a function of the parameters that returns one, or None.
+        lr, fused: of the SGD, if nothing is given.
+
+    Raises:
+        TypeError: no optimizer.
+        ValueError: one of other parameters, or for an empty head.
+    """
+    if not head:
+        if made is not None:
+            raise ValueError("head_optimizer was given but the head has no parameter")
+        return None
+    if made is None:
+        return torch.optim.SGD(head, lr=lr, fused=fused or None)
+    optimizer = made if isinstance(made, torch.optim.Optimizer) else made(head)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"head_optimizer must give a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    own = {id(p) for p in head}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("head_optimizer holds parameters that are not the head's")
+    return optimizer

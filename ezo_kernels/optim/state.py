@@ -76,6 +76,7 @@ class OptimizerState(Copies):
             "noise": dataclasses.asdict(self.noise),
             "queries": self.queries,
             "antithetic": self.antithetic,
+            "scales": self.scales,
             "manifest": self._manifest(),
             "seed": self._seed.clone(),
             "step": self._step.clone(),
@@ -111,6 +112,8 @@ class OptimizerState(Copies):
                 f"{dataclasses.asdict(self.noise)} with {self.queries}, antithetic={self.antithetic}"
             )
         self._check_manifest(manifest)
+        if (theirs := state_dict.get("scales", {})) != self.scales:  # {} is what states from before this option were
+            raise ValueError(f"the state is of scales {theirs} by site, this run of {self.scales}")
         if state_dict.get("head_shapes", shapes := [list(p.shape) for p in self.head]) != shapes:
             raise ValueError("the state is of a model with another head: its parameters have other shapes")
         for name, (mine, saved) in zip(("seed", "step", "skipped"), tensors, strict=True):

@@ -10,20 +10,20 @@ from ezo_kernels.ops._update_triton import update_table
 from ezo_kernels.ops.noise import Noise, key_tensor
 
 
-def plan(params, sites, layouts, noise, z_dtypes=None):
+def plan(params, sites, layouts, noise, z_dtypes=None, scales=None):
     rounded = tuple(name != "float32" for name in z_dtypes or ["float32"] * len(params))
-    table = update_table(params, sites, layouts, noise, rounded=rounded)
+    table = update_table(params, sites, layouts, noise, rounded=rounded, scales=scales)
     where = tuple(map(ops.UpdatePlan._address, params))
-    return ops.UpdatePlan(tuple(sites), tuple(layouts), where, table, rounded=rounded)
+    return ops.UpdatePlan(tuple(sites), tuple(layouts), where, table, rounded=rounded, scales=tuple(scales or ()))
 
 
-def both(on_cpu, params, layouts, key, coef, noise, z_dtypes=None, **options):
+def both(on_cpu, params, layouts, key, coef, noise, z_dtypes=None, scales=None, **options):
     """The parameters after our update and after the reference's."""
     sites = [0xFEDCBA98 + i for i in range(len(params))]
     ours, theirs = ([torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in params] for _ in "ab")
     options |= {"sites": sites, "layouts": layouts, "noise": noise}
-    ops.update_(ours, key, coef, plan=plan(ours, sites, layouts, noise, z_dtypes), **options)
-    on_cpu(ops.update_, theirs, key, coef, z_dtypes=z_dtypes, **options)
+    ops.update_(ours, key, coef, plan=plan(ours, sites, layouts, noise, z_dtypes, scales), **options)
+    on_cpu(ops.update_, theirs, key, coef, z_dtypes=z_dtypes, scales=scales, **options)
     return ours, theirs
 
 
@@ -48,6 +48,16 @@ def _params():
     yield "conv", torch.randn(6, 8, 3, 3).to(memory_format=torch.channels_last)
     yield "conv", torch.randn(6, 5, 3)
     yield "conv", torch.randn(3, 9, 2, 2, 2).to(memory_format=torch.channels_last_3d)
+
+
+def test_scales(on_cpu, key):
+    params = [torch.randn(20, 40), torch.randn(5), torch.randn(6, 3, 5, 5), torch.randn(9, 24).half()]
+    layouts, scales = ["matrix", "matrix", "conv", "matrix"], [0.3, 1.0, 2.7, 1e-3]
+    ours, theirs = both(on_cpu, params, layouts, key, torch.tensor([0.5, 0.1]), Noise("clt4"), scales=scales)
+    plain, _ = both(on_cpu, params, layouts, key, torch.tensor([0.5, 0.1]), Noise("clt4"))
+    for a, b, c, scale in zip(ours, theirs, plain, scales, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c) == (scale == 1.0)
 
 
 @pytest.mark.parametrize("stochastic", [True, False])

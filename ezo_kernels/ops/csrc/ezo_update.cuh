@@ -14,7 +14,7 @@ struct alignas(16) uint4 {
 
 namespace ezo {
 
-constexpr int kFields = 19;  // numbers of one parameter in the table
+constexpr int kFields = 20;  // numbers of one parameter in the table
 // Number 2 is its code: 0 fp32, 1 bf16, 2 fp16; 3 and 4 are CODE 1 and 2 below with ROUNDED.
 
 // What a launch is given beside its table.
@@ -160,10 +160,11 @@ EZO_FN void round_columns(Key key, u32 site, u32 row, u32 first, float* v) {
   }
 }
 
-// v after every step; whether any of them moved it. ROUNDED: z has the weight's dtype. ONE: there is one step of one query, so
+// v after every step; whether any of them moved it. factor: of the parameter, on every coefficient. ROUNDED: z has the weight's
+// dtype. ONE: there is one step of one query, so
 // that everything but the row leaves the loop over rows.
 template <int NOISE, int ROUNDS, int CODE, bool ROUNDED, bool STOCHASTIC, bool ONE, int N>
-EZO_FN bool advance(const Steps& a, u32 site, u32 row, u32 first, float* v) {
+EZO_FN bool advance(const Steps& a, u32 site, float factor, u32 row, u32 first, float* v) {
   bool touched = false;
 #pragma unroll 1
   for (int s = 0; s < (ONE ? 1 : a.steps); ++s) {
@@ -175,7 +176,7 @@ EZO_FN bool advance(const Steps& a, u32 site, u32 row, u32 first, float* v) {
     bool moved = false;
 #pragma unroll 1
     for (int q = 0; q < (ONE ? 1 : a.queries); ++q) {
-      const float coef = a.coef[s * a.queries + q];
+      const float coef = mul(a.coef[s * a.queries + q], factor);
       if (coef == 0.0f) continue;  // a skipped step leaves every bit alone, that of -0 too
       float z[N];
       z_columns<NOISE, ROUNDS, N>(key, site, (a.query + q) << 8, row, first, a.threshold, a.scale, z);
@@ -273,6 +274,7 @@ EZO_FN void update_tile(const i64* entry, u32 tile, u32 thread, const Steps& a) 
   const u32 site = (u32)entry[1], rows = (u32)entry[4], across = (u32)entry[8];
   const u32 first = tile % across * C + thread % ACROSS * N, top = tile / across * R;
   const u32 end = top + R < rows ? top + R : rows;
+  const float factor = from_bits((u32)entry[19]);
   u32 row = top + thread / ACROSS;
   if (entry[3]) {
     // rows of multiples of eight elements, at multiples of 16 bytes
@@ -290,7 +292,7 @@ EZO_FN void update_tile(const i64* entry, u32 tile, u32 thread, const Steps& a) 
         if (N == VECTOR || first + b < channels) raw = load((const uint4*)(at + b));
         unpack<CODE>(raw, v + b);
       }
-      if (!advance<NOISE, ROUNDS, CODE, ROUNDED, STOCHASTIC, ONE, N>(a, site, row, first, v)) return;
+      if (!advance<NOISE, ROUNDS, CODE, ROUNDED, STOCHASTIC, ONE, N>(a, site, factor, row, first, v)) return;
 #pragma unroll
       for (int b = 0; b < N; b += VECTOR)
         if (N == VECTOR || first + b < channels) store((uint4*)(at + b), pack<CODE>(v + b));
@@ -300,7 +302,7 @@ EZO_FN void update_tile(const i64* entry, u32 tile, u32 thread, const Steps& a) 
     for (; row < end; row += DOWN) {
       float v[N];
       access<CODE, N, false>(entry, row, first, v);
-      if (!advance<NOISE, ROUNDS, CODE, ROUNDED, STOCHASTIC, ONE, N>(a, site, row, first, v)) return;
+      if (!advance<NOISE, ROUNDS, CODE, ROUNDED, STOCHASTIC, ONE, N>(a, site, factor, row, first, v)) return;
       access<CODE, N, true>(entry, row, first, v);
     }
   }
