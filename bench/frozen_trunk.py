@@ -25,6 +25,8 @@ from ezo_kernels.cli.experiments.recipes import FROZEN_LRS
 from ezo_kernels.data import Batches, load, standardize
 
 _COMMON = {"eps": 1e-3, "clip": 5.0, "noise": "gaussian"}
+#: One forward a query, and layers perturbed in proportion to their weights (docs/recipes.md, A scale a layer).
+_MANY = {**_COMMON, "antithetic": False}
 #: data -> head -> recipe, chosen on the validation split (docs/recipes.md).
 RECIPES = {
     "mnist": {
@@ -32,13 +34,19 @@ RECIPES = {
         ("fc2", "fc3"): {"lr": 8e-4, "queries": 8, "head_lr": 0.1, **_COMMON},
     },
     "fashion_mnist": {
-        ("fc3",): {"lr": 8e-4, "queries": 16, "head_lr": 0.1, **_COMMON},
-        ("fc2", "fc3"): {"lr": 8e-4, "queries": 16, "head_lr": 0.1, **_COMMON},
+        ("fc3",): {
+            **_MANY,
+            "lr": 3e-3,
+            "queries": 32,
+            "head_lr": 0.1,
+            "scales": {"conv1": 2.0, "fc1": 0.3, "fc2": 0.6},
+        },
+        ("fc2", "fc3"): {**_MANY, "lr": 3e-3, "queries": 32, "head_lr": 0.1, "scales": {"conv1": 2.0, "fc1": 0.3}},
     },
 }
 
 #: Passes over the training images, of both arms.
-EPOCHS = {"mnist": 10, "fashion_mnist": 20}
+EPOCHS = {"mnist": 10, "fashion_mnist": 10}
 
 
 def _errors(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:

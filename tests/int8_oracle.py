@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 _U32 = 0xFFFFFFFF
 SPARSE_INT8, ROUNDING = 3, 4  # streams
@@ -287,6 +288,7 @@ class Run:
     head_rounding: str = "stochastic"
     activation_rounding: str = "nearest"
     rounds: int = 7
+    antithetic: bool = True
     step: int = 0
     losses: list[int] = field(default_factory=list)
     g: list[int] = field(default_factory=list)
@@ -352,7 +354,8 @@ class Run:
     def train_step(self, rows, s, labels):
         self.key = fold(self.seed, self.step)
         trunk = [p for p in self.parameters.values() if p.site is not None]
-        groups = [(q, sign) for q in range(self.queries) for sign in (1, -1)] if trunk else [(0, 0)]
+        signs = (1, -1) if self.antithetic else (1,)
+        groups = [(q, sign) for q in range(self.queries) for sign in signs] if trunk else [(0, 0)]
         self.losses, gradients = [], {}
         for number, (query, sign) in enumerate(groups):
             y, s_y, notes = self.forward(rows, s, query, sign)
@@ -363,9 +366,12 @@ class Run:
                 error = error_rows(y, s_y, labels, self.key, number, self.rounds)
                 for name, found in self.backward(notes, error).items():
                     gradients.setdefault(name, []).append(found)
-        self.g = [
-            (plus > minus) - (plus < minus) for plus, minus in zip(self.losses[::2], self.losses[1::2], strict=False)
-        ]
+        if self.antithetic:
+            against = list(zip(self.losses[::2], self.losses[1::2], strict=False))
+        else:  # the own loss, and the mean of the others
+            others = [sum(self.losses[:q] + self.losses[q + 1 :]) for q in range(self.queries)]
+            against = [(own, Fraction(rest, self.queries - 1)) for own, rest in zip(self.losses, others, strict=True)]
+        self.g = [(own > other) - (own < other) for own, other in against]
         n = max(0, bits(self.r_max) - self.bits)
         for p in trunk:
             moves = [[g * z for z in self.z(p, q)] for q, g in enumerate(self.g)]

@@ -384,7 +384,7 @@ def untrained(monkeypatch):
         (("--method", "frozen", "--head", "0"), "train nothing"),
         (("--no-antithetic",), "goes with method elastic and 2 queries or more, not elastic with 1"),
         (("--no-antithetic", "--method", "mezo", "--queries", "4"), "not mezo with 4"),
-        (("--no-antithetic", "--precision", "int8", "--queries", "4"), "antithetic"),
+        (("--no-antithetic", "--precision", "int8"), "2 queries or more"),
         (("--scales", "conv1"), "scales is 'conv1'"),
         (("--scales", "conv1=2,conv1=3"), "each layer once"),
         (("--scales", "conv1=x"), "scales is 'conv1=x'"),

@@ -27,6 +27,21 @@ _INT8_STEP = "tests/test_int8_step.py -k oracle"
 _MASK = "tests/test_noise.py -k 'mask or sparse'"
 
 MUTANTS = (
+    # one sign a query, in integers
+    Mutant(
+        "a query held against the mean, its own loss not multiplied",
+        "ezo_kernels/optim/int8_passes.py",
+        "else (losses * losses.numel(), losses.sum())",
+        "else (losses, losses.sum() // losses.numel())",
+        "tests/test_int8_one_sign.py",
+    ),
+    Mutant(
+        "rounding of the head's error by the query of pairs",
+        "ezo_kernels/optim/int8_passes.py",
+        "p.query * (1 + self.antithetic)",
+        "p.query * 2",
+        "tests/test_int8_one_sign.py",
+    ),
     # scales
     Mutant(
         "a scaled layer perturbed like the others",

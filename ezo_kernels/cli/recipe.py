@@ -16,7 +16,7 @@ MODES = ("auto", "stacked", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
-FLOAT_ONLY = ("noise", "antithetic", "scales", "lr", "eps", "clip", "head_lr", "schedule")
+FLOAT_ONLY = ("noise", "scales", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "loss", "fraction_bits")
 
 #: p_zero when none is named: of int8, a rising one beside r_max's; else none

@@ -33,8 +33,9 @@ from ..ops.int8_tensor import Int8Tensor
 from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_head_update_, int8_update_, sum_groups, update_shift
 from ..ops.noise import Noise, check_index, fold_key, rng_version
 from .capture import CapturedStep, graphs_for, refusals, refuse
+from .estimate import check_antithetic
 from .int8_memory import Int8Memory
-from .int8_passes import Int8Passes, one_value, sign_of_difference
+from .int8_passes import Int8Passes, one_value, ternary_gradient
 from .int8_state import Int8State
 from .passes import HEAD_GRADS
 
@@ -58,7 +59,9 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         bits: width of the trunk's update, -8 to 7: z is shifted right by (bits of r_max) - ``bits``. The learning rate of the
             trunk, in powers of two; by stochastic rounding, what is left of less than one unit moves a weight now and then.
         head_bits: width of the head's update, -8 to 7: NITI's learning rate.
-        queries: directions a step; two forwards each.
+        queries: directions a step.
+        antithetic: both signs of each direction, two forwards a query. False: its plus sign alone, one forward a query, and
+            g_q is the sign of L_q less the mean over all queries; needs 2 queries.
         seed: base seed, [0, 2^64).
         loss: ``cross_entropy`` in integers (the paper's INT8*), ``float_cross_entropy`` of the dequantised logits for the sign
             of g (its INT8), or ``squared_error`` against an Int8Tensor.
@@ -91,6 +94,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         queries: int = 1,
         seed: int = 0,
         *,
+        antithetic: bool = True,
         loss: str = "cross_entropy",
         fraction_bits: int = FRACTION_BITS,
         head_grad: str = "mean",
@@ -124,6 +128,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         self.queries = check_index(queries, "queries", 1 << 12)
         if queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
+        check_antithetic(antithetic, queries, head_grad)
+        self.antithetic = antithetic
         seed = check_index(seed, "seed", 1 << 64)
         self.rounds = rounds
         self.trunk, self.head = trunk_parameters(model), head_parameters(model)
@@ -189,7 +195,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
 
     @property
     def _groups(self) -> int:
-        return 2 * self.queries if self.trunk else 1
+        return self.queries * (1 + self.antithetic) if self.trunk else 1
 
     @property
     def rng_version(self) -> str:
@@ -308,7 +314,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         fold_key(self._seed, self._step, self._key)
         passes: list = [None]
         if self.trunk:
-            p = IntegerPerturbation(self._key, noise, 0, self.queries)
+            p = IntegerPerturbation(self._key, noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
             one_by_one = sequential or self.mode == "sequential"
             passes = [group_pass(p, g) for g in range(p.groups)] if one_by_one else [p]
         gradients = defaultdict(list)
@@ -333,7 +339,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         ok = torch.isfinite(self.losses).all() if self.losses.is_floating_point() else None
         if self.trunk:
             with self._phase("g"):
-                g = sign_of_difference(self.losses)
+                g = ternary_gradient(self.losses, self.antithetic)
                 self.g = g if ok is None else g * ok
             with self._phase("update"):
                 self._update(noise)

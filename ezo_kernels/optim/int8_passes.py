@@ -31,10 +31,15 @@ def one_value(loss, whose: str) -> torch.Tensor:
     return loss.detach().reshape(1)
 
 
-def sign_of_difference(losses: torch.Tensor) -> torch.Tensor:
-    """g [queries] of losses [2 queries]: compared, not subtracted, for a difference of integers may wrap. NaN gives 0."""
-    plus, minus = losses[0::2], losses[1::2]
-    return (plus > minus).to(torch.int32) - (plus < minus).to(torch.int32)
+def ternary_gradient(losses: torch.Tensor, antithetic: bool) -> torch.Tensor:
+    """g [queries], int32 in -1, 0, 1, of losses [groups], int64 or of floats; NaN gives 0.
+
+    Compared, not subtracted, for a difference of integers may wrap. Of one sign a query, the own loss is held against the mean
+    over all queries, which is above it where the mean over the others is; times their number, which 64 bits hold, for it is
+    that of rows in all groups that losses are limited by.
+    """
+    own, other = (losses[0::2], losses[1::2]) if antithetic else (losses * losses.numel(), losses.sum())
+    return (own > other).to(torch.int32) - (own < other).to(torch.int32)
 
 
 class Int8Passes:
@@ -111,7 +116,7 @@ class Int8Passes:
     def _backward(self, tape: Tape, out: Int8Tensor, y, error, used: slice, p) -> None:
         exponent = torch.zeros_like(out.exponent)
         if error is None:
-            first = 0 if p is None or len(p.signs) == 2 else 2 * p.query + (p.signs[0] == -1)
+            first = 0 if p is None else p.query * (1 + self.antithetic) + (p.signs[0] == -1)
             error = int8_cross_entropy_gradient(out, y, self._key, query=first, rounds=self.rounds)
         tape.backward(out, error, exponent, used)
         missing = [n for n in self._head if n not in tape.gradients]

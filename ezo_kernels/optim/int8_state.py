@@ -18,6 +18,7 @@ class Int8State(Copies):
             "rng_version": self.rng_version,
             "numerics_version": self.numerics_version,
             "queries": self.queries,
+            "antithetic": self.antithetic,
             "loss": self.loss,
             "fraction_bits": self.fraction_bits,
             "head_grad": self.head_grad,
@@ -39,6 +40,7 @@ class Int8State(Copies):
             ValueError: a state of another contract, arithmetic, recipe, model or cut; nothing is changed then.
         """
         own = self._identity()
+        state_dict = {"antithetic": True, **state_dict}  # what states from before this option were
         missing = sorted(({*own, "seed", "step", "param_groups"}) - set(state_dict))
         if missing:
             raise ValueError(f"this is no state of ElasticZOInt8: it lacks {', '.join(missing)}")

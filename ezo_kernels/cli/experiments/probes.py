@@ -15,6 +15,7 @@ from ...nn.int8_layers import _Int8Layer
 from ...ops import int8_cross_entropy, materialize
 from ...ops.int8_tensor import Int8Tensor, least_exponent
 from ...optim import ElasticZOInt8
+from ...optim.int8_passes import ternary_gradient
 
 
 class SignCounter(ElasticZOInt8):
@@ -45,11 +46,11 @@ class SignCounter(ElasticZOInt8):
             exact = [
                 F.cross_entropy(part, y, reduction="sum") for part in out.dequantize(torch.float64).chunk(out.groups)
             ]
-            sign = torch.sign(torch.stack(exact[0::2]) - torch.stack(exact[1::2]))
+            sign = ternary_gradient(torch.stack(exact), self.antithetic)
             self.pairs += len(sign)
             for bits in self.KINDS:
                 own = int8_cross_entropy(out, y, fraction_bits=bits)
-                ours = torch.sign(own[0::2] - own[1::2])
+                ours = ternary_gradient(own, self.antithetic)
                 self.agreed[bits] += int(((ours == sign) & (ours != 0)).sum())
         return super()._losses_of(out, y, loss_fn)
 

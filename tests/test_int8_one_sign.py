@@ -1,0 +1,61 @@
+"""Integer steps of one sign a query (antithetic=False): g, groups, states."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ezo_kernels as ezo
+from ezo_kernels.optim.int8_passes import ternary_gradient
+from tests.int8_models import tiny, tiny_batch
+from tests.test_int8_step import HEADS, oracle_of
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    ("head", "queries", "mode", "strategy"),
+    [(0, 2, "stacked", "buffer"), (1, 5, "stacked", "twice"), (2, 3, "sequential", "auto")],
+)
+def test_one_sign_a_query_is_the_oracles(head, queries, mode, strategy):
+    """antithetic=False: each loss against the mean of the others, and a group a query for the head."""
+    how = dict(r_max=40, p_zero=0.3, bits=1, head_bits=4, queries=queries, antithetic=False)
+    model = tiny(HEADS[head])
+    opt = ezo.ElasticZOInt8(model, seed=11, mode=mode, strategy=strategy, **how)
+    run = oracle_of(model, opt, 11, **how)
+    for i in range(3):
+        x, y = tiny_batch(i)
+        opt.train_step(x, y)
+        run.train_step([row.flatten().tolist() for row in x.values], -5, y.tolist())
+        assert opt.losses.tolist() == run.losses and len(run.losses) == queries, f"losses of step {i}"
+        assert opt.g.tolist() == run.g and any(run.g), f"g of step {i}"
+        for name, p in model.named_parameters():
+            assert p.flatten().tolist() == run.parameters[name].values, f"{name} after step {i}"
+
+
+def test_ternary_gradient():
+    """Ties are 0; the largest sums that are let in do not wrap; a NaN gives 0 for all."""
+    most = (1 << 44) - 1
+    for losses, antithetic, want in (
+        ([5, 4, 4, 5, 3, 3], True, [1, -1, 0]),
+        ([-(2**63), 2**63 - 1], True, [-1]),
+        ([3, 1, 2], False, [1, -1, 0]),
+        ([most << 18, -(most << 18)], False, [1, -1]),
+        ([most << 9] * 512 + [(most << 9) - 1] * 512, False, [1] * 512 + [-1] * 512),
+    ):
+        assert ternary_gradient(torch.tensor(losses), antithetic).tolist() == want
+    assert ternary_gradient(torch.tensor([1.0, float("nan"), 2.0]), False).tolist() == [0, 0, 0]
+
+
+def test_states_of_one_sign():
+    """A state from before there was the choice is of pairs; one of the other kind is refused."""
+    pairs, one = (ezo.ElasticZOInt8(tiny(()), queries=2, antithetic=a) for a in (True, False))
+    old = {k: v for k, v in pairs.state_dict().items() if k != "antithetic"}
+    pairs.load_state_dict(old)
+    with pytest.raises(ValueError, match="antithetic differs"):
+        one.load_state_dict(old)
+    with pytest.raises(ValueError, match="2 queries or more"):
+        ezo.ElasticZOInt8(tiny(()), antithetic=False)
+    with pytest.raises(ValueError, match="plus"):
+        ezo.ElasticZOInt8(tiny(("fc2",)), queries=2, antithetic=False, head_grad="plus")
+    with pytest.raises(TypeError, match="antithetic"):
+        ezo.ElasticZOInt8(tiny(()), antithetic=1)
