@@ -25,6 +25,14 @@ def integers():
 
 
 @functools.cache
+def integer_products():
+    """:mod:`._int8_gemm_cpu`"""
+    from . import _int8_gemm_cpu
+
+    return _int8_gemm_cpu
+
+
+@functools.cache
 def integer_losses():
     """:mod:`._int8_loss_cpu`"""
     from . import _int8_loss_cpu

@@ -120,35 +120,6 @@ def align_bias(bias, exponent, x_exponent, w_exponent, out):
         out[i] = i32(shifted(i64(bias[i]), k, BIAS_SHIFT))
 
 
-@_jit()
-def gemm(w, columns, acc):
-    """acc [N, M] = w [N, K] columns [K, M]; two rows by four k at a time, for the vector registers."""
-    n, k = w.shape
-    m = columns.shape[1]
-    fours = k // 4 * 4
-    pairs = n // 2 * 2
-    acc[:] = 0
-    for i in range(0, pairs, 2):
-        for j in range(0, fours, 4):
-            a, b, c, d = i32(w[i, j]), i32(w[i, j + 1]), i32(w[i, j + 2]), i32(w[i, j + 3])
-            e, f, g, h = i32(w[i + 1, j]), i32(w[i + 1, j + 1]), i32(w[i + 1, j + 2]), i32(w[i + 1, j + 3])
-            for x in range(m):
-                p, q = i32(columns[j, x]), i32(columns[j + 1, x])
-                r, s = i32(columns[j + 2, x]), i32(columns[j + 3, x])
-                acc[i, x] += a * p + b * q + c * r + d * s
-                acc[i + 1, x] += e * p + f * q + g * r + h * s
-        for j in range(fours, k):
-            a, b = i32(w[i, j]), i32(w[i + 1, j])
-            for x in range(m):
-                acc[i, x] += a * i32(columns[j, x])
-                acc[i + 1, x] += b * i32(columns[j, x])
-    for i in range(pairs, n):
-        for j in range(k):
-            a = i32(w[i, j])
-            for x in range(m):
-                acc[i, x] += a * i32(columns[j, x])
-
-
 @_inline()
 def _quantized(v, n_shift, mode):
     """clamp(round(v / 2^n_shift)) of an int32, by ``nearest`` in 32 bits, so that loops become vectors."""

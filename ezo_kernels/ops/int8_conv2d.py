@@ -13,7 +13,7 @@ import dataclasses
 
 import torch
 
-from . import _cpu
+from . import _cpu, int8_matmul
 from ._int8_slab import check_way, choose, reserve
 from ._library import register
 from .conv2d import output_size
@@ -44,7 +44,7 @@ def _conv2d_cpu(
 ) -> None:  # fmt: skip
     import numpy as np
 
-    K = _cpu.integers()
+    K, products = _cpu.integers(), _cpu.integer_products()
 
     noise = Noise("sparse_int8", rounds, p_zero, r_max)
     groups, outputs, k = peak.numel(), w.shape[0], w[0].numel()
@@ -58,7 +58,9 @@ def _conv2d_cpu(
     shape = (groups, -1, outputs, height * width)
     accs = acc.view(shape).numpy() if what == STORE else acc.new_empty(groups, 1, 0, 0).numpy()
     outs = out.view(shape).numpy() if what == TWICE else out.new_empty(groups, 1, 0, 0).numpy()
-    most = max(1, _CHUNK_BYTES // (k * height * pitch))
+    # of a stride of one our product reads the planes where they lie; torch's needs them unfolded
+    direct = tuple(stride) == (1, 1) and not int8_matmul.library_multiplies()
+    most = max(1, _CHUNK_BYTES // ((4 * per if direct else k) * height * pitch))
     mode = ROUNDINGS.index(rounding)
     x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
     pairs = list(zip(perturbed, biases, strict=True))
@@ -77,15 +79,24 @@ def _conv2d_cpu(
                 images = len(some)
                 # a tap of the last plane reads beyond it
                 flat = K.workspace("planes", images * channels * padded[0] * padded[1] + padded[1], np.int8)
-                columns = K.workspace("columns", k * images * height * pitch, np.int8).reshape(k, images, -1)
                 sums = K.workspace("sums", len(own) * per * images * height * pitch, np.int32)
                 sums = sums.reshape(len(own) * per, images, -1)
                 for c in range(conv_groups):
                     if not (once and phase == REQUANTIZE):
                         flat[-padded[1] :] = 0
                         K.pad(some, c * channels, *padding, flat[: -padded[1]].reshape(images, channels, *padded))
-                        K.im2col(flat, images, channels, *padded, *kernel, *stride, *dilation, height, pitch, columns)
-                        product_cpu(stacked[c], *(torch.from_numpy(a.reshape(len(a), -1)) for a in (columns, sums)))
+                        if direct:
+                            taps = products.taps_of(images, channels, *padded, tuple(kernel), tuple(dilation))
+                            products.planes_product(K.workspace, stacked[c].numpy(), flat, *taps, height * pitch, sums)
+                        else:
+                            columns = K.workspace("columns", k * images * height * pitch, np.int8).reshape(k, -1)
+                            K.im2col(
+                                flat, images, channels, *padded, *kernel, *stride, *dilation, height, pitch,
+                                columns.reshape(k, images, -1),
+                            )  # fmt: skip
+                            product_cpu(
+                                stacked[c], torch.from_numpy(columns), torch.from_numpy(sums.reshape(len(sums), -1))
+                            )
                     for i, g in enumerate(own):
                         top = K.finish_conv2d(
                             sums[i * per : (i + 1) * per], bias[i][c * per : (c + 1) * per], height, width, pitch, phase,
