@@ -36,8 +36,8 @@ RECIPES = {
     "fashion_mnist": {
         ("fc3",): {
             **_MANY,
-            "lr": 3e-3,
-            "queries": 32,
+            "lr": 2e-3,
+            "queries": 16,
             "head_lr": 0.1,
             "scales": {"conv1": 2.0, "fc1": 0.3, "fc2": 0.6},
         },

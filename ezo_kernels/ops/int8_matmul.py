@@ -129,8 +129,8 @@ def _linear_cpu(
     perturbed = perturbed_weights(w, key, site, "matrix", *tail)
     biases = [None] * groups if b is None else perturbed_weights(b, key, bias_site, "matrix", *tail)
     # an output that is not written still needs a shape to be compiled for
-    accs = acc.view(groups, -1, n) if what == STORE else acc.new_empty(groups, 0, 0)
-    outs = out.view(groups, -1, n) if what == TWICE else out.new_empty(groups, 0, 0)
+    accs = (acc.view(groups, -1, n) if what == STORE else acc.new_empty(groups, 0, 0)).numpy()
+    outs = (out.view(groups, -1, n) if what == TWICE else out.new_empty(groups, 0, 0)).numpy()
     mode, rows = ROUNDINGS.index(rounding), parts.shape[1]
     x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
     most = rows if what == STORE else max(1, _CHUNK_BYTES // (4 * n))
@@ -141,15 +141,10 @@ def _linear_cpu(
         for phase in (PEAK, REQUANTIZE) if what == TWICE else (STORE,):
             for first in range(0, rows, most):
                 some = parts[own][first : first + most]
-                if what == STORE:
-                    sums = accs[g]
-                else:
-                    sums = torch.from_numpy(K.workspace("rows", len(some) * n, np.int32).reshape(-1, n))
+                sums = accs[g] if what == STORE else K.workspace("rows", len(some) * n, np.int32).reshape(-1, n)
                 if phase != REQUANTIZE or rows > most:  # else the sums of the first time are still there
-                    product_cpu(some, w_g.t(), sums)
-                top = K.finish_linear(
-                    sums.numpy(), bias, phase, accs[g].numpy(), shift, mode, outs[g][first : first + most].numpy()
-                )
+                    product_cpu(some, w_g.t(), torch.from_numpy(sums))
+                top = K.finish_linear(sums, bias, phase, accs[g], shift, mode, outs[g][first : first + most])
                 largest = max(largest, int(top))
             shift = shift_of(largest)
         peaks[g] = largest
