@@ -44,10 +44,11 @@ def test_philox_known_answers(rounds, counter, key, words):
 @pytest.mark.parametrize("rounds", [7, 10])
 def test_words_put_site_block_query_stream_and_row_in_the_counter(rounds):
     u32, rows = np.uint32, np.array([0, 5, 2**32 - 1], np.uint32)
-    out = np.empty((3, 12), np.uint32)
+    blocks = 2 * cpu._CHUNK + 3  # words are made in chunks of columns
+    out = np.empty((3, 4 * blocks), np.uint32)
     cpu.words(out, u32(1), u32(2**32 - 1), u32(77), u32(9 << 8 | 4), rows, rounds)
     for r, row in enumerate(rows):
-        for b in range(3):
+        for b in (0, 1, 2, cpu._CHUNK - 1, cpu._CHUNK, blocks - 1):
             want = oracle.philox((77, b, 9 << 8 | 4, int(row)), (1, 2**32 - 1), rounds)
             assert tuple(map(int, out[r, 4 * b : 4 * b + 4])) == want
 

@@ -78,9 +78,8 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @_inline()
-def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32 of 7 rounds: four words of the block at counter (c0, c1, c2, c3) under key (k0, k1)."""
-    for _ in range(7):
+def _three_rounds(c0, c1, c2, c3, k0, k1):
+    for _ in range(3):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = u32(k0 + _W0)
         k1 = u32(k1 + _W1)
@@ -88,16 +87,26 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @_inline()
-def philox_10(c0, c1, c2, c3, k0, k1):
-    """Philox4x32 of 10 rounds."""
-    c0, c1, c2, c3 = philox(c0, c1, c2, c3, k0, k1)
-    k0 = u32(k0 + u32(7) * _W0)
-    k1 = u32(k1 + u32(7) * _W1)
-    for _ in range(3):
+def _four_rounds(c0, c1, c2, c3, k0, k1):
+    for _ in range(4):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = u32(k0 + _W0)
         k1 = u32(k1 + _W1)
     return c0, c1, c2, c3
+
+
+@_inline()
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32 of 7 rounds: four words of the block at counter (c0, c1, c2, c3) under key (k0, k1)."""
+    c0, c1, c2, c3 = _three_rounds(c0, c1, c2, c3, k0, k1)
+    return _four_rounds(c0, c1, c2, c3, u32(k0 + u32(3) * _W0), u32(k1 + u32(3) * _W1))
+
+
+@_inline()
+def philox_10(c0, c1, c2, c3, k0, k1):
+    """Philox4x32 of 10 rounds."""
+    c0, c1, c2, c3 = philox(c0, c1, c2, c3, k0, k1)
+    return _three_rounds(c0, c1, c2, c3, u32(k0 + u32(7) * _W0), u32(k1 + u32(7) * _W1))
 
 
 @_jit()
@@ -111,17 +120,46 @@ _CHUNK = 512
 
 
 @_inline()
-def _fill(w, first, blocks, c0, c2, c3, k0, k1, rounds):
-    """Words of ``blocks`` blocks from block ``first`` of a row, as planes w[4, :].
+def _columns(of, first, blocks, c0, c2, k0, k1):
+    """What the first three rounds make of the column alone, of ``blocks`` blocks from ``first`` on, as planes of[3, :].
 
-    The branch on the rounds stands outside of the loops: inside, it would keep LLVM from vectorising them.
+    The block's number enters c0 of round 2 by an exclusive or, c2 of round 3 by a product, and meets the row's part after it.
     """
+    p1 = u64(c2) * _M1
+    a, low = u32(p1 >> u64(32)) ^ k0, u64(c0) * _M0
+    c, k1 = u32(low), u32(k1 + _W1)
+    for b in range(blocks):
+        p0 = u64(u32(a ^ u32(first + b))) * _M0
+        p1 = u64(u32(u32(p0 >> u64(32)) ^ c ^ k1)) * _M1
+        of[0, b], of[1, b], of[2, b] = u32(p1 >> u64(32)), u32(p1), u32(p0)
+
+
+@_inline()
+def _fill(w, of_columns, blocks, c0, c2, c3, k0, k1, rounds):
+    """Words of ``blocks`` blocks of the row c3 as planes w[4, :], from the columns' part of the first three rounds.
+
+    Eight of the fourteen products of seven rounds are left to the loop. The branch on the rounds stands outside of it:
+    inside, it would keep LLVM from vectorising.
+    """
+    second0, third0, third1 = u32(k0 + _W0), u32(k0 + u32(2) * _W0), u32(k1 + u32(2) * _W1)
+    p0, p1 = u64(c0) * _M0, u64(c2) * _M1
+    row = u64(u32(u32(p0 >> u64(32)) ^ c3 ^ k1)) * _M1
+    p0 = u64(u32(u32(row >> u64(32)) ^ u32(p1) ^ second0)) * _M0
+    x, y, z = u32(u32(row) ^ third0), u32(u32(p0 >> u64(32)) ^ third1), u32(p0)
+    k0, k1 = u32(third0 + _W0), u32(third1 + _W1)
     if rounds == 7:
         for b in range(blocks):
-            w[0, b], w[1, b], w[2, b], w[3, b] = philox(c0, u32(first + b), c2, c3, k0, k1)
+            w[0, b], w[1, b], w[2, b], w[3, b] = _four_rounds(
+                u32(of_columns[0, b] ^ x), of_columns[1, b], u32(of_columns[2, b] ^ y), z, k0, k1
+            )
     else:
         for b in range(blocks):
-            w[0, b], w[1, b], w[2, b], w[3, b] = philox_10(c0, u32(first + b), c2, c3, k0, k1)
+            a0, a1, a2, a3 = _four_rounds(
+                u32(of_columns[0, b] ^ x), of_columns[1, b], u32(of_columns[2, b] ^ y), z, k0, k1
+            )
+            w[0, b], w[1, b], w[2, b], w[3, b] = _three_rounds(
+                a0, a1, a2, a3, u32(k0 + u32(4) * _W0), u32(k1 + u32(4) * _W1)
+            )
 
 
 _P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7 = map(f32, C.LOG_P)
@@ -185,10 +223,12 @@ def words(out, k0, k1, c0, c2, row_ids, rounds):
     """The raw words: out is uint32 [rows, 4 * blocks]."""
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
-    for r in range(rows):
-        for first in range(0, columns // 4, _CHUNK):
-            blocks = min(_CHUNK, columns // 4 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 4, _CHUNK):
+        blocks = min(_CHUNK, columns // 4 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 4 * first :]
             for b in range(blocks):
                 line[4 * b] = w[0, b]
@@ -201,10 +241,12 @@ def words(out, k0, k1, c0, c2, row_ids, rounds):
 def gaussian(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
-    for r in range(rows):
-        for first in range(0, columns // 4, _CHUNK):
-            blocks = min(_CHUNK, columns // 4 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 4, _CHUNK):
+        blocks = min(_CHUNK, columns // 4 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 4 * first :]
             for b in range(blocks):
                 z0, z1 = box_muller(w[0, b], w[1, b])
@@ -219,10 +261,12 @@ def gaussian(out, k0, k1, c0, c2, row_ids, rounds):
 def clt4(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
-    for r in range(rows):
-        for first in range(0, columns // 4, _CHUNK):
-            blocks = min(_CHUNK, columns // 4 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 4, _CHUNK):
+        blocks = min(_CHUNK, columns // 4 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 4 * first :]
             for b in range(blocks):
                 line[4 * b] = _clt4(w[0, b])
@@ -235,10 +279,12 @@ def clt4(out, k0, k1, c0, c2, row_ids, rounds):
 def uniform(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
-    for r in range(rows):
-        for first in range(0, columns // 4, _CHUNK):
-            blocks = min(_CHUNK, columns // 4 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 4, _CHUNK):
+        blocks = min(_CHUNK, columns // 4 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 4 * first :]
             for b in range(blocks):
                 line[4 * b] = _signed_float(w[0, b]) * _UNIFORM
@@ -251,10 +297,12 @@ def uniform(out, k0, k1, c0, c2, row_ids, rounds):
 def rademacher(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
-    for r in range(rows):
-        for first in range(0, columns // 128, _CHUNK):
-            blocks = min(_CHUNK, columns // 128 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 128, _CHUNK):
+        blocks = min(_CHUNK, columns // 128 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 128 * first :]
             for b in range(blocks):
                 for j in range(4):
@@ -272,10 +320,12 @@ def hadamard(out, k0, k1, c0, c2, row_ids, rounds):
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
     a = np.empty(32, np.int32)
-    for r in range(rows):
-        for first in range(0, columns // 16, _CHUNK):
-            blocks = min(_CHUNK, columns // 16 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 16, _CHUNK):
+        blocks = min(_CHUNK, columns // 16 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 16 * first :]
             for s in range(blocks // 2):
                 for half in range(2):
@@ -301,10 +351,12 @@ def lanes(out, k0, k1, c0, c2, row_ids, rounds):
     """16-bit lanes (masks, rounding): out is uint16 [rows, 8 * blocks]."""
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
-    for r in range(rows):
-        for first in range(0, columns // 8, _CHUNK):
-            blocks = min(_CHUNK, columns // 8 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 8, _CHUNK):
+        blocks = min(_CHUNK, columns // 8 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 8 * first :]
             for b in range(blocks):
                 for j in range(4):
@@ -317,10 +369,12 @@ def sparse_int8(out, k0, k1, c0, c2, row_ids, rounds, threshold, r_max):
     rows, columns = out.shape
     w = np.empty((4, _CHUNK), np.uint32)
     span, least = u32(2 * r_max + 1), u32(threshold)
-    for r in range(rows):
-        for first in range(0, columns // 4, _CHUNK):
-            blocks = min(_CHUNK, columns // 4 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 4, _CHUNK):
+        blocks = min(_CHUNK, columns // 4 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = out[r, 4 * first :]
             for b in range(blocks):
                 for j in range(4):
@@ -335,10 +389,12 @@ def mask_(z, k0, k1, c0, c2, row_ids, rounds, threshold, scale):
     rows, columns = z.shape
     w = np.empty((4, _CHUNK), np.uint32)
     t = u32(threshold)
-    for r in range(rows):
-        for first in range(0, columns // 8, _CHUNK):
-            blocks = min(_CHUNK, columns // 8 - first)
-            _fill(w, first, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+    of_columns = np.empty((3, _CHUNK), np.uint32)
+    for first in range(0, columns // 8, _CHUNK):
+        blocks = min(_CHUNK, columns // 8 - first)
+        _columns(of_columns, first, blocks, c0, c2, k0, k1)
+        for r in range(rows):
+            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
             line = z[r, 8 * first :]
             for b in range(blocks):
                 for j in range(8):
