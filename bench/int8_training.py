@@ -27,7 +27,7 @@ from ezo_kernels.optim import IntegerSchedule
 from ezo_kernels.optim.baselines import BackpropSGD
 
 #: Passes over the training images of an arm.
-EPOCHS, BATCH = {"pure": {"mnist": 180, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}, 32
+EPOCHS = {"pure": {"mnist": 180, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}
 #: data -> arm -> options of ElasticZOInt8, and its schedule by fraction of the run.
 #: Steps of one unit, at first many, then few: p_zero is the learning rate.
 _PURE = {
@@ -83,11 +83,11 @@ def int8_errors(model, x, y) -> float:
     ) / len(y)
 
 
-def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
+def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int, batch: int) -> dict:
     options, milestones = INT8[data][arm]
     model = ezo.convert_(_lenet(seed), head=head_of(arm), precision="int8")
     opt = SignCounter(model, seed=seed, **options)
-    batches = Batches(*images["train"], BATCH, seed)
+    batches = Batches(*images["train"], batch, seed)
     total = epochs * len(batches)
     schedule = IntegerSchedule(opt, {int(at * total): changes for at, changes in milestones.items()})
     start, curve = time.perf_counter(), []
@@ -105,11 +105,11 @@ def run_int8(images: dict, data: str, arm: str, seed: int, epochs: int) -> dict:
     }  # fmt: skip
 
 
-def run_bp(splits: dict, seed: int, epochs: int, lr: float = 0.05) -> dict:
+def run_bp(splits: dict, seed: int, epochs: int, batch: int, lr: float = 0.05) -> dict:
     """All of the network by backpropagation and SGD, with a cosine."""
     model = _lenet(seed)
     opt = BackpropSGD(model, lr=lr)
-    batches = Batches(*splits["train"], BATCH, seed)
+    batches = Batches(*splits["train"], batch, seed)
     schedule = CosineAnnealingLR(opt, epochs * len(batches))
     start = time.perf_counter()
     for _ in range(epochs):
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(EPOCHS))
     parser.add_argument("--kinds", nargs="+", default=["int8", "fp32", "frozen", "bp"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=None, help="of every run, instead of its own")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -140,7 +141,7 @@ def main() -> None:
     splits = {k: (standardize(getattr(data, f"x_{k}"), args.data), y) for k, y in labels.items()}
     images = {k: (quantize_images(getattr(data, f"x_{k}"), args.data), y) for k, y in labels.items()}
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-    done = {(r["kind"], r["arm"], r["seed"], r["epochs"]) for r in runs}
+    done = {(r["kind"], r["arm"], r["seed"], r["epochs"], r["batch"]) for r in runs}
     for seed in args.seeds:
         for arm in args.arms:
             epochs = args.epochs or (EPOCHS[arm][args.data] if arm == "pure" else EPOCHS[arm])
@@ -148,16 +149,16 @@ def main() -> None:
                 # without a head there is nothing to freeze the rest for, and backpropagation has no arms
                 if (kind == "frozen" and arm == "pure") or (kind == "bp" and arm != "fc2,fc3"):
                     continue
-                if (kind, arm, seed, epochs) in done:
+                if (kind, arm, seed, epochs, args.batch) in done:
                     continue
                 if kind == "int8":
-                    result = run_int8(images, args.data, arm, seed, epochs)
+                    result = run_int8(images, args.data, arm, seed, epochs, args.batch)
                 elif kind == "fp32":
-                    result = elastic(splits, head_of(arm), seed, epochs, BATCH, FP32[args.data][arm])
+                    result = elastic(splits, head_of(arm), seed, epochs, args.batch, FP32[args.data][arm])
                 elif kind == "bp":
-                    result = run_bp(splits, seed, epochs)
+                    result = run_bp(splits, seed, epochs, args.batch)
                 else:
-                    result = frozen(splits, head_of(arm), seed, epochs, BATCH)
+                    result = frozen(splits, head_of(arm), seed, epochs, args.batch)
                 runs.append(
                     {
                         "data": args.data,
@@ -165,7 +166,7 @@ def main() -> None:
                         "arm": arm,
                         "seed": seed,
                         "epochs": epochs,
-                        "batch": BATCH,
+                        "batch": args.batch,
                         **result,
                     }
                 )

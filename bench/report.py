@@ -35,8 +35,8 @@ def _spread(values: list[float]) -> str:
 def training() -> str:
     """ElasticZO against the frozen trunk."""
     lines = [
-        "| LeNet-5, CPU | trained by BP | queries | steps | seeds | test error, % | frozen trunk, % | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| LeNet-5, CPU | trained by BP | queries | scales | steps | seeds | test error, % | frozen trunk, % | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for data in ("mnist", "fashion_mnist"):
         record = _read(f"frozen_trunk_{data}.json")
@@ -48,8 +48,11 @@ def training() -> str:
             frozen = [r["frozen"]["test_error"] for r in runs]
             ratio = statistics.mean(a / b for a, b in zip(ours, frozen, strict=True))
             first = runs[0]["elastic"]
+            recipe = first["recipe"]
+            signs = "" if recipe.get("antithetic", True) else ", one sign each"
+            scales = ", ".join(f"{name} {scale:g}" for name, scale in recipe.get("scales", {}).items())
             lines.append(
-                f"| {data} | {', '.join(head)} | {first['recipe']['queries']} | {first['steps']:,} | {len(runs)} | "
+                f"| {data} | {', '.join(head)} | {recipe['queries']}{signs} | {scales} | {first['steps']:,} | {len(runs)} | "
                 f"{_spread(ours)} | {_spread(frozen)} | {ratio:.2f} |"
             )
     train = _read("train_mnist.json")
@@ -66,32 +69,38 @@ def training() -> str:
 def integers() -> str:
     """ElasticZO-INT8 beside its fp32 twin, backpropagation and the frozen trunk."""
     lines = [
-        "| LeNet-5, CPU | trained by BP | epochs | seeds | int8, % | fp32, % | frozen trunk, % | all by BP, % "
+        "| LeNet-5, CPU | trained by BP | batch | epochs | seeds | int8, % | fp32, % | frozen trunk, % | all by BP, % "
         "| sign, paper's rule | sign, ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for data in ("mnist", "fashion_mnist"):
         record = _read(f"int8_{data}.json")
         runs = record["runs"] if record else []
         cells = sorted(
-            {(r["arm"], r["epochs"]) for r in runs if r["kind"] == "int8"}, key=lambda c: (c[0] != "pure", c)
+            {(r["arm"], r["batch"], r["epochs"]) for r in runs if r["kind"] == "int8"},
+            key=lambda c: (c[0] != "pure", c),
         )
 
-        def errors(kind: str, arm: str, epochs: int, runs=runs) -> str:
+        def errors(kind: str, arm: str, batch: int, epochs: int, runs=runs) -> str:
             arm = "fc2,fc3" if kind == "bp" else arm  # backpropagation has no arms
             for at in sorted({r["epochs"] for r in runs}, key=lambda e: (e != epochs, e)):
-                found = [r["test_error"] for r in runs if (r["kind"], r["arm"], r["epochs"]) == (kind, arm, at)]
+                found = [
+                    r["test_error"]
+                    for r in runs
+                    if (r["kind"], r["arm"], r["batch"], r["epochs"]) == (kind, arm, batch, at)
+                ]
                 if found:
                     return _spread(found) + ("" if at == epochs else f" ({at} epochs)")
             return ""
 
-        for arm, epochs in cells:
-            own = [r for r in runs if (r["kind"], r["arm"], r["epochs"]) == ("int8", arm, epochs)]
+        for arm, batch, epochs in cells:
+            own = [r for r in runs if (r["kind"], r["arm"], r["batch"], r["epochs"]) == ("int8", arm, batch, epochs)]
             signs = [f"{100 * statistics.mean(r['agreement'][bits] for r in own):.1f}%" for bits in ("0", "8")]
             head = "none" if arm == "pure" else arm.replace(",", ", ")
             lines.append(
-                f"| {data} | {head} | {epochs} | {len(own)} | {errors('int8', arm, epochs)} | {errors('fp32', arm, epochs)} | "
-                f"{errors('frozen', arm, epochs)} | {errors('bp', arm, epochs)} | {' | '.join(signs)} |"
+                f"| {data} | {head} | {batch} | {epochs} | {len(own)} | {errors('int8', arm, batch, epochs)} | "
+                f"{errors('fp32', arm, batch, epochs)} | {errors('frozen', arm, batch, epochs)} | "
+                f"{errors('bp', arm, batch, epochs)} | {' | '.join(signs)} |"
             )
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from ._layout import grid
 from ._library import register
 from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check_rounding, check_terms, pass_groups
 from .int8_tensor import Int8Tensor, new, scratch
-from .noise import Noise, check_index, fill_cpu, row_ids
+from .noise import Noise, check_index, filler_cpu, row_ids
 
 #: What a product leaves behind: its accumulators, nothing but their largest magnitude, or requantised values; TWICE is the
 #: second, then the third.
@@ -40,8 +40,9 @@ def perturbed_weights(w, key, site: int, layout: str, groups: int, query, signs,
         return
     where = grid(w.shape, layout, noise.segment)
     flat = w.view(-1).numpy()
+    make = filler_cpu(key, site, where.columns, noise, row_ids(where.rows))
     for q in range(groups // len(signs)):
-        z = fill_cpu(key, site, query + q, where.columns, noise, row_ids(where.rows))
+        z = make(query + q)
         for sign in signs:
             moved = torch.empty_like(w)
             K.perturb(flat, where.taps, z, sign, moved.view(-1).numpy())

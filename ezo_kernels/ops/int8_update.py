@@ -21,7 +21,7 @@ from ._layout import LAYOUTS, default_layout, grid
 from ._library import register
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_pointwise import rounding_lanes
-from .noise import Noise, check_index, fill_cpu, row_ids
+from .noise import Noise, check_index, filler_cpu, row_ids
 
 #: Widths of an update, in bits.
 LEAST_BITS, MOST_BITS = -8, 7
@@ -99,9 +99,10 @@ def _update_cpu(params, key, g, shift, table, sites, layouts, query, rounding, r
             continue
         where = grid(w.shape, LAYOUTS[conv], noise.segment)
         total = np.zeros((where.rows, where.columns), np.int32)
+        make = filler_cpu(key, site, where.columns, noise, row_ids(where.rows))
         for q, sign in enumerate(signs):
             if sign:
-                K.accumulate(total, fill_cpu(key, site, query + q, where.columns, noise, row_ids(where.rows)), sign)
+                K.accumulate(total, make(query + q), sign)
         lanes = np.empty((0, 0), np.uint16)
         if rounding == "stochastic":
             lanes = rounding_lanes(key, site, where.rows, where.columns, 0, rounds)

@@ -161,10 +161,10 @@ def _head(site: int, query: int, stream: int):
     return np.uint32(site), np.uint32(query << 8 | stream)
 
 
-def fill_cpu(key: torch.Tensor, site: int, query: int, columns: int, noise: Noise, rows):
-    """z as a numpy array [rows, columns] in padded logical order (int8 for ``sparse_int8``, else fp32).
+def filler_cpu(key: torch.Tensor, site: int, columns: int, noise: Noise, rows):
+    """``make(query)``: z as a numpy array [rows, columns] in padded logical order (int8 for ``sparse_int8``, else fp32).
 
-    ``rows`` are numpy uint32.
+    ``rows`` are numpy uint32. What does not depend on the query is done here: of a bias it costs more than its noise.
     """
     import numpy as np
 
@@ -173,19 +173,28 @@ def fill_cpu(key: torch.Tensor, site: int, query: int, columns: int, noise: Nois
     if not noise.portable:
         raise NotImplementedError(f"noise {noise.name!r} exists on CUDA only: use 'gaussian' or 'clt4' on the CPU")
     k0, k1 = key_words(key)
-    c0, c2 = _head(site, query, noise.stream)
-    if noise.name == "sparse_int8":
-        out = np.empty((len(rows), columns), np.int8)
-        N.sparse_int8(out, k0, k1, c0, c2, rows, noise.rounds, noise.threshold, noise.r_max)
+    size, stream, rounds = (len(rows), columns), noise.stream, noise.rounds
+    integer = noise.name == "sparse_int8"
+    generate = None if integer else N.GENERATORS["gaussian" if noise.name == "sparse" else noise.name]
+
+    def make(query: int):
+        c0, c2 = _head(site, query, stream)
+        out = np.empty(size, np.int8 if integer else np.float32)
+        if integer:
+            N.sparse_int8(out, k0, k1, c0, c2, rows, rounds, noise.threshold, noise.r_max)
+            return out
+        generate(out, k0, k1, c0, c2, rows, rounds)
+        if noise.name == "sparse":
+            c2 = _head(site, query, C.STREAM_MASK)[1]
+            N.mask_(out, k0, k1, c0, c2, rows, rounds, noise.threshold, np.float32(noise.scale))
         return out
-    out = np.empty((len(rows), columns), np.float32)
-    if noise.name == "sparse":
-        N.gaussian(out, k0, k1, c0, c2, rows, noise.rounds)
-        c2 = _head(site, query, C.STREAM_MASK)[1]
-        N.mask_(out, k0, k1, c0, c2, rows, noise.rounds, noise.threshold, np.float32(noise.scale))
-    else:
-        N.GENERATORS[noise.name](out, k0, k1, c0, c2, rows, noise.rounds)
-    return out
+
+    return make
+
+
+def fill_cpu(key: torch.Tensor, site: int, query: int, columns: int, noise: Noise, rows):
+    """:func:`filler_cpu` of one query."""
+    return filler_cpu(key, site, columns, noise, rows)(query)
 
 
 def z_cpu(shape, key, site: int, query: int, noise: Noise, layout: str) -> torch.Tensor:
@@ -195,24 +204,29 @@ def z_cpu(shape, key, site: int, query: int, noise: Noise, layout: str) -> torch
     return where.view(torch.from_numpy(z), shape)
 
 
-def shift_cpu(
-    outs, w: torch.Tensor, scales, key, site: int, query: int, noise: Noise, layout: str, z_dtype: str = "float32",
-    first_row: int = 0,
-) -> None:  # fmt: skip
-    """outs[i] = w + scales[i] * z, z made once and rounded to ``z_dtype``; all fp32 and contiguous, an ``out`` may be ``w``.
+def shifter_cpu(
+    w: torch.Tensor, key, site: int, noise: Noise, layout: str, z_dtype: str = "float32", first_row: int = 0
+):  # fmt: skip
+    """``shift(outs, scales, query)``: outs[i] = w + scales[i] * z, z made once and rounded to ``z_dtype``.
 
-    ``w`` is the rows from ``first_row`` on of its parameter.
+    All are fp32 and contiguous, an ``out`` may be ``w``; scales are Python floats. ``w`` is the rows from ``first_row`` on of
+    its parameter.
     """
     N = _cpu.noises()
 
     where = grid(w.shape, layout, noise.segment)
     rows = row_ids(where.rows)
-    z = fill_cpu(key, site, query, where.columns, noise, rows + N.u32(first_row) if first_row else rows)
-    if z_dtype != "float32":
-        z = torch.from_numpy(z).to(getattr(torch, z_dtype)).float().numpy()
-    source = where.array(w)
-    for out, scale in zip(outs, scales, strict=True):
-        N.add_scaled(where.array(out), source, z, N.f32(scale))
+    make = filler_cpu(key, site, where.columns, noise, rows + N.u32(first_row) if first_row else rows)
+    source, rounded = where.array(w), None if z_dtype == "float32" else getattr(torch, z_dtype)
+
+    def shift(outs, scales, query: int) -> None:
+        z = make(query)
+        if rounded is not None:
+            z = torch.from_numpy(z).to(rounded).float().numpy()
+        for out, scale in zip(outs, scales, strict=True):
+            N.add_scaled(source if out is w else where.array(out), source, z, N.f32(scale))
+
+    return shift
 
 
 def _noise_cpu(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> None:

@@ -16,7 +16,7 @@ import torch
 from ._layout import LAYOUTS, default_layout
 from ._library import register
 from ._perturbation import FLOATS, SCHEMA, Perturbation, scale_of
-from .noise import Noise, check_index, shift_cpu
+from .noise import Noise, check_index, shifter_cpu
 
 
 def perturbed_cpu(
@@ -29,15 +29,15 @@ def perturbed_cpu(
     """
     scale = scale_of(eps)
     w = weight.detach().float().contiguous()
+    if tuple(signs) == (0,) or not w.numel():
+        yield from [w.to(dtype)] * (queries * len(signs))
+        return
+    shift = shifter_cpu(w, key, site, noise, layout, z_dtype, first_row)
+    scales = [sign * scale for sign in signs]
     for q in range(query, query + queries):
-        if tuple(signs) == (0,):
-            yield w.to(dtype)
-            continue
         moved = [torch.empty_like(w) for _ in signs]
-        if w.numel():
-            shift_cpu(moved, w, [sign * scale for sign in signs], key, site, q, noise, layout, z_dtype, first_row)
-        for part in moved:
-            yield part.to(dtype)
+        shift(moved, scales, q)
+        yield from moved if dtype == torch.float32 else [part.to(dtype) for part in moved]
 
 
 def _perturb_cpu(w, key, eps, site, layout, query, queries, signs, noise, rounds, p_zero, out) -> None:

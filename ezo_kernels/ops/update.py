@@ -27,7 +27,7 @@ from . import _cpu
 from ._layout import LAYOUTS, default_layout, grid
 from ._library import register
 from ._perturbation import FLOATS
-from .noise import Noise, check_index, key_words, row_ids, shift_cpu
+from .noise import Noise, check_index, key_words, row_ids, shifter_cpu
 
 _GAUSSIAN = Noise()
 STRATEGIES = ("triton", "cuda")
@@ -190,9 +190,10 @@ def _update_cpu(
         acc = w.detach().float().contiguous()
         own = acc.data_ptr() == w.data_ptr()
         for key, coefs in steps:
+            shift = shifter_cpu(acc, key, site, spec, layout, z_dtype)
             for q, one in enumerate(coefs):
                 if one != 0.0:
-                    shift_cpu([acc], acc, [-one], key, site, query + q, spec, layout, z_dtype)
+                    shift([acc], [-one], query + q)
             if w.dtype != torch.float32:
                 if stochastic:
                     lanes = rounding_lanes(w.shape, key, site, grid(w.shape, layout, spec.segment), rounds)
