@@ -34,7 +34,7 @@ class Grid:
 
     def array(self, tensor: torch.Tensor):
         """A contiguous CPU parameter as a numpy array [rows, taps, channels] over the same memory."""
-        flat = tensor.detach().numpy()
+        flat = (tensor.detach() if tensor.requires_grad else tensor).numpy()
         if self.taps == 1:
             return flat.reshape(self.rows, 1, self.channels)
         return flat.reshape(self.rows, self.channels, self.taps).transpose(0, 2, 1)

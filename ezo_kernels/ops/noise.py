@@ -11,6 +11,7 @@ import math
 import operator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from . import _constants as C
@@ -142,22 +143,18 @@ def key_tensor(seed: int, step: int, device=None) -> torch.Tensor:
 
 def key_words(key: torch.Tensor):
     """The two words of a key on the CPU, as numpy uint32."""
-    return key.numpy().view("uint32")
+    return key.numpy().view(np.uint32)
 
 
 @functools.lru_cache(maxsize=256)
 def row_ids(rows: int):
     """0, 1, ... as numpy uint32: made once for the small parameters, where making it costs more than the noise."""
-    import numpy as np
-
     return np.arange(rows, dtype=np.uint32)
 
 
 @functools.lru_cache(maxsize=4096)
 def _head(site: int, query: int, stream: int):
     """The counter words that a generator is called with, as numpy uint32."""
-    import numpy as np
-
     return np.uint32(site), np.uint32(query << 8 | stream)
 
 
@@ -166,8 +163,6 @@ def filler_cpu(key: torch.Tensor, site: int, columns: int, noise: Noise, rows):
 
     ``rows`` are numpy uint32. What does not depend on the query is done here: of a bias it costs more than its noise.
     """
-    import numpy as np
-
     N = _cpu.noises()
 
     if not noise.portable:

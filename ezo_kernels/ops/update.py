@@ -179,12 +179,15 @@ def _update_cpu(
     strategy="triton",
 ) -> None:  # fmt: skip
     spec = Noise(noise, rounds, p_zero)
-    coef = coef.detach().numpy()
-    for w, site, conv, rounds_z, factor in zip(params, sites, layouts, rounded, scales, strict=True):
-        layout, z_dtype = LAYOUTS[conv], str(w.dtype).removeprefix("torch.") if rounds_z else "float32"
+    coef, keys = coef.detach().numpy(), keys.unbind()
+    by_factor = {}
+    for factor in set(scales):
         of_step = zip(keys, (coef * np.float32(factor)).tolist(), strict=True)
         # a skipped step leaves every bit alone, that of -0 too
-        steps = [(key, coefs) for key, coefs in of_step if any(coefs)]
+        by_factor[factor] = [(key, coefs) for key, coefs in of_step if any(coefs)]
+    for w, site, conv, rounds_z, factor in zip(params, sites, layouts, rounded, scales, strict=True):
+        layout, z_dtype = LAYOUTS[conv], str(w.dtype).removeprefix("torch.") if rounds_z else "float32"
+        steps = by_factor[factor]
         if not w.numel() or not steps:
             continue
         acc = w.detach().float().contiguous()
