@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import cpu, estimate, gpu, ladder, memory, report, roofline, static
+from . import cpu, estimate, gpu, int8_signal, ladder, memory, report, roofline, static
 
 COMMANDS = {
     "cpu": cpu,
     "estimate": estimate,
     "gpu": gpu,
+    "int8-signal": int8_signal,
     "ladder": ladder,
     "memory": memory,
     "report": report,
