@@ -148,7 +148,7 @@ def test_a_schedule_of_eps_reaches_every_layer():
     opt = ezo.ElasticZO(model, eps=1e-3, scales=SCALES)
     opt.param_groups[0]["eps"] = 5e-3
     opt.train_step(*batch(4))
-    here = model._ezo.eps
+    here = {site: own["eps"] for site, own in model._ezo.own.items()}
     assert {s.names[0].split(".")[0] for s in model._ezo.manifest if s.site in here} == set(SCALES)
     want = {"conv1": 1e-2, "fc1": 1.5e-3}
     for s in model._ezo.manifest:
@@ -160,7 +160,7 @@ def test_another_optimizer_of_the_model_has_its_own():
     model = ezo.convert_(lenet(), head=0)
     ezo.ElasticZO(model, scales=SCALES).train_step(*batch(4))
     ezo.ElasticZO(model).train_step(*batch(4))
-    assert model._ezo.eps == {}
+    assert model._ezo.own == {}
 
 
 def test_state_goes_on_and_refuses_other_scales():

@@ -47,7 +47,7 @@ class ZOContext:
 
     Attributes:
         p: the pass, or None outside one.
-        eps: of the sites whose eps is not the pass's, by site: an optimizer's scales.
+        own: fields of the pass that a site has of its own, by site: the eps, or the noise, of an optimizer's scales.
         rows: rows of the whole stacked batch, or None when groups run one by one.
         manifest: every trunk parameter, by site.
         visited: sites that the last pass perturbed (an integer step listens only to its first).
@@ -61,7 +61,7 @@ class ZOContext:
     """
 
     p: Perturbation | None = None
-    eps: dict[int, torch.Tensor] = field(default_factory=dict)
+    own: dict[int, dict] = field(default_factory=dict)
     rows: int | None = None
     manifest: tuple[Site, ...] = ()
     visited: set[int] | None = None
@@ -88,12 +88,12 @@ class ZOContext:
         return self.p is not None and self.p.groups > 1
 
     def of(self, site: int) -> Perturbation:
-        """The pass as this site sees it: with its own eps, if it has one."""
+        """The pass as this site sees it: with what it has of its own."""
         return self._scaled.get(site, self.p)
 
     def _enter(self, p: Perturbation | None, rows: int | None) -> None:
         self.p, self.rows = p, rows
-        self._scaled = {site: replace(p, eps=eps) for site, eps in self.eps.items()} if p is not None else {}
+        self._scaled = {site: replace(p, **own) for site, own in self.own.items()} if p is not None else {}
 
     def visit(self, *sites: int | None) -> None:
         """Note that the forward perturbed these sites."""

@@ -60,7 +60,7 @@ class _Int8Layer:
         zo = self.zo
         if input.memory is not None:
             input.memory.owner = self
-        p = zo.p if self.sites else None
+        p = zo.of(next(iter(self.sites.values()))) if self.sites else None
         if self.sites and input.tape is not None:
             raise PassError(
                 "a layer of the head runs before this one of the trunk: give every layer from that one on to the head, or "

@@ -244,7 +244,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
         self._fill_scalars()
         fold_key(self._seed, self._step, self._key)
-        self.zo.micro, self.zo.one_mask, self.zo.eps = self._micro, not self.antithetic, self._scaled_eps.of_site
+        self.zo.micro, self.zo.one_mask, self.zo.own = self._micro, not self.antithetic, self._scaled_eps.of_site
         return Perturbation(self._key, self._eps, self.noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
 
     # --------------------------------------------------------------------------------------------------------- steps

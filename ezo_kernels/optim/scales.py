@@ -65,7 +65,7 @@ class ScaledEps:
 
     def __init__(self, scales: dict[int, float], eps: float, device: torch.device) -> None:
         self._tensors = {s: torch.empty(1, dtype=torch.float32, device=device) for s in sorted(set(scales.values()))}
-        self.of_site = {site: self._tensors[s] for site, s in scales.items()}
+        self.of_site = {site: {"eps": self._tensors[s]} for site, s in scales.items()}
         self.fill(eps)
 
     def fill(self, eps: float) -> None:
