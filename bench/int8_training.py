@@ -27,17 +27,18 @@ from ezo_kernels.optim import IntegerSchedule
 from ezo_kernels.optim.baselines import BackpropSGD
 
 #: Passes over the training images of an arm.
-EPOCHS = {"pure": {"mnist": 180, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}
+EPOCHS = {"pure": {"mnist": 120, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}
 #: data -> arm -> options of ElasticZOInt8, and its schedule by fraction of the run.
 #: Steps of one unit, at first many, then few: p_zero is the learning rate.
 _PURE = {
     "mnist": (
         {"r_max": 15, "p_zero": 0.9, "bits": 0},
         {
-            0.004: {"r_max": 127, "p_zero": 0.997},
-            0.3: {"p_zero": 0.9988},
-            0.65: {"p_zero": 0.9995},
-            0.87: {"p_zero": 0.9998},
+            0.006: {"r_max": 127, "p_zero": 0.997},
+            0.2: {"r_max": 63},
+            0.4: {"p_zero": 0.9985},
+            0.6: {"p_zero": 0.9993},
+            0.8: {"r_max": 127, "p_zero": 0.9997},
         },
     ),
     "fashion_mnist": (
