@@ -39,11 +39,31 @@ def test_ternary_gradient():
         ([5, 4, 4, 5, 3, 3], True, [1, -1, 0]),
         ([-(2**63), 2**63 - 1], True, [-1]),
         ([3, 1, 2], False, [1, -1, 0]),
-        ([most << 18, -(most << 18)], False, [1, -1]),
+        ([most << 18, 0], False, [1, -1]),
         ([most << 9] * 512 + [(most << 9) - 1] * 512, False, [1] * 512 + [-1] * 512),
     ):
         assert ternary_gradient(torch.tensor(losses), antithetic).tolist() == want
     assert ternary_gradient(torch.tensor([1.0, float("nan"), 2.0]), False).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "dtype", "want"),
+    [
+        ([2**30, 2**30 - 5], torch.int32, [1, -1]),
+        ([100, 1, 1, 1], torch.int8, [1, -1, -1, -1]),
+        ([2**62, 2**62 - 2, 2**62 - 1], torch.int64, [1, -1, 0]),
+        ([9000.0, 8992.0, 9000.0, 9000.0], torch.float16, [1, -1, 1, 1]),
+        ([2.0, 2.0, 2.0, 2.015625], torch.bfloat16, [-1, -1, -1, 1]),
+    ],
+)
+def test_losses_of_a_closure_in_any_dtype(losses, dtype, want):
+    assert ternary_gradient(torch.tensor(losses, dtype=dtype), False).tolist() == want
+
+
+@pytest.mark.parametrize("queries", [2, 5, 6, 7, 12, 100])
+def test_equal_float_losses_are_ties(queries):
+    for value in torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist():
+        assert not ternary_gradient(torch.full((queries,), value), False).any()
 
 
 def test_states_of_one_sign():

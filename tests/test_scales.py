@@ -199,6 +199,9 @@ def test_copies_of_the_optimizer_keep_them():
         ({"conv1": "2"}, TypeError, "Python number, got str"),
         ({"conv1": 0.0}, ValueError, "above 0.0, got 0.0"),
         ({"conv1": float("nan")}, ValueError, "got nan"),
+        ({"conv1": 1e39}, ValueError, "in the range of fp32, got 1e\\+39"),
+        ({"conv1": 1e-44}, ValueError, "in the range of fp32, got 1e-44"),
+        ({"conv1": 1e-36}, ValueError, "eps 0.001 times the scale 1e-36"),
         ({"": 2.0}, ValueError, "nothing named ''"),
         ({"conv9": 2.0}, ValueError, "nothing named 'conv9'; its layers are: conv1, conv2, fc1, fc2"),
         ({"fc3": 2.0}, ValueError, "the trunk has nothing named 'fc3'"),
@@ -209,6 +212,25 @@ def test_bad_scales(scales, error, message):
     model = ezo.convert_(lenet(), head=["fc3"])
     with pytest.raises(error, match=message):
         ezo.ElasticZO(model, scales=scales)
+
+
+def test_a_later_eps_that_does_not_go_with_a_scale_changes_nothing():
+    model = ezo.convert_(lenet(), head=["fc3"])
+    opt = ezo.ElasticZO(model, scales={"conv1": 1e10})
+    opt.param_groups[0]["eps"] = 1e30
+    for _ in range(2):
+        with pytest.raises(ValueError, match="eps 1e\\+30 times the scale"):
+            opt.train_step(*batch(4))
+    opt.param_groups[0]["eps"] = 1e-12
+    opt._fill_scalars()
+    assert opt._eps.item() == pytest.approx(1e-12) and opt._scaled_eps._tensors[1e10].item() == pytest.approx(1e-2)
+
+
+def test_a_single_layer_is_named_by_its_parameters():
+    model = ezo.convert_(nn.Linear(3, 2), head=0)
+    with pytest.raises(ValueError, match="name both"):
+        ezo.ElasticZO(model, scales={"weight": 2.0})
+    ezo.ElasticZO(model, scales={"weight": 2.0, "bias": 2.0}).train_step(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
 
 
 def test_a_tied_parameter_has_one():

@@ -121,7 +121,9 @@ class Recipe:
                 f"no-antithetic, one forward a query, goes with method elastic and 2 queries or more, not {self.method} "
                 f"with {self.queries}"
             )
-        if parse_scales(self.scales) and self.method != "elastic":
+        scales = parse_scales(self.scales)
+        object.__setattr__(self, "scales", ",".join(f"{n}={v!r}" for n, v in sorted(scales.items())))
+        if scales and self.method != "elastic":
             raise ValueError(f"scales goes with method elastic, not {self.method}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")

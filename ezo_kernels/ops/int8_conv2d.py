@@ -60,7 +60,8 @@ def _conv2d_cpu(
     outs = out.view(shape).numpy() if what == TWICE else out.new_empty(groups, 1, 0, 0).numpy()
     # of a stride of one our product reads the planes where they lie; torch's needs them unfolded
     direct = tuple(stride) == (1, 1) and not int8_matmul.library_multiplies()
-    most = max(1, _CHUNK_BYTES // ((4 * per if direct else k) * height * pitch))
+    an_image = max(4 * per * height * pitch, channels * padded[0] * padded[1]) if direct else k * height * pitch
+    most = max(1, _CHUNK_BYTES // an_image)
     mode = ROUNDINGS.index(rounding)
     x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
     pairs = list(zip(perturbed, biases, strict=True))

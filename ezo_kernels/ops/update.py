@@ -16,7 +16,6 @@ forward's was (``z_dtypes``).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,8 +117,22 @@ class UpdatePlan:
         return self.addresses == tuple(map(self._address, params))
 
 
+#: The normal numbers of fp32, in which scales and what they multiply are held.
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def check_scale(value: float, what: str) -> None:
+    """Refuse what fp32 holds as zero, a subnormal or infinity.
+
+    Raises:
+        ValueError: naming ``what`` and the value.
+    """
+    if not _LEAST <= value <= _MOST:
+        raise ValueError(f"{what} must be above 0 and in the range of fp32, got {value}")
+
+
 def check_scales(scales, count: int) -> tuple[float, ...]:
-    """One scale for each of ``count`` parameters, finite and above 0; ValueError otherwise."""
+    """One scale for each of ``count`` parameters, above 0 and in the range of fp32; ValueError otherwise."""
     if scales is None:
         return (1.0,) * count
     if len(scales) != count:
@@ -127,8 +140,7 @@ def check_scales(scales, count: int) -> tuple[float, ...]:
     for s in scales:
         if isinstance(s, bool) or not isinstance(s, (int, float)):
             raise TypeError(f"update_: a scale must be a number, got {type(s).__name__}")
-        if not 0.0 < s < math.inf:
-            raise ValueError(f"update_: a scale must be finite and above 0, got {s}")
+        check_scale(s, "update_: a scale")
     return tuple(map(float, scales))
 
 
@@ -275,8 +287,8 @@ def update_(
         strategy: ``triton`` or ``cuda`` (CUDA C++ through CuPy); by default :func:`update_strategy` chooses.
         z_dtypes: what the forward rounded z of each parameter to: ``float32``, or the parameter's own 16-bit dtype (its
             name), as ``z_dtype`` of :func:`ezo_kernels.ops.perturbed_linear`; by default ``float32`` for all.
-        scales: factor of each parameter's coefficients, finite and above 0: that by which the forward's eps was multiplied
-            for it. The product is rounded to fp32 before it meets z. By default 1.
+        scales: factor of each parameter's coefficients, above 0, in the range of fp32: that by which the forward's eps was
+            multiplied for it. The product is rounded to fp32 before it meets z. By default 1.
 
     Raises:
         TypeError: dtypes, of z too, or a parameter that is neither a tensor nor shares its memory.

@@ -171,7 +171,10 @@ class Diagnostics:
         if not self.zeroth:
             return 0.0
         trunk = self.optimizer.param_groups[0]
-        return 2.0 ** -(update_shift(trunk["bits"], trunk["r_max"]) + 1) if self.integer else trunk["lr"]
+        if not self.integer:
+            return trunk["lr"]
+        # a pair's difference is twice what a step along z is worth, one sign's is once
+        return 2.0 ** -(update_shift(trunk["bits"], trunk["r_max"]) + self.optimizer.antithetic)
 
     # --------------------------------------------------------------------------------------------------------- hooks
 

@@ -226,10 +226,11 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
             value = group[name]
             if value != self._filled[name]:
-                tensor.fill_(number(value, name, least=0.0, strict=name == "eps"))
-                self._filled[name] = value
+                number(value, name, least=0.0, strict=name == "eps")
                 if name == "eps":
                     self._scaled_eps.fill(value)
+                tensor.fill_(value)
+                self._filled[name] = value
         if self.head_optimizer is not None:
             self.head_optimizer.fill()
 

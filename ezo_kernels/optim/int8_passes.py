@@ -32,13 +32,19 @@ def one_value(loss, whose: str) -> torch.Tensor:
 
 
 def ternary_gradient(losses: torch.Tensor, antithetic: bool) -> torch.Tensor:
-    """g [queries], int32 in -1, 0, 1, of losses [groups], int64 or of floats; NaN gives 0.
+    """g [queries], int32 in -1, 0, 1, of losses [groups], integers or floats; NaN gives 0.
 
-    Compared, not subtracted, for a difference of integers may wrap. Of one sign a query, the own loss is held against the mean
-    over all queries, which is above it where the mean over the others is; times their number, which 64 bits hold, for it is
-    that of rows in all groups that losses are limited by.
+    Pairs are compared, not subtracted, for a difference of integers may wrap. Of one sign a query, the own loss is held against
+    the mean over all queries, which is above it where the mean over the others is: times their number, above the lowest, in 64
+    bits, where integers of a closure must lie within 2^63 / queries of one another (those of our losses do) and floats are
+    exact unless they are of very different sizes, so that ties are ties in any order.
     """
-    own, other = (losses[0::2], losses[1::2]) if antithetic else (losses * losses.numel(), losses.sum())
+    if antithetic:
+        own, other = losses[0::2], losses[1::2]
+    else:
+        losses = losses.double() if losses.is_floating_point() else losses.long()
+        losses = losses - losses.min()
+        own, other = losses * losses.numel(), losses.sum()
     return (own > other).to(torch.int32) - (own < other).to(torch.int32)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ..ops.int8_pass import sparse_noise
@@ -37,8 +39,11 @@ class Int8State(Copies):
         """Go on from :meth:`state_dict`.
 
         Raises:
+            TypeError: no state at all.
             ValueError: a state of another contract, arithmetic, recipe, model or cut; nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"a state is a dict, got {type(state_dict).__name__}")
         own = self._identity()
         state_dict = {"antithetic": True, **state_dict}  # what states from before this option were
         missing = sorted(({*own, "seed", "step", "param_groups"}) - set(state_dict))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from ..nn.cut import in_head
+from ..ops.update import check_scale
 from .arguments import number
 
 
@@ -24,8 +25,8 @@ def resolve_scales(scales, manifest, fused) -> dict[int, float]:
 
     Raises:
         TypeError: no mapping of strings to numbers.
-        ValueError: a scale that is not finite or not above 0, a name with nothing of the trunk below it, two scales for one
-            tied parameter or within one fused layer.
+        ValueError: a scale that is not above 0 or that fp32 does not hold, a name with nothing of the trunk below it, two
+            scales for one tied parameter or within one fused layer.
     """
     if scales is None:
         return {}
@@ -40,6 +41,7 @@ def resolve_scales(scales, manifest, fused) -> dict[int, float]:
             layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
             raise ValueError(f"scales: the trunk has nothing named {prefix!r}; its layers are: {layers}")
         chosen[prefix] = number(scale, f"scales[{prefix!r}]", least=0.0, strict=True)
+        check_scale(chosen[prefix], f"scales[{prefix!r}]")
 
     def scale_of(name: str) -> float:
         return chosen[max(above, key=len)] if (above := [p for p in chosen if in_head(name, (p,))]) else 1.0
@@ -56,7 +58,10 @@ def resolve_scales(scales, manifest, fused) -> dict[int, float]:
     for layer in fused:
         own = {name: by_name[name] for leaf in ("weight", "bias") if (name := f"{layer}.{leaf}".lstrip(".")) in by_name}
         if len(set(own.values())) > 1:
-            raise ValueError(f"scales: a fused layer perturbs its weight and its bias alike, got {own}; name {layer!r}")
+            raise ValueError(
+                f"scales: a fused layer perturbs its weight and its bias alike, got {own}; "
+                + (f"name {layer!r}" if layer else "name both")
+            )
     return out
 
 
@@ -69,6 +74,12 @@ class ScaledEps:
         self.fill(eps)
 
     def fill(self, eps: float) -> None:
-        """Take another eps."""
+        """Take another eps.
+
+        Raises:
+            ValueError: a product with a scale that fp32 does not hold; nothing is changed then.
+        """
+        for scale in self._tensors:
+            check_scale(eps * scale, f"eps {eps} times the scale {scale}")
         for scale, tensor in self._tensors.items():
             tensor.fill_(eps * scale)

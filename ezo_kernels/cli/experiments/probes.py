@@ -62,6 +62,8 @@ class GradientTrace:
         self.pairs: list[torch.Tensor] = []
 
     def __call__(self, run) -> None:
+        if not run.optimizer.antithetic:
+            raise ValueError("g is traced of pairs of signs: the recipe must be antithetic")
         self.pairs.append(run.optimizer.losses.view(-1, 2).clone())
 
     def statistics(self, eps: float) -> dict[str, float]:
