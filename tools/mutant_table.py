@@ -31,8 +31,8 @@ MUTANTS = (
     Mutant(
         "a query held against the mean, its own loss not multiplied",
         "ezo_kernels/optim/int8_passes.py",
-        "else (losses * losses.numel(), losses.sum())",
-        "else (losses, losses.sum() // losses.numel())",
+        "own, other = losses * losses.numel(), losses.sum()",
+        "own, other = losses, losses.sum() // losses.numel()",
         "tests/test_int8_one_sign.py",
     ),
     Mutant(
@@ -40,6 +40,13 @@ MUTANTS = (
         "ezo_kernels/optim/int8_passes.py",
         "p.query * (1 + self.antithetic)",
         "p.query * 2",
+        "tests/test_int8_one_sign.py",
+    ),
+    Mutant(
+        "ties of floats decided by their rounding",
+        "ezo_kernels/optim/int8_passes.py",
+        "losses.double() if losses.is_floating_point() else losses.long()",
+        "losses",
         "tests/test_int8_one_sign.py",
     ),
     # scales
@@ -122,8 +129,8 @@ MUTANTS = (
     Mutant(
         "perturbing writes the weight",
         _OPS + "perturb.py",
-        "for part in moved:",
-        "for part in (w.copy_(moved[0]), *moved[1:]):",
+        "        yield from moved if",
+        "        w.copy_(moved[0])\n        yield from moved if",
         _LINEAR,
     ),
     Mutant(
@@ -165,11 +172,11 @@ MUTANTS = (
     Mutant(
         "sign of the update",
         _OPS + "update.py",
-        "[-scale], key",
-        "[scale], key",
+        "shift([acc], [-one]",
+        "shift([acc], [one]",
         _UPDATE,
     ),
-    Mutant("z of the wrong query", _OPS + "update.py", "site, query + q, spec", "site, query, spec", _UPDATE),
+    Mutant("z of the wrong query", _OPS + "update.py", "[-one], query + q)", "[-one], query)", _UPDATE),
     Mutant(
         "stochastic rounding truncates",
         _OPS + "update.py",
@@ -337,8 +344,8 @@ MUTANTS = (
     Mutant(
         "g by a difference that wraps",
         "ezo_kernels/optim/int8_passes.py",
-        "return (plus > minus).to(torch.int32) - (plus < minus).to(torch.int32)",
-        "return torch.sign(plus - minus).to(torch.int32)",
+        "return (own > other).to(torch.int32) - (own < other).to(torch.int32)",
+        "return torch.sign(own - other).to(torch.int32)",
         "tests/test_int8_limits.py -k comparison",
     ),
     Mutant(
@@ -602,8 +609,8 @@ MUTANTS = (
     Mutant(
         "z keeps more bits than its site has",
         _OPS + "noise.py",
-        'if z_dtype != "float32":',
-        "if False:",
+        'None if z_dtype == "float32" else getattr(torch, z_dtype)',
+        "None",
         "tests/test_strategy.py",
     ),
     # One sign a query
@@ -625,8 +632,8 @@ MUTANTS = (
     Mutant(
         "the update makes z in fp32 where the forward rounded it",
         _STEP,
-        "self.noise, z_dtypes=z_dtypes)",
-        "self.noise)",
+        "self.noise, z_dtypes=z_dtypes, scales=scales",
+        "self.noise, scales=scales",
         _ROUNDED,
     ),
     Mutant(
