@@ -27,7 +27,7 @@ from ezo_kernels.optim import IntegerSchedule
 from ezo_kernels.optim.baselines import BackpropSGD
 
 #: Passes over the training images of an arm.
-EPOCHS = {"pure": {"mnist": 120, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}
+EPOCHS = {"pure": {"mnist": 125, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}
 #: data -> arm -> options of ElasticZOInt8, and its schedule by fraction of the run.
 #: Steps of one unit, at first many, then few: p_zero is the learning rate.
 _PURE = {
@@ -35,7 +35,7 @@ _PURE = {
         {"r_max": 15, "p_zero": 0.9, "bits": 0},
         {
             0.006: {"r_max": 127, "p_zero": 0.997},
-            0.2: {"r_max": 63},
+            0.1: {"r_max": 63},
             0.4: {"p_zero": 0.9985},
             0.6: {"p_zero": 0.9993},
             0.8: {"r_max": 127, "p_zero": 0.9997},
