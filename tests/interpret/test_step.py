@@ -14,11 +14,11 @@ from ezo_kernels.ops._update_triton import update_table
 def plans(monkeypatch, cuda_kernels):
     """Plans with a table of addresses, as CUDA parameters have."""
 
-    def build(cls, params, sites, layouts, noise, z_dtypes):
+    def build(cls, params, sites, layouts, noise, z_dtypes, scales):
         rounded = tuple(name != "float32" for name in z_dtypes)
-        table = update_table(params, sites, layouts, noise, rounded=rounded)
+        table = update_table(params, sites, layouts, noise, rounded=rounded, scales=scales)
         where = tuple(map(cls._address, params))
-        return cls(tuple(sites), tuple(layouts), where, table, rounded=rounded)
+        return cls(tuple(sites), tuple(layouts), where, table, rounded=rounded, scales=tuple(scales))
 
     monkeypatch.setattr(ezo.ops.UpdatePlan, "build", classmethod(build))
 
