@@ -28,7 +28,8 @@ def test_step_is_within_a_fifth_of_eager_mezo(head):
 
 
 @pytest.mark.parametrize("head", [0, ["fc2", "fc3"]], ids=["pure", "fc2+fc3"])
-def test_integer_step_is_within_a_third_of_the_float_one(head):
+def test_integer_step_is_near_the_float_one(head):
     # With oneDNN's int8 kernels (AVX-512 and VNNI) measured 0.90 to 1.13 on a busy machine. Without them torch has only a
     # reference, of which a step took ten times the float one; ours measured 1.07 to 1.34 (bench/results/cpu.json, AVX2).
+    # There 1.3 is not held: 1.5 is a looser bound, to come down when the step does.
     assert int8_step_against_fp32(head)["ratio"] <= (1.3 if library_multiplies() else 1.5)
