@@ -84,8 +84,8 @@ MUTANTS = (
     Mutant(
         "mask compared with a normal",
         _CPU,
-        "line[8 * b + j] * scale if lane >= t else",
-        "line[8 * b + j] * scale if line[8 * b + j] >= f32(t) * f32(2.0**-16) else",
+        "line[8 * b + j] * scale if lane >= least else",
+        "line[8 * b + j] * scale if line[8 * b + j] >= f32(least) * f32(2.0**-16) else",
         _MASK,
     ),
     Mutant(

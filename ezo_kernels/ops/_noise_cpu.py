@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from . import _constants as C
 
@@ -64,6 +64,8 @@ def _unsigned_float(typingctx, a):
 
 _jit = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
 _inline = functools.partial(njit, nogil=True, inline="never", error_model="numpy")
+#: What a factory's closure may hold and still be cached: a plain function, named in the cache by where it is defined.
+_put = register_jitable(nogil=True, error_model="numpy")
 
 _M0, _M1 = u64(C.PHILOX_M0), u64(C.PHILOX_M1)
 _W0, _W1 = u32(C.PHILOX_W0), u32(C.PHILOX_W1)
@@ -218,188 +220,139 @@ def _clt4(w):
     return s * (_CLT_A + _CLT_B * (s * s))
 
 
-@_jit()
-def words(out, k0, k1, c0, c2, row_ids, rounds):
-    """The raw words: out is uint32 [rows, 4 * blocks]."""
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 4, _CHUNK):
-        blocks = min(_CHUNK, columns // 4 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 4 * first :]
-            for b in range(blocks):
-                line[4 * b] = w[0, b]
-                line[4 * b + 1] = w[1, b]
-                line[4 * b + 2] = w[2, b]
-                line[4 * b + 3] = w[3, b]
+def _generator(per: int, put):
+    """A generator, for blocks of ``per`` columns: ``put(words of some blocks, their part of a row, extra)`` over ``out``."""
+
+    @_jit()
+    def generate(out, k0, k1, c0, c2, row_ids, rounds, *extra):
+        rows, columns = out.shape
+        w = np.empty((4, _CHUNK), np.uint32)
+        of_columns = np.empty((3, _CHUNK), np.uint32)
+        for first in range(0, columns // per, _CHUNK):
+            blocks = min(_CHUNK, columns // per - first)
+            _columns(of_columns, first, blocks, c0, c2, k0, k1)
+            for r in range(rows):
+                _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
+                put(w, blocks, out[r, per * first :], extra)
+
+    return generate
 
 
-@_jit()
-def gaussian(out, k0, k1, c0, c2, row_ids, rounds):
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 4, _CHUNK):
-        blocks = min(_CHUNK, columns // 4 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 4 * first :]
-            for b in range(blocks):
-                z0, z1 = box_muller(w[0, b], w[1, b])
-                z2, z3 = box_muller(w[2, b], w[3, b])
-                line[4 * b] = z0
-                line[4 * b + 1] = z1
-                line[4 * b + 2] = z2
-                line[4 * b + 3] = z3
+@_put
+def _put_words(w, blocks, line, extra):
+    for b in range(blocks):
+        line[4 * b] = w[0, b]
+        line[4 * b + 1] = w[1, b]
+        line[4 * b + 2] = w[2, b]
+        line[4 * b + 3] = w[3, b]
 
 
-@_jit()
-def clt4(out, k0, k1, c0, c2, row_ids, rounds):
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 4, _CHUNK):
-        blocks = min(_CHUNK, columns // 4 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 4 * first :]
-            for b in range(blocks):
-                line[4 * b] = _clt4(w[0, b])
-                line[4 * b + 1] = _clt4(w[1, b])
-                line[4 * b + 2] = _clt4(w[2, b])
-                line[4 * b + 3] = _clt4(w[3, b])
+@_put
+def _put_gaussian(w, blocks, line, extra):
+    for b in range(blocks):
+        z0, z1 = box_muller(w[0, b], w[1, b])
+        z2, z3 = box_muller(w[2, b], w[3, b])
+        line[4 * b] = z0
+        line[4 * b + 1] = z1
+        line[4 * b + 2] = z2
+        line[4 * b + 3] = z3
 
 
-@_jit()
-def uniform(out, k0, k1, c0, c2, row_ids, rounds):
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 4, _CHUNK):
-        blocks = min(_CHUNK, columns // 4 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 4 * first :]
-            for b in range(blocks):
-                line[4 * b] = _signed_float(w[0, b]) * _UNIFORM
-                line[4 * b + 1] = _signed_float(w[1, b]) * _UNIFORM
-                line[4 * b + 2] = _signed_float(w[2, b]) * _UNIFORM
-                line[4 * b + 3] = _signed_float(w[3, b]) * _UNIFORM
+@_put
+def _put_clt4(w, blocks, line, extra):
+    for b in range(blocks):
+        line[4 * b] = _clt4(w[0, b])
+        line[4 * b + 1] = _clt4(w[1, b])
+        line[4 * b + 2] = _clt4(w[2, b])
+        line[4 * b + 3] = _clt4(w[3, b])
 
 
-@_jit()
-def rademacher(out, k0, k1, c0, c2, row_ids, rounds):
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 128, _CHUNK):
-        blocks = min(_CHUNK, columns // 128 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 128 * first :]
-            for b in range(blocks):
-                for j in range(4):
-                    word = w[j, b]
-                    for c in range(32):
-                        bit = (word >> u32((c & 1) * 16 + (c >> 1))) & u32(1)
-                        line[128 * b + 32 * j + c] = _bits_float(i32(u32(0x3F800000) | (bit << u32(31))))
+@_put
+def _put_uniform(w, blocks, line, extra):
+    for b in range(blocks):
+        line[4 * b] = _signed_float(w[0, b]) * _UNIFORM
+        line[4 * b + 1] = _signed_float(w[1, b]) * _UNIFORM
+        line[4 * b + 2] = _signed_float(w[2, b]) * _UNIFORM
+        line[4 * b + 3] = _signed_float(w[3, b]) * _UNIFORM
+
+
+@_put
+def _put_signs(w, blocks, line, extra):
+    for b in range(blocks):
+        for j in range(4):
+            word = w[j, b]
+            for c in range(32):
+                bit = (word >> u32((c & 1) * 16 + (c >> 1))) & u32(1)
+                line[128 * b + 32 * j + c] = _bits_float(i32(u32(0x3F800000) | (bit << u32(31))))
 
 
 _HADAMARD = f32(C.HADAMARD_SCALE)
 
 
-@_jit()
-def hadamard(out, k0, k1, c0, c2, row_ids, rounds):
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
+@_put
+def _put_hadamard(w, blocks, line, extra):
     a = np.empty(32, np.int32)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 16, _CHUNK):
-        blocks = min(_CHUNK, columns // 16 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 16 * first :]
-            for s in range(blocks // 2):
-                for half in range(2):
-                    for i in range(4):
-                        for k in range(4):
-                            byte = (w[i, 2 * s + half] >> u32(8 * k)) & _BYTE
-                            a[16 * half + 4 * i + k] = i32(u32(byte << u32(24))) >> i32(24)
-                step = 1
-                while step < 32:  # butterflies: integers, so the order of the sum does not matter
-                    for m in range(0, 32, 2 * step):
-                        for n in range(m, m + step):
-                            p, q = a[n], a[n + step]
-                            a[n] = p + q
-                            a[n + step] = p - q
-                    step *= 2
-                a[0] += 16
-                for c in range(32):
-                    line[32 * s + c] = f32(a[c]) * _HADAMARD
+    for s in range(blocks // 2):
+        for half in range(2):
+            for i in range(4):
+                for k in range(4):
+                    byte = (w[i, 2 * s + half] >> u32(8 * k)) & _BYTE
+                    a[16 * half + 4 * i + k] = i32(u32(byte << u32(24))) >> i32(24)
+        step = 1
+        while step < 32:  # butterflies: integers, so the order of the sum does not matter
+            for m in range(0, 32, 2 * step):
+                for n in range(m, m + step):
+                    p, q = a[n], a[n + step]
+                    a[n] = p + q
+                    a[n + step] = p - q
+            step *= 2
+        a[0] += 16
+        for c in range(32):
+            line[32 * s + c] = f32(a[c]) * _HADAMARD
 
 
-@_jit()
-def lanes(out, k0, k1, c0, c2, row_ids, rounds):
-    """16-bit lanes (masks, rounding): out is uint16 [rows, 8 * blocks]."""
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 8, _CHUNK):
-        blocks = min(_CHUNK, columns // 8 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 8 * first :]
-            for b in range(blocks):
-                for j in range(4):
-                    line[8 * b + 2 * j] = np.uint16(w[j, b] & u32(0xFFFF))
-                    line[8 * b + 2 * j + 1] = np.uint16(w[j, b] >> u32(16))
+@_put
+def _put_lanes(w, blocks, line, extra):
+    for b in range(blocks):
+        for j in range(4):
+            line[8 * b + 2 * j] = np.uint16(w[j, b] & u32(0xFFFF))
+            line[8 * b + 2 * j + 1] = np.uint16(w[j, b] >> u32(16))
 
 
-@_jit()
-def sparse_int8(out, k0, k1, c0, c2, row_ids, rounds, threshold, r_max):
-    rows, columns = out.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    span, least = u32(2 * r_max + 1), u32(threshold)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 4, _CHUNK):
-        blocks = min(_CHUNK, columns // 4 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = out[r, 4 * first :]
-            for b in range(blocks):
-                for j in range(4):
-                    word = w[j, b]
-                    value = i32(u32((word & u32(0xFFFF)) * span) >> u32(16)) - i32(r_max)
-                    line[4 * b + j] = np.int8(value) if (word >> u32(16)) >= least else np.int8(0)
+@_put
+def _put_sparse_int8(w, blocks, line, extra):
+    threshold, r_max = extra
+    least, span = u32(threshold), u32(2 * r_max + 1)
+    for b in range(blocks):
+        for j in range(4):
+            word = w[j, b]
+            value = i32(u32((word & u32(0xFFFF)) * span) >> u32(16)) - i32(r_max)
+            line[4 * b + j] = np.int8(value) if (word >> u32(16)) >= least else np.int8(0)
 
 
-@_jit()
-def mask_(z, k0, k1, c0, c2, row_ids, rounds, threshold, scale):
-    """z = scale * z where the lane is kept, else 0, in place; z fp32 [rows, 8 * blocks]."""
-    rows, columns = z.shape
-    w = np.empty((4, _CHUNK), np.uint32)
-    t = u32(threshold)
-    of_columns = np.empty((3, _CHUNK), np.uint32)
-    for first in range(0, columns // 8, _CHUNK):
-        blocks = min(_CHUNK, columns // 8 - first)
-        _columns(of_columns, first, blocks, c0, c2, k0, k1)
-        for r in range(rows):
-            _fill(w, of_columns, blocks, c0, c2, u32(row_ids[r]), k0, k1, rounds)
-            line = z[r, 8 * first :]
-            for b in range(blocks):
-                for j in range(8):
-                    lane = (w[j >> 1, b] >> u32(16 * (j & 1))) & u32(0xFFFF)
-                    line[8 * b + j] = line[8 * b + j] * scale if lane >= t else f32(0.0)
+@_put
+def _put_masked(w, blocks, line, extra):
+    threshold, scale = extra
+    least = u32(threshold)
+    for b in range(blocks):
+        for j in range(8):
+            lane = (w[j >> 1, b] >> u32(16 * (j & 1))) & u32(0xFFFF)
+            line[8 * b + j] = line[8 * b + j] * scale if lane >= least else f32(0.0)
+
+
+#: The raw words: out is uint32.
+words = _generator(4, _put_words)
+gaussian = _generator(4, _put_gaussian)
+clt4 = _generator(4, _put_clt4)
+uniform = _generator(4, _put_uniform)
+rademacher = _generator(128, _put_signs)
+hadamard = _generator(16, _put_hadamard)
+#: 16-bit lanes (masks, rounding): out is uint16.
+lanes = _generator(8, _put_lanes)
+#: int8; takes the threshold and r_max, too.
+sparse_int8 = _generator(4, _put_sparse_int8)
+#: z = scale * z where the lane is kept, else 0, in place, z fp32; takes the threshold and the scale, too.
+mask_ = _generator(8, _put_masked)
 
 
 @_jit()
