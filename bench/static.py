@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from ezo_kernels import ops
 from ezo_kernels.ops._variants import ARCHS, Variant
@@ -41,6 +41,8 @@ FLOAT = re.compile(
 #: A half-precision multiply-add of zeros: how ptxas loads a constant through a unit that has nothing else to do.
 CONSTANT = re.compile(r"\bR[Z0-9]+, -RZ, RZ, ")
 LABEL = re.compile(r"^\s*(\.L_x?_?\w+):")
+#: What a kernel of specialised warps has: loads by TMA, and registers that one kind of warps hands to another.
+SPECIAL = ("UTMALDG", "USETMAXREG")
 #: The Philox multipliers as SASS writes them: an immediate of a wide multiply.
 PHILOX = re.compile(r"-?0x(?:d2511f53|2daee0ad|cd9e8d57|326172a9)\b")
 
@@ -67,13 +69,15 @@ class Row:
     num_warps: int
     num_stages: int
     compile_seconds: float
+    #: Of :data:`SPECIAL`, in kernels that have them; and waits between the matrix instructions of their loops.
+    special: dict[str, int] = field(default_factory=dict)
 
     def faults(self, variant: Variant) -> list[str]:
         """What is wrong with it, whatever its budget: empty if nothing is."""
         found = []
         if self.spill_bytes or self.local_bytes:
             found.append(f"spills {self.spill_bytes} bytes, {self.local_bytes} bytes of stack")
-        if self.calls:
+        if self.calls and "call" not in variant.expects:
             found.append(f"{self.calls} calls")
         if "mma" in variant.expects and not self.matrix_instructions:
             found.append("no matrix instruction")
@@ -83,6 +87,10 @@ class Row:
             found.append("no multiply by Philox's constants: the noise was folded away")
         if "no float" in variant.expects and self.float_instructions:
             found.append(f"float instructions: {self.float_instructions}")
+        if "specialized" in variant.expects:
+            found += [f"no {opcode}" for opcode in SPECIAL if not self.special.get(opcode)]
+            if self.special.get("waits"):
+                found.append(f"{self.special['waits']} waits between the matrix instructions of a tile")
         return found
 
 
@@ -91,10 +99,10 @@ class Row:
 
 @functools.cache
 def variants() -> dict[str, Variant]:
-    """Every variant that the library's Triton modules declare, by name."""
+    """Every variant that the library's Triton and Gluon modules declare, by name."""
     found: dict[str, Variant] = {}
     for info in pkgutil.iter_modules(ops.__path__):
-        if not info.name.endswith("_triton") or info.name == "_triton":
+        if not info.name.endswith(("_triton", "_gluon")) or info.name in ("_triton", "_gluon"):
             continue
         module = importlib.import_module(f"{ops.__name__}.{info.name}")
         for variant in getattr(module, "variants", tuple)():
@@ -105,10 +113,10 @@ def variants() -> dict[str, Variant]:
 
 
 def launched() -> list[tuple[str, str]]:
-    """(kernel, file) of every ``name[grid](...)`` in the library's Triton modules."""
+    """(kernel, file) of every ``name[grid](...)`` in the library's Triton and Gluon modules."""
     found = []
     for folder in ops.__path__:
-        for path in sorted(pathlib.Path(folder).glob("_*_triton.py")):
+        for path in sorted((*pathlib.Path(folder).glob("_*_triton.py"), *pathlib.Path(folder).glob("_*_gluon.py"))):
             found += [(name, path.name) for name in re.findall(r"^ +(\w+)\[[^\n]*\]\(\s*$", path.read_text(), re.M)]
     return found
 
@@ -126,6 +134,8 @@ def cubin(variant: Variant, arch: int) -> tuple[bytes, int]:
             f"{variant.name}: arguments {sorted(set(known) ^ set(names))} are declared twice or not at all"
         )
     aligned = [["tt.divisibility", 16]]
+    if variant.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(
         fn=variant.kernel,
         signature={name: known[name] for name in names},
@@ -188,6 +198,21 @@ def main_loop(instructions, loops, least: int = 16) -> list[tuple[str, str]]:
     return max(bodies, key=lambda body: (philox_multiplies(body), len(body)), default=[])
 
 
+def waits_between_products(instructions, loops) -> int:
+    """Waits for the tensor core before the last matrix instruction of an innermost loop, in all loops that have some.
+
+    A wait for an earlier iteration's product, behind the last, is none of these.
+    """
+    count = 0
+    for first, last in loops:
+        body = [opcode for opcode, _ in instructions[first : last + 1]]
+        products = [i for i, opcode in enumerate(body) if MATRIX.match(opcode.split(".")[0])]
+        inner = [i for i in loops if i != (first, last) and first <= i[0] and i[1] <= last]
+        if products and not any(MATRIX.match(o.split(".")[0]) for a, b in inner for o, _ in instructions[a : b + 1]):
+            count += sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in body[products[0] : products[-1]])
+    return count
+
+
 def philox_multiplies(body) -> int:
     return sum(1 for opcode, operands in body if WIDE.match(opcode) and PHILOX.search(operands))
 
@@ -223,6 +248,9 @@ def measure(variant: Variant, arch: int) -> Row:
     body = main_loop(instructions, loops) if variant.z_per_loop else []
     z, counted = (variant.z_per_loop, len(body)) if body else (variant.z_per_program, len(opcodes))
     matrix = collections.Counter(base for o in opcodes if MATRIX.match(base := o.split(".")[0]))
+    special = collections.Counter(base for o in opcodes if (base := o.split(".")[0]) in SPECIAL)
+    if special:
+        special["waits"] = waits_between_products(instructions, loops)
     return Row(
         kernel=variant.kernel.__name__,
         variant=variant.name,
@@ -244,6 +272,7 @@ def measure(variant: Variant, arch: int) -> Row:
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
         compile_seconds=round(seconds, 2),
+        special=dict(sorted(special.items())),
     )
 
 

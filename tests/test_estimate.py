@@ -11,7 +11,7 @@ from torch import nn
 
 import ezo_kernels as ezo
 from ezo_kernels.ops import materialize
-from ezo_kernels.optim.estimate import projected_gradient
+from ezo_kernels.ops.coefficients import projected_gradient
 from tests.test_step import batch, bits, lenet, same
 
 

@@ -46,13 +46,19 @@ def tensors(op, dtype, rows, alter):
     if op == "embedding":
         ids = alter(torch.arange(4 * rows * 2).view(4 * rows, 2) % 7)
         return (ids, w, key, eps, 1, False, *TAIL, torch.empty(4 * rows, 2, 5, dtype=dtype))
+    if op == "coefficients":
+        # no groups, as no rows, is a step without a trunk
+        counts = torch.tensor([3]), torch.tensor(2)
+        losses, outs = randn(max(1, 2 * rows), seed=3), (torch.empty(rows), torch.empty(rows))
+        flags = torch.empty((), dtype=torch.bool), torch.empty(())
+        return (losses, torch.tensor([0.1]), eps, torch.zeros(1) if rows else None, True, 0.5, *outs, *flags, *counts)
     assert op == "update_", op
     table = torch.empty(0, dtype=torch.int64)
     sites = ([1, 2], [0, 0], [w.dtype != torch.float32, False], [0.5, 1.0])
     return ([w[:rows], b], key[None], torch.tensor([[0.1, 0.2]]), table, *sites, 0, True, "gaussian", 7, 0.0)
 
 
-OPERATORS = ["noise", "dropout_mask", "fold_key", "perturb", "linear", "conv2d", "embedding", "update_"]
+OPERATORS = ["noise", "dropout_mask", "fold_key", "perturb", "linear", "conv2d", "embedding", "coefficients", "update_"]
 
 
 def overload(op):

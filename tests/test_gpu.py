@@ -13,6 +13,7 @@ from torch import nn
 import ezo_kernels as ezo
 from ezo_kernels import ops
 from ezo_kernels.ops import _linear_small_triton
+from ezo_kernels.ops.coefficients import coefficients
 from ezo_kernels.ops.dropout import dropout_mask
 from ezo_kernels.ops.noise import NOISES, fold_key, key_tensor
 from ezo_kernels.optim.baselines import BackpropSGD
@@ -52,6 +53,24 @@ def test_keys_and_masks_are_the_references():
         assert torch.equal(key.cpu(), key_tensor(seed, step))
     mask = dropout_mask(37, 301, 0.3, key, site=1 << 31, query=4)
     assert torch.equal(mask.cpu(), dropout_mask(37, 301, 0.3, key.cpu(), site=1 << 31, query=4))
+
+
+@pytest.mark.parametrize(
+    "losses", [[2.5, 2.25, 1.0, 3.0], [2.5, float("inf"), 1.0, 3.0], [2.5, float("nan"), 1.0, 3.0]]
+)
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_coefficients_are_the_references(losses, antithetic):
+    def run(device):
+        at = functools.partial(torch.tensor, device=device)
+        step, skipped = at([7]), at(3)
+        out = coefficients(
+            at(losses), at([1e-3]), at([0.25]), queries=4 // (1 + antithetic), antithetic=antithetic, clip=1.5, bad=at([0.0]),
+            step=step, skipped=skipped,
+        )  # fmt: skip
+        return [t.cpu() for t in (*out, step, skipped)]
+
+    for ours, theirs in zip(run("cuda"), run("cpu"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def error_rule(ours, same, exact):

@@ -146,6 +146,18 @@ def test_non_finite_step_changes_nothing(mode, optimizer):
     assert same(bits(a), bits(b)) and opt_a.step_count.item() == 2
 
 
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_non_finite_gradient_of_the_head_changes_nothing(mode):
+    """The losses may be finite all the same: here by a root at zero."""
+    model = ezo.convert_(lenet(), head=["fc3"])
+    opt = ezo.ElasticZO(model, lr=1e-2, mode=mode)
+    x, y = batch(4)
+    opt.train_step(x, y)
+    held = bits(model)
+    loss = opt.train_step(x, y, lambda out, y: F.cross_entropy(out, y) + (0 * out.sum()).sqrt())
+    assert math.isfinite(loss) and opt.skipped.item() == 1 and opt.step_count.item() == 1 and same(held, bits(model))
+
+
 def test_head_all_is_sgd_bitwise():
     model, plain = lenet(), lenet()
     ezo.convert_(model, head="all")

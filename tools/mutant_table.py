@@ -49,6 +49,21 @@ MUTANTS = (
         "losses",
         "tests/test_int8_one_sign.py",
     ),
+    # what a step makes of its losses
+    Mutant(
+        "a step whose head has an infinite gradient is taken",
+        _STEP,
+        "bad=bad, step=self._step",
+        "bad=None, step=self._step",
+        "tests/test_step.py -k non_finite",
+    ),
+    Mutant(
+        "a step that is skipped is counted as taken",
+        "ezo_kernels/ops/coefficients.py",
+        "    step += fine",
+        "    step += 1",
+        "tests/test_coefficients.py",
+    ),
     # scales
     Mutant(
         "a scaled layer perturbed like the others",
@@ -202,8 +217,8 @@ MUTANTS = (
     Mutant(
         "z of the step before",
         _STEP,
-        "                self._update(coef)",
-        "                fold_key(self._seed, self._step - 1, self._key), self._update(coef)",
+        "                self._update(own.coef)",
+        "                fold_key(self._seed, self._step - 2, self._key), self._update(own.coef)",
         "tests/test_step.py -k 'forward_z or eager_mezo'",
     ),
     Mutant(
@@ -234,12 +249,18 @@ MUTANTS = (
         "and bool(ok)",
         "tests/test_head.py -k first_step",
     ),
-    Mutant("clip ignored", _STEP, "g if clip is None else g.clamp(-clip, clip)", "g", "tests/test_step.py -k clip"),
+    Mutant(
+        "clip ignored",
+        "ezo_kernels/ops/coefficients.py",
+        "own if math.isinf(clip) else own.clamp(-clip, clip)",
+        "own",
+        "tests/test_step.py -k clip",
+    ),
     Mutant(
         "a step that is not finite is applied",
-        _STEP,
-        "torch.where(ok, self._lr * self.g / self.queries, torch.zeros_like(g))",
-        "self._lr * self.g / self.queries",
+        "ezo_kernels/ops/coefficients.py",
+        "            coef.zero_()",
+        "            pass",
         "tests/test_step.py -k non_finite",
     ),
     Mutant(
@@ -616,7 +637,7 @@ MUTANTS = (
     # One sign a query
     Mutant(
         "the baseline holds the query's own loss",
-        "ezo_kernels/optim/estimate.py",
+        "ezo_kernels/ops/coefficients.py",
         " * (n / (n - 1)) / eps",
         " / eps",
         "tests/test_estimate.py -k formula",

@@ -26,7 +26,8 @@ class Variant:
         num_warps, num_stages: as launched.
         archs: compute capabilities that the variant is for, among :data:`ARCHS`.
         expects: what the SASS must have: ``mma`` (a matrix instruction), ``integer mma`` (an int8 one), ``multiply``
-            (Philox's wide multiplies: proof that the noise was not folded away).
+            (Philox's wide multiplies: proof that the noise was not folded away). And what it may have, which is a fault
+            elsewhere: ``call`` (an exact division has a routine for operands that are nearly denormal).
         z_per_loop: values of z that one iteration of the innermost loop makes, over the whole program; 0 if unknown.
         z_per_program: the same of a program without a loop.
         divisible: integer arguments known to be multiples of 16; pointers always are.

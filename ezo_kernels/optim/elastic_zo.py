@@ -22,12 +22,13 @@ from ..nn.cut import in_head
 from ..nn.grouped import update_batch_norms
 from ..ops import Noise, Perturbation, UpdatePlan, update_
 from ..ops._perturbation import NotStackedError, PassError
+from ..ops.coefficients import Coefficients, coefficients
 from ..ops.noise import check_index, fold_key, rng_version
 from .arguments import number
 from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .check import eagerly
-from .estimate import check_antithetic, projected_gradient
+from .estimate import check_antithetic
 from .head import GuardedOptimizer, make_head_optimizer
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
@@ -157,13 +158,14 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self._losses: torch.Tensor | None = None
         self._micro = 0
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._shares: dict[tuple[torch.dtype, int], torch.Tensor] = {}
 
         def scalar(value, dtype, shape=(1,)):
             return torch.full(shape, value, dtype=dtype, device=self.device)
 
         self._seed = scalar(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.int64)
         self._step = scalar(0, torch.int64)
-        self._key = scalar(0, torch.int32, (2,))
+        self._key, self._one = scalar(0, torch.int32, (2,)), scalar(1.0, torch.float32)
         self._eps, self._lr = scalar(eps, torch.float32), scalar(lr, torch.float32)
         self._filled = {"eps": eps, "lr": lr}
         self._scaled_eps = ScaledEps(self.scales, eps, self.device)
@@ -344,37 +346,35 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     @torch.no_grad()
     def _finish(self) -> None:
         with self._phase("g"):
-            ok, coef = self._coefficients()
-        if coef is not None:
+            own = self._coefficients()
+        self.g, ok = own.g, own.ok
+        if self.trunk:
             with self._phase("update"):
-                self._update(coef)
+                self._update(own.coef)
         if self.head_optimizer is not None:
             with self._phase("head update"):
-                self.head_optimizer.step(ok)
+                self.head_optimizer.step(ok, own.skip)
         update_batch_norms(self.zo, ok)
         for buffer, old in self._buffers:
             buffer.copy_(torch.where(ok, buffer, old))
-        self._step += ok
-        self.skipped += ~ok
         self._drop()
 
-    def _coefficients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Whether the step is finite, and lr g / queries of each query, zero if it is not (None without a trunk)."""
-        self.losses = losses = self._losses / self._micro
-        grads = [p.grad for p in self.head if p.grad is not None]
+    def _coefficients(self) -> Coefficients:
+        """g and the update's coefficients; and whether losses, g and the head's gradients are finite: then the step counts."""
+        grads, bad = [p.grad for p in self.head if p.grad is not None], None
+        self.losses = self._losses
         if self._micro > 1:
+            self.losses = self._losses / self._micro
             for grad in grads:
                 grad.div_(self._micro)
-        ok = torch.isfinite(losses).all()
-        for grad in grads:
-            ok = ok & torch.isfinite(grad).all()
-        if not self.trunk:
-            return ok, None
-        clip = self.param_groups[0]["clip"]
-        g = projected_gradient(losses, self._eps, self.antithetic)
-        ok = ok & torch.isfinite(g).all()
-        self.g = g if clip is None else g.clamp(-clip, clip)
-        return ok, torch.where(ok, self._lr * self.g / self.queries, torch.zeros_like(g))
+        if grads:
+            # the check of torch's GradScaler: one launch for all of them, where isfinite takes five for each
+            bad = torch.zeros_like(self._one)
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self._one)
+        return coefficients(
+            self.losses, self._lr, self._eps, queries=self.queries if self.trunk else 0, antithetic=self.antithetic,
+            clip=self.param_groups[0]["clip"], bad=bad, step=self._step, skipped=self.skipped,
+        )  # fmt: skip
 
     def _update(self, coef: torch.Tensor) -> None:
         if self._plan is None or not self._plan.fits(self.trunk):

@@ -376,8 +376,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
             parts = gradients.get(name)
             if not parts:
                 continue
-            acc = torch.cat([a for a, _ in parts])
-            total, peak = sum_groups(acc, torch.cat([e for _, e in parts]))
+            acc, exponents = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+            total, peak = sum_groups(acc, exponents)
             if ok is not None:
                 peak *= ok  # of a gradient of zero nothing is written
             int8_head_update_(

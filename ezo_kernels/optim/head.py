@@ -113,15 +113,16 @@ class GuardedOptimizer:
         )
 
     @torch.no_grad()
-    def step(self, ok: torch.Tensor) -> None:
-        """One step with the gradients in ``.grad``, where ``ok``."""
+    def step(self, ok: torch.Tensor, skip: torch.Tensor) -> None:
+        """One step with the gradients in ``.grad``, where ``ok``; ``skip`` fp32 [] says the opposite in torch's form."""
         parameters = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
         if self._lrs and self.fused:
-            self._fused_step(ok, parameters)
+            self._fused_step(ok, skip, parameters)
             return
         if self._plain_sgd():
+            zeros = {p.dtype: skip.new_zeros((), dtype=p.dtype) for p in parameters}
             for p in parameters:
-                p.grad = torch.where(ok, p.grad, torch.zeros_like(p.grad))
+                p.grad = torch.where(ok, p.grad, zeros[p.grad.dtype])
             self.optimizer.step()
             return
         state = self.optimizer.state
@@ -139,11 +140,11 @@ class GuardedOptimizer:
                     old = held.get(p, {}).get(name)
                     new.copy_(torch.where(ok.to(new.device), new, torch.zeros_like(new) if old is None else old))
 
-    def _fused_step(self, ok: torch.Tensor, parameters: list[torch.Tensor]) -> None:
+    def _fused_step(self, ok: torch.Tensor, skip: torch.Tensor, parameters: list[torch.Tensor]) -> None:
         state = self.optimizer.state
         known = {p: set(state.get(p, {})) for p in parameters}
         self.fill()
-        with self._device_numbers(~ok):
+        with self._device_numbers(skip):
             self.optimizer.step()
         for p in parameters:
             for name, new in state[p].items():
@@ -156,7 +157,7 @@ class GuardedOptimizer:
         """The optimizer with its learning rates and the flag of a skipped step on the device, for the time of a step."""
         groups, capturing = self.optimizer.param_groups, _capturing()
         held = [(g["lr"], g.get("capturable")) for g in groups]
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, skip.float()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
         try:
             for group, lr in zip(groups, self._lrs, strict=True):
                 group["lr"] = lr

@@ -62,9 +62,16 @@ class Passes:
         """Add the mean of these groups' gradients to the head's."""
         used = [loss for g, loss in enumerate(losses) if self._uses(g)]
         self._require_grad(used)
-        with torch.enable_grad():
-            total = used[0] if len(used) == 1 else torch.stack(used).mean()
-        torch.autograd.backward(total, inputs=self.head)
+        # what the backward of their mean would begin with, but it need not be made each step
+        torch.autograd.backward(used, [self._share(loss, len(used)) for loss in used], inputs=self.head)
+
+    def _share(self, loss: torch.Tensor, groups: int) -> torch.Tensor:
+        """1 / groups on the device, of the loss's dtype and shape."""
+        known = self._shares.get((loss.dtype, groups))
+        if known is None or isinstance(known, torch._subclasses.FakeTensor):
+            known = torch.full((1,), 1 / groups, dtype=loss.dtype, device=loss.device)
+            self._shares[loss.dtype, groups] = known
+        return known.view(loss.shape)
 
     def _one_by_one(self, p: Perturbation, run) -> torch.Tensor:
         """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once."""

@@ -1,0 +1,43 @@
+"""g, coefficients and counts: the kernel against the CPU reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ezo_kernels.ops.coefficients import coefficients
+
+
+def run(losses, queries, antithetic, clip, bad):
+    step, skipped = torch.tensor([(1 << 40) + 7]), torch.tensor(3)
+    out = coefficients(
+        losses, torch.tensor([3e-4]), torch.tensor([1e-3]), queries=queries, antithetic=antithetic, clip=clip,
+        bad=None if bad is None else torch.tensor([bad]), step=step, skipped=skipped,
+    )  # fmt: skip
+    return *out, step, skipped
+
+
+@pytest.mark.parametrize("broken", [None, 0, -1])
+@pytest.mark.parametrize("bad", [None, 0.0, 1.0])
+@pytest.mark.parametrize("clip", [None, 5.0])
+@pytest.mark.parametrize("queries", [0, 1, 2, 33])
+def test_both_signs(on_cpu, queries, clip, bad, broken):
+    losses = 2.3 + 0.01 * torch.randn(max(1, 2 * queries), generator=torch.Generator().manual_seed(queries))
+    if broken is not None:
+        losses[broken] = float("nan") if queries == 1 else float("inf")
+    ours, theirs = run(losses, queries, True, clip, bad), on_cpu(run, losses, queries, True, clip, bad)
+    for name, a, b in zip(("g", "coef", "ok", "skip", "step", "skipped"), ours, theirs, strict=True):
+        assert torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0)), name
+
+
+@pytest.mark.parametrize("queries", [2, 3, 64, 700])
+def test_one_sign(on_cpu, queries):
+    losses = 2.3 + 0.01 * torch.randn(queries, generator=torch.Generator().manual_seed(queries))
+    (g, coef, *ours), (g_own, coef_own, *theirs) = (
+        run(losses, queries, False, 5.0, None),
+        on_cpu(run, losses, queries, False, 5.0, None),
+    )
+    # the mean's order of summation is the backend's own
+    torch.testing.assert_close(g, g_own, rtol=1e-5, atol=2e-3)
+    torch.testing.assert_close(coef, coef_own, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
