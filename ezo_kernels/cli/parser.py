@@ -186,7 +186,9 @@ def build() -> Parser:
     precisions = ("float", "bf16", "fp16", "int8")
     info.add_argument("--precision", choices=precisions, default="float", help="(default: float, which is fp32)")
     info.add_argument(
-        "--strategy", metavar="NAME", help="auto, fused, two_products or slab, of all layers (default: auto)"
+        "--strategy",
+        metavar="NAME",
+        help="auto, fused, two_products, slab or specialized, of all layers (default: auto)",
     )
     info.add_argument("--batch", type=int, metavar="N", help="rows a sign, for the strategies (default: 32)")
     info.add_argument("--noise", metavar="NAME", help="for the strategies (default: gaussian)")

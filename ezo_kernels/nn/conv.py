@@ -27,8 +27,8 @@ def _explicit_padding(conv: nn.modules.conv._ConvNd, x: torch.Tensor):
 
 
 def conv_strategy(asked: str) -> str:
-    """A model's strategy for its convolutions: linear layers alone have ``two_products``, beside which these choose."""
-    return "auto" if asked == "two_products" else asked
+    """A model's strategy for its convolutions: linear layers alone have two of them, beside which these choose."""
+    return "auto" if asked in ("two_products", "specialized") else asked
 
 
 class _ZOConv:

@@ -60,9 +60,9 @@ def convert_(
         precision: ``float``, parameters as they are; or ``int8``, for :class:`ezo_kernels.ElasticZOInt8`: weights become int8
             with a power-of-two exponent, in the same Parameters, and the model takes and gives
             :class:`ezo_kernels.Int8Tensor`. Its ``state_dict`` then holds int8 values and, beside each, ``..._exponent``.
-        strategy: of linear layers and convolutions in ``float``: ``auto`` (by the shipped table), ``fused``, ``two_products``
-            (linear layers; convolutions choose by themselves beside it) or ``slab``; the last two are refused in a pass by a
-            layer that cannot take them (:mod:`ezo_kernels.ops._strategy`).
+        strategy: of linear layers and convolutions in ``float``: ``auto`` (by the shipped table), ``fused``, ``two_products``,
+            ``specialized`` (linear layers both; convolutions choose by themselves beside them) or ``slab``; the last three are
+            refused in a pass by a layer that cannot take them (:mod:`ezo_kernels.ops._strategy`).
             With ``auto`` and ``two_products`` z of their 16-bit weights is rounded to the weight's dtype, whatever strategy a
             pass then takes (docs/rng.md).
 

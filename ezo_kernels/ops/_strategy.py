@@ -5,6 +5,7 @@
 | ``fused`` | W + eps z and W - eps z are formed in the tile that multiplies; any shape |
 | ``two_products`` | x W^T and x z^T in one kernel, joined in its epilogue; linear layers of few rows |
 | ``slab`` | W + eps z and W - eps z of some outputs go to memory, then torch's batched matmul or convolution; for many rows |
+| ``specialized`` | as fused, warps that make z beside warps that multiply; by name alone, linear layers in 16 bits on sm_90 |
 
 Only ``slab`` needs memory beside inputs and outputs, 32 MB at most. The numbers come from ``strategies.json``, which is shipped
 and never measured on the user's machine: the same run makes the same choices. It holds, by architecture and for noise that is
@@ -28,7 +29,7 @@ from ._tiles import conv_slab_plan, slab_bytes, slab_plan
 
 #: Of the rules below, for :func:`strategy_hash`: a higher one where the same table would be read otherwise.
 VERSION = 3
-STRATEGIES = ("auto", "fused", "two_products", "slab")
+STRATEGIES = ("auto", "fused", "two_products", "slab", "specialized")
 _TABLE = pathlib.Path(__file__).with_name("strategies.json")
 #: What a value of each noise costs; others are ``plain``.
 KINDS = {"gaussian": "dear", "sparse": "dear", "hadamard": "cheap", "rademacher": "cheap"}
@@ -93,6 +94,43 @@ def slab_faults(transposed: bool, precision: str, torch_precision: str) -> list[
     return faults
 
 
+def specialized_faults(
+    x_dtype: torch.dtype, w_dtype: torch.dtype, noise: str, transposed: bool, regular: bool, one_stride: bool, arch: int,
+    missing: str,
+) -> list[str]:  # fmt: skip
+    """Why specialised warps cannot be taken, or nothing. A CPU (``arch`` 0) computes what they do for the same tensors.
+
+    Args:
+        one_stride: :func:`rows_at_one_stride` of x.
+        missing: ``_gluon.MISSING``, of no concern to a CPU.
+    """
+    faults = []
+    if arch not in (0, 90):
+        faults.append(f"its instructions are sm_90's, and this GPU is sm_{arch}")
+    if arch and missing:
+        faults.append(missing)
+    if x_dtype not in _SIXTEEN:
+        faults.append(f"x is {x_dtype}, not bf16 or fp16")
+    if w_dtype != x_dtype:
+        faults.append(f"the weight is {w_dtype} and x {x_dtype}: it would be rounded")
+    if transposed:
+        faults.append("the weight is stored [K, N]")
+    if not regular:
+        faults.append("rows of x or of the weight are not in runs of 16 bytes")
+    if not one_stride:
+        faults.append("the rows of x are not at one stride")
+    if noise == "sparse_int8":
+        faults.append("sparse_int8 is the noise of integer layers")
+    return faults
+
+
+def rows_at_one_stride(x: torch.Tensor) -> bool:
+    """Whether x [..., K] is a matrix [rows, K] without a copy, of rows that are not one and the same."""
+    axes = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    alike = all(outer[1] == inner[0] * inner[1] for outer, inner in zip(axes, axes[1:], strict=False))
+    return alike and (not axes or axes[-1][1] > 0)
+
+
 def regular(x: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether rows of x [..., K] and of W [N, K] are contiguous and begin at multiples of 8 elements: 16-byte loads."""
     steps = (*x.stride()[:-1], w.stride(0), w.shape[1])
@@ -102,7 +140,8 @@ def regular(x: torch.Tensor, w: torch.Tensor) -> bool:
 def choose(
     rows: int, shape: tuple[int, int], x_dtype: torch.dtype, w_dtype: torch.dtype, noise: str, *, arch: int,
     signs: tuple[int, ...] = (1, -1), z_dtype: str = "float32", precision: str = "ieee",
-    torch_precision: str = "ieee", transposed: bool = False, regular: bool = True, asked: str = "auto",
+    torch_precision: str = "ieee", transposed: bool = False, regular: bool = True, one_stride: bool = True,
+    missing: str = "", asked: str = "auto",
 ) -> Strategy:  # fmt: skip
     """The strategy of a linear layer.
 
@@ -118,6 +157,7 @@ def choose(
         torch_precision: of torch's own fp32 products (``ieee`` for 16 bits).
         transposed: the weight is stored [K, N].
         regular: :func:`regular` of x and the weight.
+        one_stride, missing: as in :func:`specialized_faults`.
         asked: a strategy by name, or ``auto``.
 
     Raises:
@@ -138,6 +178,12 @@ def choose(
         if no_slab:
             raise NotImplementedError("strategy 'slab': " + "; ".join(no_slab))
         return Strategy("slab", held, _ASKED)
+    if asked == "specialized":
+        # auto never takes it: no GPU has run it yet, and the table has no place for what nobody measured
+        found = specialized_faults(x_dtype, w_dtype, noise, transposed, regular, one_stride, arch, missing)
+        if found:
+            raise NotImplementedError("strategy 'specialized': " + "; ".join(found))
+        return Strategy("specialized", reason=_ASKED)
     if asked == "fused":
         return Strategy("fused", reason=_ASKED)
     if arch == 0:
@@ -183,6 +229,8 @@ def choose_conv(
     check_name(asked)
     if asked == "two_products":
         raise NotImplementedError("strategy 'two_products': linear layers alone have a kernel of two products")
+    if asked == "specialized":
+        raise NotImplementedError("strategy 'specialized': linear layers alone have a kernel of specialised warps")
     no_slab = slab_faults(False, precision, torch_precision)
     if asked == "slab" and no_slab:
         raise NotImplementedError("strategy 'slab': " + "; ".join(no_slab))

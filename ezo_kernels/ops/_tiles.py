@@ -194,6 +194,39 @@ def small_tile(rows: int, dtype: torch.dtype, noise: str, regular: bool, arch: i
     return SmallTile(half, 64, 32 if noise == "sparse" else 64, 4, 4)
 
 
+@dataclass(frozen=True)
+class SpecializedTile:
+    """Tile of the warp-specialised matmul: BM rows of each group by BN outputs, BK inputs at a time.
+
+    Args:
+        chunk: rows of W whose z are in registers at a time.
+        stages, x_stages, w_stages: buffers of perturbed tiles (of each sign), of x (of each group) and of W.
+        warps, registers: that make z; ``other_registers``: of the four warps that multiply by a sign's weights. With 24 of
+            another four warps, the 65536 of an SM.
+    """
+
+    bm: int
+    bn: int
+    chunk: int
+    stages: int
+    x_stages: int
+    w_stages: int
+    bk: int = 64
+    warps: int = 4
+    registers: int = 152
+    other_registers: int = 168
+
+
+def specialized_tile(rows: int, noise: str) -> SpecializedTile:
+    """Tile of a perturbed linear layer of ``rows`` rows a group on sm_90, in 16 bits; any number of rows works."""
+    # rademacher and hadamard: a thread makes 32 columns, and a tile of fewer rows would be made twice
+    wide = noise in ("rademacher", "hadamard")
+    if noise in ("gaussian", "sparse") and rows > 128:
+        # dear: twice the rows for each z, at the price of more of x from L2 for each product
+        return SpecializedTile(256, 64, 32, 3, 2, 4)
+    return SpecializedTile(128, 128, 64 if wide else 32, 2, 3, 4)
+
+
 def int8_tile(rows: int, n: int, k: int, aligned: bool, arch: int) -> LinearTile:
     """Tile of an integer product of ``rows`` rows a group, ``n`` outputs and ``k`` inputs.
 

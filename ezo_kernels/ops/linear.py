@@ -8,9 +8,9 @@
 | y | [groups * B, ..., N] |
 
 W is read once and z made once for both signs of a tile. ``fused`` forms W + sign eps z in fp32 and rounds it once to the dtype
-of x; ``two_products`` multiplies by W and by z apart; ``slab`` writes some rows of W + sign eps z to memory for torch's matmul
-(:mod:`ezo_kernels.ops._strategy`). Sums run in fp32. Tiles never straddle two groups, and tiles and strategies are chosen
-from the rows of one group, so that both signs run alike.
+of x; ``two_products`` multiplies by W and by z apart; ``slab`` writes some rows of W + sign eps z to memory for torch's matmul;
+``specialized`` is ``fused`` with warps for z beside warps for the product (:mod:`ezo_kernels.ops._strategy`). Sums run in fp32.
+Tiles never straddle two groups, and tiles and strategies are chosen from the rows of one group, so that both signs run alike.
 """
 
 from __future__ import annotations
@@ -110,10 +110,13 @@ def strategy_for(x, w, out, groups, arch, transposed, precision, strategy, z_dty
     rows = out.numel() // (out.shape[-1] * groups)
     torch_precision = input_precision(x.dtype, "")
     precision = input_precision(x.dtype, precision)
+    missing = ""
+    if strategy == "specialized" and arch:
+        from ._gluon import MISSING as missing
     return _strategy.choose(
         rows, tuple(w.shape), x.dtype, w.dtype, noise, arch=arch, signs=tuple(signs), z_dtype=z_dtype,
         precision=precision, torch_precision=torch_precision if arch else precision, transposed=transposed,
-        regular=_strategy.regular(x, w), asked=strategy,
+        regular=_strategy.regular(x, w), one_stride=_strategy.rows_at_one_stride(x), missing=missing, asked=strategy,
     )  # fmt: skip
 
 
@@ -147,6 +150,12 @@ def _linear_cuda(
         launch_linear_small(
             x, w, b, key, eps, site, bias_site, shared, precision, query, queries, signs, spec, out
         )  # fmt: skip
+    elif chosen.name == "specialized":
+        from ._linear_specialized_gluon import launch_linear_specialized
+
+        launch_linear_specialized(
+            x, w, b, key, eps, site, bias_site, shared, query, queries, signs, spec, out, rounded=z_dtype != "float32"
+        )
     elif chosen.name == "slab":
         _slab_cuda(x, w, b, key, eps, site, bias_site, shared, z_dtype, query, queries, signs, spec, out)
     else:
@@ -190,7 +199,7 @@ def perturbed_linear(
         shared: x is one batch for all groups and is not copied.
         transposed: the weight is stored [K, N]; its rows and columns in the noise contract are those of [K, N].
         precision: of fp32 products on CUDA, ``ieee`` or ``tf32``; by default torch's float32 matmul precision.
-        strategy: ``fused``, ``two_products``, ``slab``, or ``auto``, which the shipped table resolves
+        strategy: ``fused``, ``two_products``, ``slab``, ``specialized``, or ``auto``, which the shipped table resolves
             (:func:`ezo_kernels.ops._strategy.choose`); on a CPU ``auto`` is ``fused``.
         z_dtype: of z of the weight, ``float32`` or the 16-bit dtype of x (its name): z is rounded to it before it is used,
             by every strategy. The update must be told the same. z of the bias is float32.
