@@ -44,6 +44,47 @@ def test_instructions_for_one_weight_at_few_rows(noise, rows, most):
     assert row.instructions_per_z <= most
 
 
+@pytest.mark.parametrize(
+    ("noise", "rows", "most"),
+    [
+        ("clt4", 512, 19),
+        ("gaussian_fast", 512, 19),
+        ("gaussian", 512, 36),
+        ("gaussian", 128, 36),
+        ("hadamard", 512, 15),
+        ("rademacher", 512, 11),
+    ],
+)
+def test_specialised_warps_keep_both_units_busy(noise, rows, most):
+    """The loop that makes z, all of it; and those that multiply: 8 (16) products in a row, nothing spilled, no forced wait."""
+    variant = static.variants()[f"linear_specialized/bf16/{noise}/{rows}/pair"]
+    code, _ = static.cubin(variant, 90)
+    instructions, loops = static.parse(static.disassemble(code)[1])
+    made = static.main_loop(instructions, loops)
+    assert len(made) * 32 * variant.num_warps <= most * variant.z_per_loop
+    assert not any(opcode.startswith(("HGMMA", "LDL", "STL", "LDG")) for opcode, _ in made)
+    wide = 16 if variant.constexprs["BM"] == 256 else 8
+    bodies = [[opcode for opcode, _ in instructions[first : last + 1]] for first, last in loops]
+    bodies = [body for body in bodies if sum(o.startswith("HGMMA") for o in body) == wide and len(body) < 128]
+    assert len(bodies) == 2, "one for each sign"
+    for body in bodies:
+        products = [i for i, opcode in enumerate(body) if opcode.startswith("HGMMA")]
+        waits = [i for i, opcode in enumerate(body) if opcode.startswith("WARPGROUP.DEPBAR")]
+        assert len(waits) == 1 and waits[0] > products[-1], "for the tile before, behind the products of this one"
+        assert not any(o.startswith(("LDL", "STL", "BAR", "SYNCS")) for o in body[products[0] : products[-1]])
+
+
+def test_a_wait_between_products_is_found():
+    body = ["HGMMA.64x128x16.F32.BF16", "WARPGROUP.DEPBAR.LE", "HGMMA.64x128x16.F32.BF16", "WARPGROUP.DEPBAR.LE", "BRA"]
+    instructions = [(opcode, "") for opcode in body]
+    assert static.waits_between_products(instructions, [(0, 4)]) == 1
+    assert static.waits_between_products(instructions[2:], [(0, 2)]) == 0
+    variant = static.variants()["linear_specialized/bf16/clt4/512/pair"]
+    row = static.measure(static.variants()["embedding/bf16/gaussian/0/shared"], 90)
+    assert [f.split()[-1] for f in row.faults(variant)][-2:] == ["UTMALDG", "USETMAXREG"]
+    assert "2 waits" in replace(row, special={"UTMALDG": 3, "USETMAXREG": 9, "waits": 2}).faults(variant)[-1]
+
+
 @pytest.mark.parametrize("noise", ["clt4", "gaussian", "hadamard"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(

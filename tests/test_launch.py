@@ -131,6 +131,19 @@ def test_rows_that_begin_anywhere(launches, strategy, rows, n, k):
     assert {launch.name for launch in launches} == {kernel}
 
 
+@pytest.mark.parametrize(
+    ("noise", "rows", "n", "k"), [("clt4", 1, 1, 8), ("hadamard", 300, 130, 72), ("gaussian", 512, 130, 72)]
+)
+def test_specialized_warps(launches, rows, n, k, noise):
+    x, w = torch.ones(2 * rows, k, dtype=BF16), torch.ones(n, k, dtype=BF16)
+    site = dict(site=0xFFFFFFFF, bias_site=1, strategy="specialized")
+    ops.perturbed_linear(x, w, w[:, 0], pass_of(noise), **site)
+    ops.perturbed_linear(x, w, None, pass_of(noise, signs=(-1,)), z_dtype="bfloat16", **site)
+    ops.perturbed_linear(x[:rows].half(), w.half(), None, pass_of(noise), shared=True, **site)
+    assert [launch.name for launch in launches] == ["linear_specialized_kernel"] * 3
+    assert launches[0].grid == launches[2].grid and launches[0].grid[1:] == (1, 1)
+
+
 def test_slabs(launches):
     """auto takes them for many rows; the kernel starts at a slab's first row."""
     x, w = torch.ones(2 * 1300, 1024, dtype=BF16), torch.ones(1024, 1024, dtype=BF16)
