@@ -748,6 +748,28 @@ MUTANTS = (
         "                pass",
         "tests/test_head.py -k one_mask",
     ),
+    # specialised warps
+    Mutant(
+        "weights overwritten while the tensor core reads them",
+        _OPS + "_linear_specialized_gluon.py",
+        "hopper.warpgroup_mma_wait(1, deps=(acc,))",
+        "hopper.warpgroup_mma_wait(2, deps=(acc,))",
+        "tests/test_linear_specialized.py -k order_of_the_partitions",
+    ),
+    Mutant(
+        "every chunk of a tile perturbed as its first",
+        _OPS + "_linear_specialized_gluon.py",
+        "(rows + part * CHUNK).to(gl.uint32)",
+        "rows.to(gl.uint32)",
+        "tests/test_linear_specialized.py -k identity",
+    ),
+    Mutant(
+        "the half of a byte in every column of a segment",
+        _OPS + "_noise_gluon.py",
+        "w7, 10, 0, ASM)",
+        "w7, 10, 16, ASM)",
+        "tests/test_linear_specialized.py -k identity",
+    ),
     # CUDA C++
     Mutant(
         "the root's first guess shifts a zero's sign in as a bit",
