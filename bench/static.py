@@ -247,6 +247,7 @@ def measure(variant: Variant, arch: int) -> Row:
     opcodes = [opcode for opcode, _ in instructions]
     body = main_loop(instructions, loops) if variant.z_per_loop else []
     z, counted = (variant.z_per_loop, len(body)) if body else (variant.z_per_program, len(opcodes))
+    warps = (body and variant.loop_warps) or variant.num_warps
     matrix = collections.Counter(base for o in opcodes if MATRIX.match(base := o.split(".")[0]))
     special = collections.Counter(base for o in opcodes if (base := o.split(".")[0]) in SPECIAL)
     if special:
@@ -268,7 +269,7 @@ def measure(variant: Variant, arch: int) -> Row:
         ),
         instructions=len(opcodes),
         loop_instructions=len(body),
-        instructions_per_z=round(counted * 32 * variant.num_warps / z, 2) if z else None,
+        instructions_per_z=round(counted * 32 * warps / z, 2) if z else None,
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
         compile_seconds=round(seconds, 2),

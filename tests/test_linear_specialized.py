@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -257,6 +258,19 @@ def test_another_gluon_is_refused_by_its_names(monkeypatch):
     x, w, b = make(2, 8, 8)
     with pytest.raises(NotImplementedError, match="'specialized': no such names"):
         ops.perturbed_linear(x, w, b, pass_of(), strategy="specialized", **SITE)
+
+
+def test_without_gluon_the_source_imports_and_nothing_is_launched():
+    """As under a triton that has none, or none at all."""
+    code = """
+import sys
+sys.modules["triton.experimental"] = None
+from ezo_kernels.ops import _gluon, _linear_specialized_gluon as module
+assert "no Gluon" in _gluon.MISSING, _gluon.MISSING
+assert list(module.variants()) == []
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_stride():

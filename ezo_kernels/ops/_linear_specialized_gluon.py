@@ -10,7 +10,7 @@
 For sm_90. A program makes BM rows of both groups of a pair by BN outputs. Its warps are of five kinds, which pass tiles on
 through rings of buffers in shared memory, each with a barrier that says that it is full and one that says that it is empty:
 
-    load W   -> w_ring ->  perturb (4 warps)  -> plus, minus ->  multiply +eps (4 warps), multiply -eps (4 warps)
+    load W   -> w_ring ->  perturb (8 warps)  -> plus, minus ->  multiply +eps (4 warps), multiply -eps (4 warps)
     load x   -> x_ring, y_ring -----------------------------------------^
 
 TMA loads W and x and fills with zeros what lies outside of them; z beyond K is not zero, but x is. W + eps z and W - eps z are
@@ -62,37 +62,30 @@ def load_tiles(
 
 @jit
 def perturb_bias(
-    bias, b_ptr, k0, k1, eps, site, query, first_n, N, b_stride, threshold, scale,
-    SIGNS: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr, NOISE: gl.constexpr, ROUNDS: gl.constexpr, UNIT: gl.constexpr,
-    ASM: gl.constexpr,
+    bias, b_ptr, key_ptr, eps_ptr, site, query, first_n, N, b_stride, threshold, scale,
+    SIGN: gl.constexpr, BN: gl.constexpr, NOISE: gl.constexpr, ROUNDS: gl.constexpr, UNIT: gl.constexpr, ASM: gl.constexpr,
 ):  # fmt: skip
-    """b + eps z and b - eps z of a tile's outputs, fp32, to shared memory: the row 0 of the bias's own site."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+    """b + SIGN eps z of a tile's outputs, fp32 [BN], to shared memory: the row 0 of the bias's own site. By four warps."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    k0, k1 = load_key(key_ptr)
     row = gl.full((1, 1), 0, gl.uint32, LAYOUT)
     units = first_n + (gl.arange(0, BN // UNIT, gl.SliceLayout(0, LAYOUT)) * UNIT)[None, :]
     z = z_tile(k0, k1, site, query, row, units.to(gl.uint32), NOISE, ROUNDS, UNIT, ASM, threshold, scale)
     z = gl.reshape(z, (BN,))
     rn = first_n + gl.arange(0, BN, z.type.layout)
     b = gl.load(b_ptr + rn.to(gl.int64) * b_stride, mask=rn < N, other=0.0)
-    b_plus, b_minus = perturb_tile(b, z, eps, gl.float32)
-    if SIGNS == 2:
-        bias.index(0).store(b_plus)
-        bias.index(1).store(b_minus)
-    elif SIGNS == 1:
-        bias.index(0).store(b_plus)
-    else:
-        bias.index(0).store(b_minus)
+    plus, minus = perturb_tile(b, z, gl.load(eps_ptr), gl.float32)
+    bias.store(plus if SIGN == 1 else minus)
 
 
 @jit
 def perturb_tiles(
-    w_ring, plus, minus, bias, w_full, w_empty, p_full, p_empty, b_ptr, key_ptr, eps_ptr,
-    site, bias_site, query, first_n, N, K, b_stride, threshold, scale,
-    SIGNS: gl.constexpr, BIAS: gl.constexpr, ROUNDED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, CHUNK: gl.constexpr,
+    w_ring, plus, minus, w_full, w_empty, p_full, p_empty, key_ptr, eps_ptr, site, query, first_n, K, threshold, scale,
+    SIGNS: gl.constexpr, ROUNDED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, CHUNK: gl.constexpr,
     STAGES: gl.constexpr, W_STAGES: gl.constexpr, WARPS: gl.constexpr,
-    NOISE: gl.constexpr, ROUNDS: gl.constexpr, UNIT: gl.constexpr, BIAS_UNIT: gl.constexpr, ASM: gl.constexpr,
+    NOISE: gl.constexpr, ROUNDS: gl.constexpr, UNIT: gl.constexpr, ASM: gl.constexpr,
 ):  # fmt: skip
-    """The warps that make z: the bias of both signs first, then W + eps z and W - eps z of every tile, CHUNK rows at a time."""
+    """The warps that make z: W + eps z and W - eps z of every tile, CHUNK rows at a time."""
     dtype: gl.constexpr = w_ring.dtype
     # a thread makes 8 neighbouring columns at least: 16 bytes of shared memory
     PER: gl.constexpr = 8 // UNIT if UNIT < 8 else 1
@@ -100,12 +93,6 @@ def perturb_tiles(
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, PER], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     k0, k1 = load_key(key_ptr)
     eps = gl.load(eps_ptr)
-    if BIAS:
-        # read after the last tile, whose barrier comes later than this
-        perturb_bias(
-            bias, b_ptr, k0, k1, eps, bias_site, query, first_n, N, b_stride, threshold, scale,
-            SIGNS, BN, WARPS, NOISE, ROUNDS, BIAS_UNIT, ASM,
-        )  # fmt: skip
     units = (gl.arange(0, BK // UNIT, gl.SliceLayout(0, LAYOUT)) * UNIT)[None, :]
     rows = first_n + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))[:, None]
     w_stage, w_phase, stage, phase = 0, 0, 0, 0
@@ -134,10 +121,9 @@ def perturb_tiles(
 
 
 @jit
-def store_columns(room, y, out_ptr, first, rows, columns, N, BM: gl.constexpr, WIDTH: gl.constexpr):
-    """Store WIDTH columns of a tile from ``first`` on, by way of shared memory [BM, WIDTH], as far as rows and columns go."""
+def store_columns(room, out_ptr, first, rows, columns, N, BM: gl.constexpr, WIDTH: gl.constexpr):
+    """Store WIDTH columns of a tile from ``first`` on, from shared memory [BM, WIDTH], as far as rows and columns go."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (WIDTH // 8), WIDTH // 8], [4, 1], [1, 0])
-    room.store(y)
     rm, rn = gl.arange(0, BM, gl.SliceLayout(1, LAYOUT)), first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     inside = (rm < rows)[:, None] & (rn < columns)[None, :]
     gl.store(out_ptr + (rm[:, None] * N + rn[None, :]), room.load(LAYOUT), mask=inside)
@@ -145,16 +131,24 @@ def store_columns(room, y, out_ptr, first, rows, columns, N, BM: gl.constexpr, W
 
 @jit
 def multiply_tiles(
-    x_ring, p_ring, room, bias, x_full, x_empty, p_full, p_empty, out_ptr, row0, first_m, first_n, rows, N, K,
-    USED: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    x_ring, p_ring, room, bias, x_full, x_empty, p_full, p_empty, b_ptr, out_ptr, key_ptr, eps_ptr, bias_site, query,
+    row0, first_m, first_n, rows, N, K, b_stride, threshold, scale,
+    SIGN: gl.constexpr, BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, X_STAGES: gl.constexpr,
+    NOISE: gl.constexpr, ROUNDS: gl.constexpr, UNIT: gl.constexpr, ASM: gl.constexpr,
 ):  # fmt: skip
-    """A warp group that multiplies x by the perturbed tiles of one sign, adds that sign's bias and stores; not USED: none.
+    """Four warps that multiply x by the perturbed tiles of a sign, add that sign's bias and store; SIGN 0: none.
 
     ``room``: where outputs pass through, BN / BK buffers [BM, BK].
     """
-    if not USED:
+    if SIGN == 0:
         return
+    if BIAS:
+        # while there is no tile yet
+        perturb_bias(
+            bias, b_ptr, key_ptr, eps_ptr, bias_site, query, first_n, N, b_stride, threshold, scale,
+            SIGN, BN, NOISE, ROUNDS, UNIT, ASM,
+        )  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     acc = gl.zeros((BM, BN), gl.float32, LAYOUT)
     x_stage, x_phase, stage, phase = 0, 0, 0, 0
@@ -177,11 +171,13 @@ def multiply_tiles(
     # 64 bits for the first element alone: one address in registers, not one for each
     out_ptr += (row0 + first_m).to(gl.int64) * N + first_n
     if BN == BK:
-        store_columns(room.index(0), y, out_ptr, 0, rows - first_m, N - first_n, N, BM, BK)
+        room.index(0).store(y)
     else:
         left, right = gl.split(gl.permute(gl.reshape(y, (BM, 2, BK)), (0, 2, 1)))
-        store_columns(room.index(0), left, out_ptr, 0, rows - first_m, N - first_n, N, BM, BK)
-        store_columns(room.index(1), right, out_ptr, BK, rows - first_m, N - first_n, N, BM, BK)
+        room.index(0).store(left)
+        room.index(1).store(right)
+    for part in gl.static_range(BN // BK):
+        store_columns(room.index(part), out_ptr, part * BK, rows - first_m, N - first_n, N, BM, BK)
 
 
 @jit(do_not_specialize=["site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "threshold"])
@@ -245,17 +241,19 @@ def linear_specialized_kernel(
     gl.warp_specialize(
         [
             (multiply_tiles, (
-                x_ring, plus, room, bias.index(0), x_full, x_empty, p_full, p_empty, out_ptr, row0, first_m, first_n,
-                rows, N, K, True, BIAS, BM, BN, BK, STAGES, X_STAGES,
+                x_ring, plus, room, bias.index(0), x_full, x_empty, p_full, p_empty, b_ptr, out_ptr, key_ptr, eps_ptr,
+                bias_site, query + q, row0, first_m, first_n, rows, N, K, b_stride, threshold, scale,
+                1 if SIGNS == 2 else SIGNS, BIAS, BM, BN, BK, STAGES, X_STAGES, NOISE, ROUNDS, BIAS_UNIT, ASM,
             )),
             (multiply_tiles, (
-                y_ring, minus, other_room, bias.index(COPIES - 1), x_full, x_empty, p_full, p_empty, out_ptr, row0 + rows,
-                first_m, first_n, rows, N, K, COPIES == 2, BIAS, BM, BN, BK, STAGES, X_STAGES,
+                y_ring, minus, other_room, bias.index(COPIES - 1), x_full, x_empty, p_full, p_empty, b_ptr, out_ptr, key_ptr,
+                eps_ptr, bias_site, query + q, row0 + rows, first_m, first_n, rows, N, K, b_stride, threshold, scale,
+                -1 if SIGNS == 2 else 0, BIAS, BM, BN, BK, STAGES, X_STAGES, NOISE, ROUNDS, BIAS_UNIT, ASM,
             )),
             (perturb_tiles, (
-                w_ring, plus, minus, bias, w_full, w_empty, p_full, p_empty, b_ptr, key_ptr, eps_ptr,
-                site, bias_site, query + q, first_n, N, K, b_stride, threshold, scale,
-                SIGNS, BIAS, ROUNDED, BN, BK, CHUNK, STAGES, W_STAGES, WARPS, NOISE, ROUNDS, UNIT, BIAS_UNIT, ASM,
+                w_ring, plus, minus, w_full, w_empty, p_full, p_empty, key_ptr, eps_ptr, site, query + q, first_n, K,
+                threshold, scale,
+                SIGNS, ROUNDED, BN, BK, CHUNK, STAGES, W_STAGES, WARPS, NOISE, ROUNDS, UNIT, ASM,
             )),
             (load_tiles, (w_desc, w_ring, w_ring, w_full, w_empty, first_n, first_n, K, BK, W_STAGES, 1)),
             (load_tiles, (x_desc, x_ring, y_ring, x_full, x_empty, x_row, x_row + rows, K, BK, X_STAGES, X_COPIES)),
@@ -272,7 +270,8 @@ def constexprs(tile, noise, signs: int, shared: bool, bias: bool, rounded: bool)
         **{"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "CHUNK": tile.chunk},
         **{"STAGES": tile.stages, "X_STAGES": tile.x_stages, "W_STAGES": tile.w_stages},
         **{"WARPS": tile.warps, "REGISTERS": tile.registers, "OTHER_REGISTERS": tile.other_registers},
-        **noise_constexprs(noise, tile.bk),
+        # rademacher: a thread makes 16 columns, as 32 would not fit its registers
+        **noise_constexprs(noise, 16 if noise.name == "rademacher" else tile.bk),
         "BIAS_UNIT": UNITS[noise.name],
     }
 
@@ -360,11 +359,12 @@ def _variant(dtype: str, name: str, rows: int, how: str) -> Variant:
             **constexprs(tile, noise, 1 if how == "plus" else 2, how == "shared", True, how == "rounded"),
             "ASM": True,
         },
-        num_warps=tile.warps,
+        num_warps=4,
         num_stages=1,
         archs=(90,),
         expects=("mma", "multiply", "specialized"),
         z_per_loop=tile.bn * tile.bk,
+        loop_warps=tile.warps,
         divisible=() if how == "ragged" else ("N", "K"),
     )
 

@@ -201,8 +201,8 @@ class SpecializedTile:
     Args:
         chunk: rows of W whose z are in registers at a time.
         stages, x_stages, w_stages: buffers of perturbed tiles (of each sign), of x (of each group) and of W.
-        warps, registers: that make z; ``other_registers``: of the four warps that multiply by a sign's weights. With 24 of
-            another four warps, the 65536 of an SM.
+        warps, registers: that make z; ``other_registers``: of the four warps that multiply by the weights of -eps. Those of
+            +eps get what is left of 96 for each of the 20 warps with which a program starts: 168, as the 4 that load take 24.
     """
 
     bm: int
@@ -212,19 +212,18 @@ class SpecializedTile:
     x_stages: int
     w_stages: int
     bk: int = 64
-    warps: int = 4
-    registers: int = 152
-    other_registers: int = 168
+    warps: int = 8
+    registers: int = 64
+    other_registers: int = 160
 
 
 def specialized_tile(rows: int, noise: str) -> SpecializedTile:
     """Tile of a perturbed linear layer of ``rows`` rows a group on sm_90, in 16 bits; any number of rows works."""
-    # rademacher and hadamard: a thread makes 32 columns, and a tile of fewer rows would be made twice
-    wide = noise in ("rademacher", "hadamard")
-    if noise in ("gaussian", "sparse") and rows > 128:
+    if noise == "sparse" or (noise == "gaussian" and rows > 128):
         # dear: twice the rows for each z, at the price of more of x from L2 for each product
         return SpecializedTile(256, 64, 32, 3, 2, 4)
-    return SpecializedTile(128, 128, 64 if wide else 32, 2, 3, 4)
+    # a thread makes 16 or 32 columns of these: with fewer rows at a time, warps would make the same ones
+    return SpecializedTile(128, 128, {"rademacher": 64, "hadamard": 128}.get(noise, 32), 2, 3, 4)
 
 
 def int8_tile(rows: int, n: int, k: int, aligned: bool, arch: int) -> LinearTile:

@@ -29,6 +29,7 @@ class Variant:
             (Philox's wide multiplies: proof that the noise was not folded away). And what it may have, which is a fault
             elsewhere: ``call`` (an exact division has a routine for operands that are nearly denormal).
         z_per_loop: values of z that one iteration of the innermost loop makes, over the whole program; 0 if unknown.
+        loop_warps: that run this loop; 0: all.
         z_per_program: the same of a program without a loop.
         divisible: integer arguments known to be multiples of 16; pointers always are.
         representative: compiled by the tests too, for sm_90 and once elsewhere; the others are the report's alone.
@@ -43,6 +44,7 @@ class Variant:
     archs: tuple[int, ...] = ARCHS
     expects: tuple[str, ...] = ("multiply",)
     z_per_loop: int = 0
+    loop_warps: int = 0
     z_per_program: int = 0
     divisible: tuple[str, ...] = ()
     representative: bool = True
