@@ -50,7 +50,7 @@ def test_instructions_for_one_weight_at_few_rows(noise, rows, most):
 @pytest.mark.parametrize(
     ("noise", "rows", "most"),
     [
-        ("clt4", 512, 20),
+        ("clt4", 512, 19),
         ("gaussian_fast", 512, 20),
         ("gaussian", 512, 38),
         ("gaussian", 128, 36),

@@ -169,12 +169,13 @@ def _gaussian_fast_pair(w0, w1, ASM: tl.constexpr):
 @jit
 def _clt4(word, ASM: tl.constexpr):
     if ASM:
+        # a sum that begins at -510 is one instruction less than a sum and a subtraction
         total = tl.inline_asm_elementwise(
-            "dp4a.u32.u32 $0, $1, 0x01010101, 0;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+            "dp4a.u32.u32 $0, $1, 0x01010101, -510;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
-        total = ((word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)).to(tl.int32)
-    s = (total - 510).to(tl.float32)
+        total = ((word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)).to(tl.int32) - 510
+    s = total.to(tl.float32)
     return s * ((s * s) * _CLT_B + _CLT_A)
 
 
