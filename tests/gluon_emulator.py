@@ -7,6 +7,7 @@ leaves open is decided by a seeded generator, mostly for the worse:
 - one partition runs at a time, and any may be next whenever one waits, arrives or copies;
 - a copy leaves NaN where it goes, and its data comes at any time before somebody cannot go on without it;
 - a product reads shared memory when it is waited for, not before;
+- warps of a partition are one thread here: what they need among themselves is for the machine code to show;
 - what threads store is an error for the tensor core to read until their partition has made a fence.
 
 All partitions waiting is a deadlock, and an error; so is an arrival too many.
@@ -302,7 +303,7 @@ def _language(program, index):
         load=lambda pointer, mask=None, other=0.0: pointer.load(mask, other),
         store=lambda pointer, value, mask: pointer.store(value, mask),
         program_id=lambda axis: to_tensor(np.int32(index)),
-        allocate_shared_memory=_shared, warp_specialize=program.specialize,
+        allocate_shared_memory=_shared, warp_specialize=program.specialize, barrier=lambda: _current().pause(),
         BlockedLayout=nothing, SliceLayout=nothing, NVMMADistributedLayout=nothing, SwizzledSharedLayout=nothing, **DTYPES,
     )  # fmt: skip
     language = types.SimpleNamespace(**own)

@@ -78,6 +78,29 @@ def test_specialised_warps_keep_both_units_busy(noise, rows, most):
 
 
 @gluon
+@pytest.mark.parametrize(("noise", "shared"), [("clt4", False), ("clt4", True), ("gaussian", False)])
+def test_warps_wait_for_each_other_before_they_let_go(noise, shared):
+    """Without a bias: all warps have waited when one says that a buffer is free, or writes outputs where they read weights."""
+    variant = static.variants()[f"linear_specialized/bf16/{noise}/512/pair"]
+    variant = replace(variant, constexprs=variant.constexprs | {"BIAS": False, "SHARED": shared})
+    instructions, _ = static.parse(static.disassemble(static.cubin(variant, 90)[0])[1])
+    opcodes = [opcode for opcode, _ in instructions]
+    arrivals = [i for i, opcode in enumerate(opcodes) if opcode.startswith("SYNCS.ARRIVE.TRANS64.A1T0")]
+    assert len(arrivals) == 6, "two of each sign, two of those that make z"
+    for i in arrivals:
+        back = next(
+            opcodes[j] for j in range(i - 1, 0, -1) if opcodes[j].split(".")[0] in ("BAR", "HGMMA", "STS", "LDS")
+        )
+        assert back.startswith("BAR"), i
+    stores = [i for i, opcode in enumerate(opcodes) if opcode.startswith("STSM")]
+    ends = [i for i, (opcode, of) in enumerate(instructions) if opcode.startswith("WARPGROUP.DEPBAR") and "0x0" in of]
+    assert len(ends) == 2
+    for end in ends:
+        first = next(i for i in stores if i > end)
+        assert any(opcode.startswith("BAR.SYNC") for opcode in opcodes[end:first])
+
+
+@gluon
 def test_a_wait_between_products_is_found():
     body = ["HGMMA.64x128x16.F32.BF16", "WARPGROUP.DEPBAR.LE", "HGMMA.64x128x16.F32.BF16", "WARPGROUP.DEPBAR.LE", "BRA"]
     instructions = [(opcode, "") for opcode in body]

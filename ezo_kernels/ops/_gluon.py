@@ -12,7 +12,7 @@ from ._triton import triton
 #: What kernels take from each module.
 _NAMES = {
     "gl": (
-        "allocate_shared_memory", "arange", "full", "load", "permute", "program_id", "reshape", "split", "store",
+        "allocate_shared_memory", "arange", "barrier", "full", "load", "permute", "program_id", "reshape", "split", "store",
         "warp_specialize", "zeros", "BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SliceLayout",
         "SwizzledSharedLayout",
     ),

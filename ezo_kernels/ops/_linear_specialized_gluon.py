@@ -165,6 +165,8 @@ def multiply_tiles(
         x_stage, x_phase = advance(x_stage, x_phase, X_STAGES)
         stage, phase = advance(stage, phase, STAGES)
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+    # each warp has waited for its own part of the product: before one overwrites what all of them read, the others
+    gl.barrier()
     if BIAS:
         acc += bias.load(gl.SliceLayout(0, LAYOUT))[None, :]
     y = acc.to(out_ptr.dtype.element_ty)
