@@ -1,12 +1,12 @@
 """As much of Gluon as the kernels use, in numpy: partitions as threads, barriers, TMA, wgmma, shared memory full of NaN.
 
 :func:`launcher` takes the place of a kernel. It runs the kernel's own Python functions, and every ``jit`` function that they
-call, with ``gl``, ``tl``, ``hopper``, ``mbarrier`` and ``tma`` replaced by what is here. Layouts mean nothing. What hardware
-leaves open is decided by a seeded generator, mostly for the worse:
+call, with ``gl``, ``tl``, ``hopper``, ``mbarrier``, ``barrier`` and ``copy_tile`` replaced by what is here. Layouts mean
+nothing. What hardware leaves open is decided by a seeded generator, mostly for the worse:
 
 - one partition runs at a time, and any may be next whenever one waits, arrives or copies;
 - a copy leaves NaN where it goes, and its data comes at any time before somebody cannot go on without it;
-- a product reads shared memory when it is waited for, not before;
+- a product may read shared memory at any time until it is waited for: what has changed meanwhile is an error;
 - warps of a partition are one thread here: what they need among themselves is for the machine code to show;
 - what threads store is an error for the tensor core to read until their partition has made a fence.
 
@@ -261,7 +261,7 @@ def _mma(a, b, acc, is_async):
         if any(first <= key < first + operand.array.nbytes for key in operand.unfenced):
             raise Fault("the tensor core reads what no fence has passed")
     value, running = (acc.value, acc.running) if isinstance(acc, Product) else (acc, [])
-    return Product(value, [*running, (a.array, b.array)])
+    return Product(value, [*running, (a.array, b.array, a.array.copy(), b.array.copy())])
 
 
 def _mma_wait(outstanding, deps):
@@ -269,7 +269,9 @@ def _mma_wait(outstanding, deps):
     _current().pause()
     value, running = product.value, list(product.running)
     while len(running) > outstanding:
-        a, b = running.pop(0)
+        a, b, *before = running.pop(0)
+        if not all(np.array_equal(now, then, equal_nan=True) for now, then in zip((a, b), before, strict=True)):
+            raise Fault("what the tensor core reads changed while it ran")
         value = (value + (a @ b).view(np.ndarray)).astype(np.float32)
     return Product(value.view(Tensor), running) if running else value.view(Tensor)
 
@@ -303,14 +305,14 @@ def _language(program, index):
         load=lambda pointer, mask=None, other=0.0: pointer.load(mask, other),
         store=lambda pointer, value, mask: pointer.store(value, mask),
         program_id=lambda axis: to_tensor(np.int32(index)),
-        allocate_shared_memory=_shared, warp_specialize=program.specialize, barrier=lambda: _current().pause(),
+        allocate_shared_memory=_shared, warp_specialize=program.specialize,
         BlockedLayout=nothing, SliceLayout=nothing, NVMMADistributedLayout=nothing, SwizzledSharedLayout=nothing, **DTYPES,
     )  # fmt: skip
     language = types.SimpleNamespace(**own)
     hopper = types.SimpleNamespace(fence_async_shared=_fence, warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait)
     mbarrier = types.SimpleNamespace(init=_init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=nothing)
-    tma = types.SimpleNamespace(async_copy_global_to_shared=_copy)
-    return dict(gl=language, tl=language, hopper=hopper, mbarrier=mbarrier, tma=tma)
+    waiting = dict(barrier=lambda: _current().pause(), copy_tile=_copy)
+    return dict(gl=language, tl=language, hopper=hopper, mbarrier=mbarrier, **waiting)
 
 
 def _rebuilt(function, modules, done):

@@ -6,6 +6,7 @@ import importlib.util
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -167,6 +168,7 @@ BROKEN = {
     "weights that are multiplied before they are there": (
         "mbarrier.wait(p_full.index(stage), phase)", "mbarrier.wait(p_full.index(stage), phase ^ 1)", "",
     ),
+    "x that is read before it is there": ("mbarrier.wait(x_full.index(x_stage), x_phase)", "pass", ""),
     "W that is read before it is there": ("mbarrier.wait(w_full.index(w_stage), w_phase)", "pass", ""),
     "weights that are overwritten while they are multiplied": (
         "hopper.warpgroup_mma_wait(1, deps", "hopper.warpgroup_mma_wait(2, deps", "",
@@ -269,8 +271,13 @@ def test_every_reason_is_given():
 
 
 def test_another_gluon_is_refused_by_its_names(monkeypatch):
-    names = {module: object() for module in ("gl", "mbarrier", "tma", "hopper")}
-    assert "tma.async_copy_global_to_shared" in _gluon._absent(names)
+    names = {module: object() for module in ("gl", "mbarrier", "taken", "hopper")}
+    assert "mbarrier.expect" in _gluon._absent(names) and "taken.copy_tile" in _gluon._absent(names)
+    old, new = (
+        types.SimpleNamespace(thread_barrier=1, async_copy_global_to_shared=2),
+        types.SimpleNamespace(async_load=3),
+    )
+    assert _gluon._taken(old, old) == {"barrier": 1, "copy_tile": 2} and _gluon._taken(new, new) == {"copy_tile": 3}
     monkeypatch.setattr(_gluon, "MISSING", "no such names")
     monkeypatch.setitem(_library.implementations, ("linear", "CPU"), _library.implementations["linear", "CUDA"])
     x, w, b = make(2, 8, 8)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from ._gluon import MISSING, TensorDescriptor, gl, hopper, jit, mbarrier, tma
+from ._gluon import MISSING, TensorDescriptor, barrier, copy_tile, gl, hopper, jit, mbarrier
 from ._linear_triton import perturb_tile
 from ._noise_gluon import z_tile
 from ._noise_triton import UNIT as UNITS
@@ -54,9 +54,9 @@ def load_tiles(
         mbarrier.wait(empty.index(stage), phase ^ 1)
         # a tile counts whole, whatever of it lies outside of the tensor
         mbarrier.expect(full.index(stage), COPIES * desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc, [row, k], full.index(stage), ring.index(stage))
+        copy_tile(desc, [row, k], full.index(stage), ring.index(stage))
         if COPIES == 2:
-            tma.async_copy_global_to_shared(desc, [other_row, k], full.index(stage), other_ring.index(stage))
+            copy_tile(desc, [other_row, k], full.index(stage), other_ring.index(stage))
         stage, phase = advance(stage, phase, STAGES)
 
 
@@ -166,7 +166,7 @@ def multiply_tiles(
         stage, phase = advance(stage, phase, STAGES)
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
     # each warp has waited for its own part of the product: before one overwrites what all of them read, the others
-    gl.barrier()
+    barrier()
     if BIAS:
         acc += bias.load(gl.SliceLayout(0, LAYOUT))[None, :]
     y = acc.to(out_ptr.dtype.element_ty)
