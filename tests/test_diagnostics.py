@@ -342,10 +342,10 @@ def test_an_evaluation_between_two_steps_is_not_noted(make):
 
 
 def test_ezo_train_prints_and_records_what_is_found(tmp_path, monkeypatch, capsys):
-    folder = write_idx(tmp_path, make_arrays(train=128))
+    folder = write_idx(tmp_path, make_arrays(train=256))
     monkeypatch.setattr(train_module, "Diagnostics", functools.partial(Diagnostics, every=3, memory_bytes=10_000))
     log = tmp_path / "run.json"
-    argv = ["train", "--data-dir", folder, "--batch", 16, "--epochs", 1, "--quiet", "--json", log]
+    argv = ["train", "--data-dir", folder, "--batch", 64, "--epochs", 1, "--quiet", "--json", log]
     assert main([str(a) for a in argv]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ezo: WARNING: activations take")]
     (finding,) = json.loads(log.read_text())["findings"]

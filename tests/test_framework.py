@@ -41,7 +41,7 @@ def tensors(op, dtype, rows, alter):
     if op == "conv2d":
         w = alter(randn(6, 2, 3, 3, seed=1, dtype=dtype))
         out = torch.empty(4 * rows, 6, 3, 4, dtype=dtype)
-        where = (key, eps, 1, 2, False, [2, 1], [1, 0], [1, 1], 2, "", "auto")
+        where = (key, eps, 1, 2, False, [2, 1], [1, 0], [1, 1], 2, "", "auto", True, 1)
         return (alter(randn(4 * rows, 4, 6, 6, dtype=dtype)), w, b[:6], *where, *TAIL, out)
     if op == "embedding":
         ids = alter(torch.arange(4 * rows * 2).view(4 * rows, 2) % 7)

@@ -49,6 +49,14 @@ MUTANTS = (
         "losses",
         "tests/test_int8_one_sign.py",
     ),
+    # what follows a convolution
+    Mutant(
+        "the largest of a window's upper half",
+        _OPS + "_conv_cpu.py",
+        "                p = p if (p > r or p != p) else r\n",
+        "",
+        "tests/test_conv_epilogue.py",
+    ),
     # what a step makes of its losses
     Mutant(
         "a step whose head has an infinite gradient is taken",

@@ -1,6 +1,6 @@
 """Drop-in layers and the conversion of a model."""
 
-from .conv import ZOConv1d, ZOConv2d
+from .conv import ZOConv1d, ZOConv2d, conv_pool_relu
 from .convert import convert_, head_parameters, trunk_parameters, unconvert_
 from .dropout import ZODropout
 from .embedding import ZOEmbedding
@@ -17,6 +17,7 @@ __all__ = [
     "ZOEmbedding",
     "ZOLinear",
     "ZOTransposedLinear",
+    "conv_pool_relu",
     "convert_",
     "head_parameters",
     "summary",

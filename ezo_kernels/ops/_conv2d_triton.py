@@ -27,6 +27,21 @@ from ._variants import ARCHS, Variant
 from .linear import input_precision
 
 
+@jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _finish(acc, dtype: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """[BN, BM] as it is stored; of windows, whose four positions are neighbours, the largest: [BN, BM // 4]."""
+    if POOL == 2:
+        acc = tl.reduce(tl.reshape(acc, (BN, BM // 4, 4)), 2, _larger)
+    if RELU:
+        acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
+    return acc.to(dtype)
+
+
 @jit(do_not_specialize=["site", "bias_site", "query", "threshold"])
 def conv2d_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, key_ptr, eps_ptr, site, bias_site, query, threshold, scale,
@@ -34,10 +49,14 @@ def conv2d_kernel(
     height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     x_group, x_b, x_c, x_h, x_w, w_o, w_c, w_r, w_s, b_o, y_group, y_b, y_o, y_h, y_w,
     KH: tl.constexpr, KW: tl.constexpr, PAIR: tl.constexpr, SIGN: tl.constexpr, SHARED: tl.constexpr,
+    RELU: tl.constexpr, POOL: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, TAP: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one conv group for one query, at both signs (PAIR) or at SIGN."""
+    """One tile of one conv group for one query, at both signs (PAIR) or at SIGN.
+
+    With POOL 2 ``out_height`` and ``out_width`` are those of the windows, and positions go window by window, four each.
+    """
     pid = tl.program_id(0)
     pid_q = tl.program_id(1)
     conv_group = pid // (tiles_m * tiles_n)
@@ -48,9 +67,13 @@ def conv2d_kernel(
     SPAN: tl.constexpr = BK // TAP
 
     # positions of the tile; addresses are 64-bit where there is one a position or a column, 2-D only in their sum
-    b = m // (out_height * out_width)
-    p = m // out_width % out_height
-    q = m % out_width
+    WINDOW: tl.constexpr = POOL * POOL
+    b = m // WINDOW // (out_height * out_width)
+    p = m // WINDOW // out_width % out_height
+    q = m // WINDOW % out_width
+    if POOL == 2:
+        p = p * 2 + m % 4 // 2
+        q = q * 2 + m % 2
     # beyond the last position no tap is inside x
     top = tl.where(m < positions, p * stride_h - pad_h, -(1 << 30))
     left = q * stride_w - pad_w
@@ -126,12 +149,18 @@ def conv2d_kernel(
         plus += (bias + shift)[:, None]
         minus += (bias - shift)[:, None]
 
+    if POOL == 2:
+        m = pid % tiles_m * (BM // 4) + tl.arange(0, BM // 4)
+        b = m // (out_height * out_width)
+        p = m // out_width % out_height
+        q = m % out_width
     y_row = group * y_group + b.to(tl.int64) * y_b + p.to(tl.int64) * y_h + q.to(tl.int64) * y_w
     at = y_ptr + (y_row[None, :] + (o.to(tl.int64) * y_o)[:, None])
-    inside = inside_n[:, None] & (m < positions)[None, :]
-    tl.store(at, plus.to(y_ptr.dtype.element_ty), mask=inside)
+    inside = inside_n[:, None] & (m < positions // WINDOW)[None, :]
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    tl.store(at, _finish(plus, dtype, RELU, POOL, BM, BN), mask=inside)
     if PAIR:
-        tl.store(at + y_group, minus.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(at + y_group, _finish(minus, dtype, RELU, POOL, BM, BN), mask=inside)
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles
@@ -188,7 +217,7 @@ def conv_tiles(
 
 
 def launch_conv2d(
-    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, relu, pool,
     query, queries, signs, noise, out,
 ) -> None:  # fmt: skip
     """Launch one grid over (tiles of a group of the pass, queries); no synchronisation, no allocation.
@@ -202,7 +231,7 @@ def launch_conv2d(
     outputs //= conv_groups
     batch = x.shape[0] if shared or groups == 1 else x.shape[0] // groups
     out_height, out_width = out.shape[2:]
-    positions = batch * out_height * out_width
+    positions = batch * out_height * out_width * pool * pool
     if positions >= 1 << 31:
         raise NotImplementedError(f"perturbed_conv2d: {positions} output positions in a group, at most 2^31 - 1")
     precision = input_precision(x.dtype, precision) if x.dtype == torch.float32 else "16"
@@ -218,6 +247,7 @@ def launch_conv2d(
             x.shape[2], x.shape[3], out_height, out_width, *stride, *padding, *dilation,
             stack, *x.stride(), *w.stride(), 1 if b is None else b.stride(0), batch * out.stride(0), *out.stride(),
             KH=kh, KW=kw, PAIR=pair, SIGN=1 if pair else signs[0], SHARED=shared or groups == 1,
+            RELU=relu, POOL=pool,
             NOISE=NOISE_ID[noise.name], ROUNDS=noise.rounds, UNIT=tiles.unit, ASM=ASM, TAP=tiles.tap,
             PRECISION="tf32" if precision == "tf32" else "ieee", BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False,
@@ -251,6 +281,8 @@ def variants():
                 if noise != "sparse_int8":
                     given = (shape, *shapes[shape], xt, wt, dtype, precision, noise, 1, True, few)
                     yield _variant(*given)
+                    if shape != "resnet3x3":
+                        yield _variant(*given, pool=2)
                     yield _variant(*given, archs=tuple(arch for arch in ARCHS if arch not in (90, 100)))
     for sign in (1, 0):
         yield _variant("resnet3x3", *shapes["resnet3x3"], "bf16", "bf16", "bf16", "16", "gaussian", sign, False, True)
@@ -273,13 +305,16 @@ _ONES = ("x_w", "w_s", "b_o", "y_w", "stride_h", "stride_w", "dilation_h", "dila
 
 
 def _variant(
-    shape, positions, outputs, channels, kernel, xt, wt, dtype, precision, noise, sign, pair, tested, archs=(90, 100)
+    shape, positions, outputs, channels, kernel, xt, wt, dtype, precision, noise, sign, pair, tested, archs=(90, 100),
+    pool=1,
 ):  # fmt: skip
     tiles = conv_tiles(positions, outputs, channels, 1, noise, precision, archs[0])
     pointers = {"x_ptr": xt, "w_ptr": wt, "b_ptr": wt, "y_ptr": xt, "key_ptr": "i32", "eps_ptr": "fp32"}
     return Variant(
         kernel=conv2d_kernel,
-        name=f"conv2d/{dtype}/{noise}/{shape}/{'pair' if pair else sign}" + "/sm_80" * (80 in archs),
+        name=f"conv2d/{dtype}/{noise}/{shape}/{'pair' if pair else sign}"
+        + "/pooled" * (pool == 2)
+        + "/sm_80" * (80 in archs),
         signature={
             **{name: "*" + kind for name, kind in pointers.items()},
             **dict.fromkeys(_INTEGERS, "i32"),
@@ -288,6 +323,7 @@ def _variant(
         constexprs={
             **dict.fromkeys(_ONES, 1),
             **{"KH": kernel, "KW": kernel, "PAIR": pair, "SIGN": sign, "SHARED": not pair},
+            **{"RELU": pool == 2, "POOL": pool},
             **{"NOISE": NOISE_ID[noise], "ROUNDS": 7, "UNIT": tiles.unit, "ASM": True, "TAP": tiles.tap},
             **{"PRECISION": "tf32" if precision == "tf32" else "ieee", "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk},
         },

@@ -17,6 +17,14 @@ def noises():
 
 
 @functools.cache
+def convolutions():
+    """:mod:`._conv_cpu`"""
+    from . import _conv_cpu
+
+    return _conv_cpu
+
+
+@functools.cache
 def integers():
     """:mod:`._int8_cpu`"""
     from . import _int8_cpu

@@ -5,7 +5,10 @@
 | x | [groups * B, C, H, W] stacked group-major, or [B, C, H, W] shared by all groups |
 | W | [O, C / g, R, S]; row o, column (r S + s) pad(C / g) + c in the noise contract |
 | b | [O] |
-| y | [groups * B, O, H', W'] |
+| y | [groups * B, O, H', W'], or with ``pool`` 2 [groups * B, O, H' // 2, W' // 2] |
+
+With ``pool`` 2 what is written is the maximum of each 2 x 2 window, with ``relu`` what of it is above 0. Rounding commutes with
+both, so the bits are those of the operators one after the other; but the convolution's own output is never in memory.
 
 As a GEMM: M = B H' W' of one group, N = O / g, K = R S pad(C / g). A 1-D convolution is one with H = R = 1. ``fused`` is that
 GEMM with z made in it; ``slab`` writes some outputs of W + sign eps z to memory for torch's convolution
@@ -19,7 +22,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from . import _conv2d_slab, _strategy
+from . import _conv2d_slab, _cpu, _strategy
 from ._library import register
 from ._perturbation import SCHEMA, Perturbation, check_pass, compute_dtype, group_slices
 from .linear import input_precision
@@ -27,8 +30,15 @@ from .noise import Noise, check_index
 from .perturb import perturbed_cpu
 
 
+def max_pool_2x2(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """F.max_pool2d(x, 2) without its indices, which nobody reads and which take a CPU five times as long as two maxima."""
+    height, width = (n // 2 * 2 for n in x.shape[-2:])
+    rows = torch.maximum(x[..., :height:2, :width], x[..., 1:height:2, :width])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2], out=out)
+
+
 def _conv2d_cpu(
-    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, strategy,
+    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, strategy, relu, pool,
     query, queries, signs, noise, rounds, p_zero, out,
 ) -> None:  # fmt: skip
     spec = Noise(noise, rounds, p_zero)
@@ -36,7 +46,7 @@ def _conv2d_cpu(
     how = (stride, padding, dilation, conv_groups)
     tail = (query, queries, signs, spec, x.dtype)
     biases = [None] * groups if b is None else perturbed_cpu(b, key, eps, bias_site, "matrix", *tail)
-    if strategy_for(x, w, out, groups, 0, conv_groups, precision, strategy, signs, noise).name == "slab":
+    if strategy_for(x, w, out, groups, 0, conv_groups, precision, strategy, signs, noise, pool).name == "slab":
 
         def fill(room, rows, first, q):
             own = (query + q, 1, signs, spec, x.dtype)
@@ -44,16 +54,45 @@ def _conv2d_cpu(
                 to.copy_(part)
 
         biases = None if b is None else torch.stack(list(biases))
-        _conv2d_slab.multiply(x, w, biases, out, how, shared, queries, len(signs), False, fill)
+        _slab(x, w, biases, out, how, shared, queries, len(signs), False, fill, relu, pool)
         return
     weights = perturbed_cpu(w, key, eps, site, "conv", *tail)
     for x_g, y_g, w_g, b_g in zip(group_slices(x, groups, shared), out.chunk(groups), weights, biases, strict=True):
-        y_g.copy_(F.conv2d(x_g, w_g, b_g, *how))
+        y = F.conv2d(x_g, w_g, b_g, *how)
+        if pool == 2 and y.dtype == torch.float32 and y.is_contiguous() and y_g.is_contiguous():
+            _cpu.convolutions().pool_2x2(y.flatten(0, 1).numpy(), relu, y_g.flatten(0, 1).numpy())
+            continue
+        if pool == 2:
+            max_pool_2x2(y, y_g)
+        else:
+            y_g.copy_(y)
+        if relu:
+            y_g.relu_()
 
 
-def strategy_for(x, w, out, groups, arch, conv_groups, precision, strategy, signs, noise) -> _strategy.Strategy:
+def _slab(x, w, biases, out, how, shared, queries, signs, tf32, fill, relu, pool) -> None:
+    """:func:`._conv2d_slab.multiply`, and after it the pooling and the relu, which torch's convolution does not take in."""
+    stride, padding, dilation, _ = how
+    full = out
+    if pool == 2:
+        memory_format = torch.channels_last if not out.is_contiguous() else torch.contiguous_format
+        size = [_reach(*one) for one in zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)]
+        full = torch.empty((*out.shape[:2], *size), dtype=out.dtype, device=out.device, memory_format=memory_format)
+    _conv2d_slab.multiply(x, w, biases, full, how, shared, queries, signs, tf32, fill)
+    if pool == 2:
+        out.copy_(F.max_pool2d(full, 2))
+    if relu:
+        out.relu_()
+
+
+def _reach(n: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
+    """Positions of a kernel along n."""
+    return (n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def strategy_for(x, w, out, groups, arch, conv_groups, precision, strategy, signs, noise, pool=1) -> _strategy.Strategy:
     """What a call with these tensors and arguments of the operator takes; ``arch`` 0: the CPU. They may be fake."""
-    positions = out.shape[0] // groups * out.shape[2] * out.shape[3]
+    positions = out.shape[0] // groups * out.shape[2] * out.shape[3] * pool * pool
     precision = input_precision(x.dtype, precision)
     # cuDNN is told its precision at each call; the CPU has one only
     told = not arch or (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled)
@@ -64,7 +103,7 @@ def strategy_for(x, w, out, groups, arch, conv_groups, precision, strategy, sign
 
 
 def _conv2d_cuda(
-    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, strategy,
+    x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, strategy, relu, pool,
     query, queries, signs, noise, rounds, p_zero, out,
 ) -> None:  # fmt: skip
     from ._conv2d_triton import launch_conv2d
@@ -72,10 +111,11 @@ def _conv2d_cuda(
     from ._perturb_triton import launch_perturb
 
     spec, groups = Noise(noise, rounds, p_zero), queries * len(signs)
-    chosen = strategy_for(x, w, out, groups, architecture(x.device), conv_groups, precision, strategy, signs, noise)
+    arch = architecture(x.device)
+    chosen = strategy_for(x, w, out, groups, arch, conv_groups, precision, strategy, signs, noise, pool)
     if chosen.name == "fused":
         launch_conv2d(
-            x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision,
+            x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, relu, pool,
             query, queries, signs, spec, out,
         )  # fmt: skip
         return
@@ -89,13 +129,13 @@ def _conv2d_cuda(
         launch_perturb(b, key, eps, bias_site, "matrix", query, queries, signs, spec, biases)
     tf32 = input_precision(x.dtype, precision) == "tf32"
     how = (stride, padding, dilation, conv_groups)
-    _conv2d_slab.multiply(x, w, biases, out, how, shared, queries, len(signs), tf32, fill)
+    _slab(x, w, biases, out, how, shared, queries, len(signs), tf32, fill, relu, pool)
 
 
 _conv2d = register(
     "conv2d",
     "(Tensor x, Tensor w, Tensor? b, Tensor key, Tensor eps, int site, int bias_site, bool shared, SymInt[2] stride, "
-    "SymInt[2] padding, SymInt[2] dilation, int conv_groups, str precision, str strategy, "
+    "SymInt[2] padding, SymInt[2] dilation, int conv_groups, str precision, str strategy, bool relu, int pool, "
     f"{SCHEMA}, Tensor(a!) out) -> ()",
     cpu=_conv2d_cpu,
     cuda=_conv2d_cuda,
@@ -127,10 +167,7 @@ def output_size(op: str, x, weight, bias, stride, padding, dilation, groups: int
         raise ValueError(f"{op}: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} with groups={groups}")
     if bias is not None and bias.shape != (o,):
         raise ValueError(f"{op}: bias must be [{o}], got {tuple(bias.shape)}")
-    size = tuple(
-        (n + 2 * pad - d * (k - 1) - 1) // s + 1
-        for n, pad, d, k, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
-    )
+    size = tuple(_reach(*one) for one in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True))
     if min(size) < 1:
         raise ValueError(f"{op}: the kernel {tuple(kernel)} is larger than the padded x {tuple(x.shape)}")
     return stride, padding, dilation, size
@@ -149,6 +186,8 @@ def perturbed_conv2d(
     dilation=1,
     groups: int = 1,
     shared: bool = False,
+    relu: bool = False,
+    pool: int = 1,
     precision: str | None = None,
     strategy: str = "auto",
 ) -> torch.Tensor:
@@ -163,11 +202,13 @@ def perturbed_conv2d(
         stride, padding, dilation: an int or two; padding is with zeros.
         groups: of the convolution, as in ``F.conv2d`` (not the groups of the pass).
         shared, precision: as in :func:`perturbed_linear`.
+        relu: of the output, after the pooling.
+        pool: 2 for the maximum of windows of 2 x 2, of whole ones alone, as ``F.max_pool2d(y, 2)``; 1 for none.
         strategy: ``fused``, ``slab``, or ``auto``, which the shipped table resolves
             (:func:`ezo_kernels.ops._strategy.choose_conv`); on a CPU ``auto`` is ``fused``.
 
     Returns:
-        [groups of the pass * B, O, H', W'], in x's memory format.
+        [groups of the pass * B, O, H', W'], in x's memory format; with ``pool`` 2 half as high and wide.
 
     Raises:
         TypeError: dtypes that do not go together.
@@ -178,6 +219,11 @@ def perturbed_conv2d(
     stride, padding, dilation, size = output_size(
         "perturbed_conv2d", x, weight, bias, stride, padding, dilation, groups
     )
+    if pool not in (1, 2):
+        raise ValueError(f"perturbed_conv2d: pool must be 1 or 2, got {pool!r}")
+    if min(size) < pool:
+        raise ValueError(f"perturbed_conv2d: an output of {tuple(size)} has no window of 2 x 2")
+    size = tuple(n // pool for n in size)
     if precision not in (None, "ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
@@ -193,7 +239,7 @@ def perturbed_conv2d(
     if out.numel():
         _conv2d(
             x, weight, bias, p.key, p.eps, site, bias_site, shared, stride, padding, dilation, groups,
-            precision or "", strategy, *p.schema_args(), out,
+            precision or "", strategy, bool(relu), int(pool), *p.schema_args(), out,
         )  # fmt: skip
     return out
 

@@ -67,11 +67,10 @@ class Passes:
 
     def _share(self, loss: torch.Tensor, groups: int) -> torch.Tensor:
         """1 / groups on the device, of the loss's dtype and shape."""
-        known = self._shares.get((loss.dtype, groups))
-        if known is None or isinstance(known, torch._subclasses.FakeTensor):
-            known = torch.full((1,), 1 / groups, dtype=loss.dtype, device=loss.device)
-            self._shares[loss.dtype, groups] = known
-        return known.view(loss.shape)
+        key = loss.dtype, groups
+        if key not in self._shares:
+            self._shares[key] = torch.full((1,), 1 / groups, dtype=loss.dtype, device=loss.device)
+        return self._shares[key].view(loss.shape)
 
     def _one_by_one(self, p: Perturbation, run) -> torch.Tensor:
         """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once."""

@@ -111,3 +111,24 @@ def test_pair_equals_single_signs(key):
         for part, sign in zip(x.chunk(2), (1, -1), strict=True)
     ]
     assert torch.equal(pair, torch.cat(apart))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("relu", "pool"), [(True, 1), (False, 2), (True, 2)])
+@pytest.mark.parametrize(
+    ("size", "options"), [((7, 9), {"padding": 1}), ((12, 5), {"stride": (2, 1), "groups": 2}), ((4, 4), {})], ids=str
+)
+def test_relu_and_pooling_in_the_kernel(key, poisoned_empty, dtype, memory_format, relu, pool, size, options):
+    """The very bits of the operators one after the other, in the kernel as on the CPU; a window holds its NaN."""
+    p = pass_of(key, "clt4", queries=2)
+    x = normal(4 * 3, 6, *size, dtype=dtype).to(memory_format=memory_format)
+    x[1, 0, 2, 2] = float("nan")
+    w, b = normal(5 * 2, 6 // options.get("groups", 1), 3, 3, dtype=dtype), normal(10, dtype=dtype)
+    where = {"site": 1, "bias_site": 2, **options}
+    want = perturbed_conv2d(x, w, b, p, **where)
+    want = torch.nn.functional.max_pool2d(want, pool)
+    want = want.relu() if relu else want
+    got = perturbed_conv2d(x, w, b, p, relu=relu, pool=pool, **where)
+    assert got.is_contiguous(memory_format=memory_format) and want.isnan().any()
+    assert torch.equal(got.nan_to_num(nan=-3.0), want.nan_to_num(nan=-3.0))
