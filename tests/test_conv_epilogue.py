@@ -51,6 +51,17 @@ def test_an_output_without_a_window_is_refused():
         ops.perturbed_conv2d(randn(2, 1, 3, 6), randn(1, 1, 3, 3), None, one(), pool=2, **SITE)
 
 
+@pytest.mark.parametrize("arch", [0, 80, 90])
+def test_info_names_the_strategy_that_the_unpooled_output_has(arch):
+    lenet = ezo.convert_(ezo.models.LeNet5(), head=["fc2", "fc3"])
+    x = randn(2048, 1, 28, 28)
+    plain = ezo.convert_(nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.Flatten(), nn.Linear(4704, 2)), head=["2"])
+    rows = {row.name: row for row in ezo.summary(lenet, x, arch=arch).rows}
+    (want, *_) = ezo.summary(plain, x, arch=arch).rows
+    found = rows["conv1"]
+    assert found.strategy and (found.strategy, found.workspace_bytes) == (want.strategy, want.workspace_bytes)
+
+
 @pytest.mark.parametrize("pad", ["same", 2, 0])
 def test_layer_gives_the_bits_of_the_three_in_and_outside_a_pass(pad):
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=pad), nn.Flatten(), nn.LazyLinear(2))
