@@ -4,7 +4,8 @@
 
 Both arms have the same initialisation, preprocessing, batches, schedule and number of steps. Learning rates are chosen on the
 validation split, the frozen trunk's for each seed on its own; the test set is read once, at the end of each run. A run that
-is in the file already is not run again.
+is in the file already is not run again, and one that was stopped goes on from its last epoch, with the same bits: after each
+it leaves FILE.HEAD.SEED.pt beside FILE.json.
 """
 
 from __future__ import annotations
@@ -97,23 +98,40 @@ def frozen(splits: dict, head: list[str], seed: int, epochs: int, batch: int) ->
     return best
 
 
-def elastic(splits: dict, head: list[str] | int, seed: int, epochs: int, batch: int, recipe: dict) -> dict:
-    """ElasticZO with ``recipe``."""
+def elastic(
+    splits: dict, head: list[str] | int, seed: int, epochs: int, batch: int, recipe: dict, kept: Path | None = None
+) -> dict:
+    """ElasticZO with ``recipe``; goes on from ``kept``, written after each epoch, if that is of the same run."""
     model = ezo.convert_(_lenet(seed), head=head)
     opt = ezo.ElasticZO(model, seed=seed, **recipe)
     batches = Batches(*splits["train"], batch, seed)
     schedule = CosineAnnealingLR(opt, epochs * len(batches))
-    start, curve = time.perf_counter(), []
-    for _ in range(epochs):
+    whose, seconds, curve = {"recipe": recipe, "seed": seed, "epochs": epochs, "batch": batch}, 0.0, []
+    if kept is not None and kept.exists():
+        held = torch.load(kept, weights_only=True)
+        if held["of"] == whose:
+            model.load_state_dict(held["model"])
+            opt.load_state_dict(held["optimizer"])
+            schedule.load_state_dict(held["schedule"])
+            seconds, curve = held["seconds"], held["curve"]
+            batches.next_epoch = len(curve)
+    while len(curve) < epochs:
+        start = time.perf_counter()
         for x, y in batches:
             opt.train_step(x, y)
             schedule.step()
         curve.append(_errors(model, *splits["valid"]))
+        seconds += time.perf_counter() - start
+        if kept is not None:
+            states = {"model": model, "optimizer": opt, "schedule": schedule}
+            held = {name: one.state_dict() for name, one in states.items()}
+            torch.save({"of": whose, "seconds": seconds, "curve": curve, **held}, kept.with_suffix(".tmp"))
+            os.replace(kept.with_suffix(".tmp"), kept)
     return {
         "recipe": recipe,
         "steps": opt.step_count.item(),
         "skipped": opt.skipped.item(),
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "validation_curve": curve,
         "validation_error": curve[-1],
         "test_error": _errors(model, *splits["test"]),
@@ -148,7 +166,8 @@ def main() -> None:
             if (tuple(head), seed, epochs) in done:
                 continue
             run = {"data": args.data, "head": head, "seed": seed, "epochs": epochs, "batch": args.batch}
-            run["elastic"] = elastic(splits, head, seed, epochs, args.batch, RECIPES[args.data][tuple(head)])
+            kept = args.out.with_suffix(f".{'+'.join(head)}.{seed}.pt")
+            run["elastic"] = elastic(splits, head, seed, epochs, args.batch, RECIPES[args.data][tuple(head)], kept)
             run["frozen"] = frozen(splits, head, seed, epochs, args.batch)
             run["ratio"] = run["elastic"]["test_error"] / run["frozen"]["test_error"]
             runs.append(run)
@@ -156,6 +175,7 @@ def main() -> None:
             temporary = args.out.with_suffix(".tmp")
             temporary.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1) + "\n")
             os.replace(temporary, args.out)
+            kept.unlink()
             # The validation split alone is shown while recipes are chosen; the test errors are in the file.
             ours, theirs = run["elastic"]["validation_error"], run["frozen"]["validation_error"]
             print(
