@@ -119,9 +119,7 @@ def test_pair_equals_single_signs(key):
     ids=str,
 )
 @pytest.mark.parametrize(("relu", "pool"), [(True, 1), (False, 2), (True, 2)])
-@pytest.mark.parametrize(
-    ("size", "options"), [((5, 7), {}), ((8, 5), {"stride": (2, 1), "groups": 2})], ids=str
-)
+@pytest.mark.parametrize(("size", "options"), [((5, 7), {}), ((8, 5), {"stride": (2, 1), "groups": 2})], ids=str)
 def test_relu_and_pooling_in_the_kernel(key, poisoned_empty, dtype, memory_format, relu, pool, size, options):
     """The very bits of the operators one after the other, in the kernel as on the CPU; a window holds its NaN."""
     p = pass_of(key, "clt4")
