@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import conv2d, perturbed_conv1d, perturbed_conv2d
+from ..ops import perturbed_conv1d, perturbed_conv2d
 from .context import ZOContext
 from .linear import become
 
@@ -86,11 +86,8 @@ class ZOConv2d(_ZOConv, nn.Conv2d):
     _operator = staticmethod(perturbed_conv2d)
 
     def forward(self, input: torch.Tensor, *, pooled: bool = False) -> torch.Tensor:
-        """``pooled``: :func:`conv_pool_relu` of it."""
-        if self.zo.p is not None:
-            return self._perturbed(input, relu=True, pool=2) if pooled else self._perturbed(input)
-        y = nn.Conv2d.forward(self, input)
-        return F.relu(max_pool_2x2(y)) if pooled else y
+        """``pooled``, in a pass alone: :func:`conv_pool_relu` of it."""
+        return self._perturbed(input, relu=True, pool=2) if pooled else super().forward(input)
 
 
 @torch.fx.wrap  # one node of a trace: the branch is about speed and cannot be seen by one
@@ -98,7 +95,10 @@ def max_pool_2x2(x: torch.Tensor) -> torch.Tensor:
     """F.max_pool2d(x, 2); on a CPU without autograd in a fifth of its time, with the same bits."""
     if not isinstance(x, torch.Tensor) or x.is_cuda or x.requires_grad:  # not a tensor: int8 with its exponents
         return F.max_pool2d(x, 2)
-    return conv2d.max_pool_2x2(x)
+    # torch would write indices that nobody reads
+    height, width = (n // 2 * 2 for n in x.shape[-2:])
+    rows = torch.maximum(x[..., :height:2, :width], x[..., 1:height:2, :width])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 def conv_pool_relu(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def conv_pool_relu(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     During a zeroth-order pass of a converted ``conv`` it is one kernel, and what the convolution gives before the pooling is
     never in memory; so a forward hook of ``conv`` then sees the result of all three.
     """
-    if isinstance(conv, ZOConv2d):
+    if isinstance(conv, ZOConv2d) and conv.zo.p is not None:
         return conv(x, pooled=True)
     # The maximum commutes with relu: pooling first leaves relu a quarter of the work and the same bits.
     return F.relu(max_pool_2x2(conv(x)))

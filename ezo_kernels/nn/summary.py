@@ -92,11 +92,10 @@ def strategies(model: nn.Module, sample, noise: Noise, arch: int) -> dict[str, S
     zo, found, names = context_of(model), {}, {module: name for name, module in model.named_modules()}
 
     def note(module, args, kwargs, out):
-        name, pool = names[module], 2 if kwargs.pop("pooled", False) else 1
-        (x,) = (*args, *kwargs.values())
+        name, (x,) = names[module], (*args, *kwargs.values())
         if name not in found:
             try:
-                found[name] = _strategy_of(module, x, out, zo, noise, arch, pool)
+                found[name] = _strategy_of(module, x, out, zo, noise, arch)
             except NotImplementedError as error:
                 found[name] = Strategy("refused", reason=str(error))
 
@@ -121,9 +120,7 @@ def strategies(model: nn.Module, sample, noise: Noise, arch: int) -> dict[str, S
     return found
 
 
-def _strategy_of(
-    module, x: torch.Tensor, out: torch.Tensor, zo: ZOContext, noise: Noise, arch: int, pool: int
-) -> Strategy:
+def _strategy_of(module, x: torch.Tensor, out: torch.Tensor, zo: ZOContext, noise: Noise, arch: int) -> Strategy:
     w = module.weight
     x = x.to(compute_dtype(x, w, type(module).__name__))
     both = (1, -1)
@@ -135,8 +132,7 @@ def _strategy_of(
         out = out.unsqueeze(0)
     if w.dim() == 3:
         w, out = w.unsqueeze(2), out.unsqueeze(2)
-    asked = conv_strategy(zo.strategy)
-    return conv_strategy_for(x, w, out, 1, arch, module.groups, "", asked, both, noise.name, pool)
+    return conv_strategy_for(x, w, out, 1, arch, module.groups, "", conv_strategy(zo.strategy), both, noise.name)
 
 
 def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int | None = None) -> Summary:

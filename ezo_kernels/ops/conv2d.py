@@ -30,13 +30,6 @@ from .noise import Noise, check_index
 from .perturb import perturbed_cpu
 
 
-def max_pool_2x2(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """F.max_pool2d(x, 2) without its indices, which nobody reads and which take a CPU five times as long as two maxima."""
-    height, width = (n // 2 * 2 for n in x.shape[-2:])
-    rows = torch.maximum(x[..., :height:2, :width], x[..., 1:height:2, :width])
-    return torch.maximum(rows[..., ::2], rows[..., 1::2], out=out)
-
-
 def _conv2d_cpu(
     x, w, b, key, eps, site, bias_site, shared, stride, padding, dilation, conv_groups, precision, strategy, relu, pool,
     query, queries, signs, noise, rounds, p_zero, out,
@@ -62,12 +55,17 @@ def _conv2d_cpu(
         if pool == 2 and y.dtype == torch.float32 and y.is_contiguous() and y_g.is_contiguous():
             _cpu.convolutions().pool_2x2(y.flatten(0, 1).numpy(), relu, y_g.flatten(0, 1).numpy())
             continue
-        if pool == 2:
-            max_pool_2x2(y, y_g)
-        else:
-            y_g.copy_(y)
-        if relu:
-            y_g.relu_()
+        _finish(y, relu, pool, y_g)
+
+
+def _finish(y, relu: bool, pool: int, out) -> None:
+    """Write what pooling and relu make of a convolution's output."""
+    if pool == 2:
+        out.copy_(F.max_pool2d(y, 2))
+    elif y is not out:
+        out.copy_(y)
+    if relu:
+        out.relu_()
 
 
 def _slab(x, w, biases, out, how, shared, queries, signs, tf32, fill, relu, pool) -> None:
@@ -79,10 +77,7 @@ def _slab(x, w, biases, out, how, shared, queries, signs, tf32, fill, relu, pool
         size = [_reach(*one) for one in zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)]
         full = torch.empty((*out.shape[:2], *size), dtype=out.dtype, device=out.device, memory_format=memory_format)
     _conv2d_slab.multiply(x, w, biases, full, how, shared, queries, signs, tf32, fill)
-    if pool == 2:
-        out.copy_(F.max_pool2d(full, 2))
-    if relu:
-        out.relu_()
+    _finish(full, relu, pool, out)
 
 
 def _reach(n: int, kernel: int, stride: int, pad: int, dilation: int) -> int:

@@ -24,11 +24,10 @@ from ..ops import Noise, Perturbation, UpdatePlan, update_
 from ..ops._perturbation import NotStackedError, PassError
 from ..ops.coefficients import Coefficients, coefficients
 from ..ops.noise import check_index, fold_key, rng_version
-from .arguments import number
+from .arguments import check_antithetic, number
 from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .check import eagerly
-from .estimate import check_antithetic
 from .head import GuardedOptimizer, make_head_optimizer
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes

@@ -32,8 +32,8 @@ from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding, 
 from ..ops.int8_tensor import Int8Tensor
 from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_head_update_, int8_update_, sum_groups, update_shift
 from ..ops.noise import Noise, check_index, fold_key, rng_version
+from .arguments import check_antithetic
 from .capture import CapturedStep, graphs_for, refusals, refuse
-from .estimate import check_antithetic
 from .int8_memory import Int8Memory
 from .int8_passes import Int8Passes, one_value, ternary_gradient
 from .int8_state import Int8State
