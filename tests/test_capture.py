@@ -16,9 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ezo_kernels as ezo
 from ezo_kernels.optim import capture
+from ezo_kernels.optim.capture import WARM_UP
 from tests.test_step import batch, bits, lenet, same
-
-WARM_UP = capture.WARM_UP
 
 
 @pytest.fixture(autouse=True)

@@ -333,7 +333,7 @@ MUTANTS = (
         _OPS + "_int8_loss_cpu.py",
         "top - _logit(logits[r, labels[r]]",
         "top + _logit(logits[r, labels[r]]",
-        "tests/test_int8_arithmetic.py -k entropy",
+        "tests/test_int8_losses.py -k entropy",
     ),
     Mutant(
         "the head's error through a dead unit",

@@ -1,0 +1,148 @@
+"""Runs that were stopped, and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ezo_kernels.cli import checkpoint as ckpt
+from ezo_kernels.cli.recipe import METHODS
+from ezo_kernels.cli.run import Run
+from tests.cli.outcome import refused, same_state
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [5, 7])
+def test_a_resumed_run_is_the_run(train, tmp_path, method, at):
+    whole, part, end = (tmp_path / name for name in ("whole.pt", "part.pt", "end.pt"))
+    assert train("--method", method, "--seed", 3, "--checkpoint", whole)[0] == 0
+    assert train("--method", method, "--seed", 3, "--checkpoint", part, "--max-steps", at)[0] == 0
+    a = ckpt.read(part)
+    assert a["step"] == at
+    code, _, err = train("--resume", part, "--checkpoint", end)
+    assert (code, err) == (0, "")
+    assert same_state(ckpt.read(whole), ckpt.read(end))
+    assert not same_state(a["model"], ckpt.read(end)["model"])
+
+
+INT8 = (
+    "--precision",
+    "int8",
+    "--p-zero",
+    "0.5,0.9@0.5",
+    "--bits",
+    "2,1@0.5",
+    "--head-bits",
+    "3,1@0.25",
+    "--r-max",
+    "7,15@0.5",
+)
+
+
+def test_a_resumed_integer_run_is_the_run(ezo, folder, tmp_path):
+    def train(*argv):
+        return ezo("train", "--data-dir", folder, "--batch", 16, "--epochs", 2, "--seed", 3, *argv)
+
+    whole, part, end, record = (tmp_path / name for name in ("whole.pt", "part.pt", "end.pt", "a.json"))
+    assert train(*INT8, "--checkpoint", whole, "--json", record)[0] == 0
+    assert train(*INT8, "--checkpoint", part, "--max-steps", 5)[0] == 0
+    assert train("--resume", part, "--checkpoint", end)[::2] == (0, "")
+    a, b = ckpt.read(whole), ckpt.read(end)
+    assert same_state(a, b) and not same_state(ckpt.read(part)["model"], b["model"])
+    assert {v.dtype for v in b["model"].values()} == {torch.int8, torch.int32}
+    groups = b["optimizer"]["param_groups"]
+    assert [g["bits"] for g in groups] == [1, 1] and groups[0]["p_zero"] == 0.9 and groups[0]["r_max"] == 15
+    result = json.loads(record.read_text())
+    assert result["precision"] == "int8" and result["numerics_version"] == "ezo-int8-1"
+    code, out, _ = ezo("eval", end, "--data-dir", folder, "--split", "validation")
+    assert code == 0 and f"{100 * result['validation_accuracy']:.2f}%" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--precision", "int8", "--lr", 0.1), "--lr: no meaning with --precision int8"),
+        (("--precision", "int8", "--noise", "gaussian"), "--noise"),
+        (("--bits", "1"), "--bits: no meaning with --precision fp32"),
+        (("--precision", "int8", "--bits", "1,0@0.7,2@0.5"), "rising fractions"),
+        (("--precision", "int8", "--bits", "a"), "'a'"),
+        (("--precision", "int8", "--bits", "9"), "got 9"),
+        (("--precision", "int8", "--bits", "1,-9@0.9"), "bits must be in [-8, 7], got -9"),
+        (("--precision", "int8", "--head-bits", "3,8@0.5"), "head_bits must be in [-8, 7], got 8"),
+        (("--precision", "int8", "--r-max", "3,0@0.9"), "r_max must be in 1..127, got 0"),
+        (("--precision", "int8", "--p-zero", "0.5,1.5@0.5"), "got 1.5"),
+        (("--precision", "int8", "--p-zero", "1"), "got 1.0"),
+        (("--precision", "int8", "--r-max", 200), "got 200"),
+        (("--precision", "int8", "--method", "bp"), "method elastic"),
+        (("--precision", "int8", "--fraction-bits", 9), "fraction_bits"),
+        (("--p-zero", "0,0.5@0.5", "--noise", "sparse"), "needs precision int8"),
+    ],
+)
+def test_bad_integer_options_are_refused_before_training(ezo, folder, untrained, options, said):
+    refused(ezo("train", "--data-dir", folder, *options), said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(train, tmp_path, monkeypatch, number):
+    whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
+    before = signal.getsignal(signal.SIGINT)
+    train("--checkpoint", whole)
+    take_step = Run._take_step
+
+    def interrupted(run, x, y):
+        if run.step == 4:
+            os.kill(os.getpid(), number)
+        take_step(run, x, y)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_take_step", interrupted)
+        code, out, err = train("--checkpoint", part, "--json", tmp_path / "a.json")
+    # The step in which it arrived is finished, and nothing is said of accuracy.
+    assert code == 128 + number and "stopped after step 5 of 14" in err and f"--resume {part}" in err
+    assert "accuracy" not in out and not (tmp_path / "a.json").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert train("--resume", part, "--checkpoint", part)[0] == 0
+    assert same_state(ckpt.read(whole), ckpt.read(part))
+
+
+def test_ctrl_c_without_a_checkpoint_option_keeps_the_run(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Run, "train", lambda run, *a: os.kill(os.getpid(), signal.SIGINT) or False)
+    code, _, err = train()
+    assert code == 130 and "ezo-interrupted.pt" in err
+    assert ckpt.read(tmp_path / "ezo-interrupted.pt")["step"] == 0
+
+
+def test_a_process_takes_ctrl_c(tmp_path, folder):
+    """The same from outside, through a real signal to a real process."""
+    argv = [
+        "train",
+        "--data-dir",
+        folder,
+        "--noise",
+        "clt4",
+        "--batch",
+        16,
+        "--epochs",
+        100_000,
+        "--checkpoint",
+        "a.pt",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ezo_kernels.cli", *map(str, argv)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("epoch 1/")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with: ezo train --resume a.pt" in err and "Traceback" not in err
+    assert ckpt.read(tmp_path / "a.pt")["step"] >= 7

@@ -1,0 +1,152 @@
+"""Integer kernels against the CPU reference: losses, gradients and updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_int8 import SITE, compare, exponent, ints, tensor
+
+from ezo_kernels.ops import (
+    int8_loss,
+    int8_matmul,
+    int8_update,
+)
+from ezo_kernels.ops._int8_update_triton import update_table
+from ezo_kernels.ops.int8_pass import IntegerPerturbation
+from ezo_kernels.ops.int8_tensor import Int8Tensor
+from ezo_kernels.ops.noise import Noise
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("fraction", range(9))
+def test_cross_entropy(on_cpu, fraction):
+    exponents = [-64, -30, -20, -12, -7, -5, -3, 0, 3, 10, 64]
+    for classes in (2, 10) if fraction in (0, 8) else (10,):
+        x = tensor(3 * len(exponents), classes, low=-128, exponents=exponents, seed=fraction)
+        compare(
+            on_cpu,
+            int8_loss.int8_cross_entropy,
+            x,
+            ints(3, low=0, high=classes, dtype=torch.int64),
+            fraction_bits=fraction,
+        )
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (5, 2500), (130, 7)])
+def test_cross_entropy_shapes(on_cpu, rows, classes):
+    x = tensor(2 * rows, classes, low=-128, exponents=[-4, -5])
+    labels = ints(rows, low=0, high=classes, dtype=torch.int64)
+    compare(on_cpu, int8_loss.int8_cross_entropy, x, labels)
+    same_logits = Int8Tensor(torch.full((2 * rows, classes), -128, dtype=torch.int8), x.exponent)
+    compare(on_cpu, int8_loss.int8_cross_entropy, same_logits, labels)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_squared_error(on_cpu, gradient):
+    exponents = [-64, -9, -8, -7, 0, 1, 13, 14, 40]
+    y = tensor(3 * len(exponents), 5, 81, low=-128, exponents=exponents)
+    for of_target in (-7, 0):
+        target = tensor(3, 5, 81, low=-128, seed=1, exponents=[of_target])
+        compare(on_cpu, int8_loss.int8_squared_error, y, target, gradient=gradient)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(33, 10), (1, 1), (3, 1300)])
+def test_gradient(on_cpu, key, rows, classes):
+    """Both branches, and what is beyond the second's limit of -24."""
+    exponents = [-64, -25, -24, -16, -8, -7, -6, -1, 0, 1, 40] if classes == 10 else [-8, -5]
+    x = tensor(rows * len(exponents), classes, low=-128, exponents=exponents)
+    labels = ints(rows, low=0, high=classes, dtype=torch.int64)
+    compare(on_cpu, int8_loss.int8_cross_entropy_gradient, x, labels, key, rounds=7)
+    extreme = torch.full_like(x.values, -128)
+    extreme[:, 0] = 127
+    compare(on_cpu, int8_loss.int8_cross_entropy_gradient, Int8Tensor(extreme, x.exponent), labels, key, rounds=10)
+
+
+# ------------------------------------------------------------------------------------------------------------ updates
+
+
+def plan(params, sites, layouts):
+    table = update_table(params, sites, layouts)
+    of = int8_update.Int8UpdatePlan
+    return of(tuple(sites), tuple(layouts), tuple(map(of._address, params)), table)
+
+
+PARAMS = [
+    ("matrix", (20, 272)), ("matrix", (5,)), ("matrix", (33, 7)), ("matrix", ()), ("matrix", (0, 4)), ("conv", (6, 5, 3, 3)),
+    ("conv", (6, 1, 5, 5)), ("conv", (3, 9, 1, 1)), ("matrix", (2, 3, 4)), ("conv", (4, 130, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rounding", "r_max", "bits", "p_zero"),
+    [
+        ("nearest", 1, 1, 0.99), ("nearest", 15, 1, 0.5), ("pseudo", 15, 3, 0.5), ("pseudo", 127, -8, 0.0),
+        ("stochastic", 15, -8, 0.0), ("stochastic", 15, 1, 0.5), ("stochastic", 127, 7, 0.0), ("stochastic", 1, 0, 0.99),
+    ],
+)  # fmt: skip
+def test_update(on_cpu, key, rounding, r_max, bits, p_zero):
+    noise = Noise("sparse_int8", p_zero=p_zero, r_max=r_max)
+    shift = exponent(int8_update.update_shift(bits, r_max))
+    layouts = [layout for layout, _ in PARAMS]
+    sites = [SITE + i for i in range(len(PARAMS))]
+    ours = [ints(*shape, seed=i, low=-128) for i, (_, shape) in enumerate(PARAMS)]
+    theirs = [w.clone() for w in ours]
+    g = torch.tensor([1, 0, -1, 1], dtype=torch.int32)
+    options = {"sites": sites, "layouts": layouts, "noise": noise, "query": 4, "rounding": rounding}
+    int8_update.int8_update_(ours, key, g, shift, plan=plan(ours, sites, layouts), **options)
+    on_cpu(int8_update.int8_update_, theirs, key, g, shift, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_update_of_zero_leaves_every_bit_alone(on_cpu, key):
+    for shift in (0, 31):
+        w, g = torch.full((9, 32), -128, dtype=torch.int8), torch.zeros(3, dtype=torch.int32)
+        before = w.clone()
+        int8_update.int8_update_([w], key, g, exponent(shift), sites=[1], plan=plan([w], [1], ["matrix"]))
+        assert torch.equal(w, before)
+        g[1] = 1
+        int8_update.int8_update_([w], key, g, exponent(shift), sites=[1], plan=plan([w], [1], ["matrix"]))
+        on_cpu(int8_update.int8_update_, [before], key, g, exponent(shift), sites=[1])
+        assert torch.equal(w, before)
+
+
+def test_the_forward_and_the_update_make_the_same_z(key):
+    """w = 0 times one-hot x is z itself; the update by it, unshifted, leaves -z."""
+    noise = Noise("sparse_int8", p_zero=0.33, r_max=63)
+    p = IntegerPerturbation(key, noise, 6, 1, (1,))
+    x = Int8Tensor(torch.eye(70, dtype=torch.int8), exponent(0))
+    y = int8_matmul.int8_linear(
+        x, torch.zeros(33, 70, dtype=torch.int8), None, p, weight_exponent=exponent(0), site=SITE
+    )
+    w = torch.zeros(33, 70, dtype=torch.int8)
+    one = torch.ones(1, dtype=torch.int32)
+    int8_update.int8_update_(
+        [w], key, one, exponent(0), sites=[SITE], noise=noise, query=6, plan=plan([w], [SITE], ["matrix"])
+    )
+    assert y.exponent.item() == 0 and y.values.any() and torch.equal(-w, y.values.t())
+
+
+@pytest.mark.parametrize("spread", [0, 3, 31, 33, 100])
+def test_sum_groups(on_cpu, spread):
+    acc = ints(3, 7, 200, low=-(1 << 28), high=1 << 28, dtype=torch.int32)
+    exponents = torch.tensor([-5 - spread, -5, -5 - spread // 2], dtype=torch.int32)
+    compare(on_cpu, int8_update.sum_groups, acc, exponents)
+    if spread:
+        acc[0] = -(1 << 31)
+        compare(on_cpu, int8_update.sum_groups, acc, exponents)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "pseudo", "stochastic"])
+@pytest.mark.parametrize("bits", [-8, -1, 0, 1, 7])
+def test_head_update(on_cpu, key, rounding, bits):
+    for shape, largest in (((9,), 3), ((5, 37), 200), ((20, 300), (1 << 31) - 1), ((2, 3, 4), 1), ((3, 5), 0)):
+        w = ints(*shape, low=-128)
+        other = w.clone()
+        grad = ints(*shape, seed=1, low=-largest, high=largest + 1, dtype=torch.int32)
+        peak = grad.abs().max().reshape(1)
+        options = {"key": key, "site": SITE, "rounding": rounding, "rounds": 7}
+        int8_update.int8_head_update_(w, grad, peak, exponent(bits), **options)
+        on_cpu(int8_update.int8_head_update_, other, grad, peak, exponent(bits), **options)
+        assert torch.equal(w, other)
