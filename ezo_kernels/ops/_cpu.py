@@ -19,8 +19,13 @@ def noises():
 @functools.cache
 def convolutions():
     """:mod:`._conv_cpu`"""
+    import torch
+
     from . import _conv_cpu
 
+    # What a convolution gives is freed once it is pooled. glibc hands memory back, to be faulted in page by page at the next
+    # step, until it has seen a larger block freed (mallopt(3), M_TRIM_THRESHOLD): an untouched one costs nothing.
+    torch.empty(16 << 20, dtype=torch.uint8)
     return _conv_cpu
 
 
