@@ -114,6 +114,28 @@ def test_a_batch_size_that_stays_is_captured():
     assert ours.capture_counters["captures"] == 2 and ours._captured._graphs.dropped == 1
 
 
+@pytest.mark.parametrize("every", [5, 100])
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_a_run_that_is_watched_is_captured(precision, every):
+    """The hooks of Diagnostics are there in the first step, and in the one that is captured where every is 5; others refuse."""
+    if precision == "int8":
+        runs = [
+            ezo.ElasticZOInt8(ezo.convert_(lenet(), head=["fc3"], precision="int8"), capture=on) for on in (True, False)
+        ]  # fmt: skip
+    else:
+        runs = pair("sgd")
+    watch = ezo.Diagnostics(runs[0], every=every, warn=False)
+    for i in range(12):
+        x, y = batch(4, i)
+        a, b = (opt.train_step(ezo.quantize(x) if precision == "int8" else x, y) for opt in runs)
+        assert torch.equal(a, b)
+        watch.observe()
+    assert same(bits(runs[0].model), bits(runs[1].model)) and runs[0].capture_counters["captures"] == 1
+    runs[0].model.fc1.register_forward_hook(lambda *a: None)
+    with pytest.raises(NotImplementedError, match="^this step cannot be captured: 'fc1' has hooks, [^;]*$"):
+        runs[0].train_step(x[:3] if precision == "float" else ezo.quantize(x[:3]), y[:3])
+
+
 def test_a_users_batch_and_loss_are_not_kept():
     ours, theirs = pair("none")
     x, y = batch(4)

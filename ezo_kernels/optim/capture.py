@@ -25,6 +25,12 @@ WARM_UP = 3
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def may_be_left_out(hook: Callable) -> Callable:
+    """Mark a hook that a replay, which calls none, may leave out: it does not keep a step from being captured."""
+    hook.may_be_left_out = True
+    return hook
+
+
 class CudaGraphs:
     """torch's CUDA graphs, as much of them as :class:`CapturedStep` needs."""
 
@@ -129,7 +135,8 @@ def refusals(opt) -> list[str]:
     """Why no step of this optimizer can be captured; empty if it can."""
     found = [] if getattr(opt, "head_optimizer", None) is None else opt.head_optimizer.refusals()
     for name, module in opt.model.named_modules():
-        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        own = (hook for hooks in _HOOKS for hook in (getattr(module, hooks, None) or {}).values())
+        if not all(getattr(hook, "may_be_left_out", False) for hook in own):
             found.append(f"{name or 'the model'!r} has hooks, which a replay would not call: remove them")
     for name, p in opt.model.named_parameters():
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):

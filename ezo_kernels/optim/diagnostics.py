@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from ..nn.int8_layers import _Int8Layer
 from ..ops.int8_update import update_shift
 from ..ops.noise import check_index
+from .capture import may_be_left_out
 from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
 from .findings import Finding, TrainingWarning
@@ -197,14 +198,17 @@ class Diagnostics:
         """Whether the forward that runs is one of a step, not of an evaluation between two."""
         return self.optimizer.zo.p is not None if self.zeroth else self.optimizer.model.training
 
+    @may_be_left_out
     def _enter(self, module, args) -> None:
         self._kept = {} if self._in_a_step() else None
 
+    @may_be_left_out
     def _leave(self, module, args, out) -> None:
         if self._kept is not None:
             self.kept_bytes = max(self.kept_bytes, sum(n for ref, n in self._kept.items() if not ref.expired()))
         self._kept = None
 
+    @may_be_left_out
     def _note_size(self, module, args, out) -> None:
         if self._kept is None:
             return
@@ -217,6 +221,7 @@ class Diagnostics:
             self.passing_bytes = max(self.passing_bytes, sum(t.nbytes for t in (*_tensors(args), *outputs)))
 
     def _note_exponent(self, name: str):
+        @may_be_left_out
         def note(module, args, out) -> None:
             # The trial pass that plans the arena has no values; what is captured would be written again by every replay.
             if self._in_a_step() and out.exponent.device.type != "meta" and not _capturing(out.exponent):
