@@ -203,8 +203,10 @@ def test_update_and_noise(launches):
     layouts = ["matrix", "conv", "matrix"]
     table = update_table(params, [1, 2, 3], layouts, ops.Noise())
     plan = ops.UpdatePlan((1, 2, 3), tuple(layouts), tuple(map(ops.UpdatePlan._address, params)), table)
+    versions = [w._version for w in params]
     for coef in (torch.ones(1), torch.ones(2)):
         ops.update_(params, key, coef, sites=[1, 2, 3], plan=plan)
+    assert all(w._version > v for w, v in zip(params, versions, strict=True)), "autograd must hear of it"
     ops.update_(params, key.repeat(2, 1), torch.ones(2, 1), sites=[1, 2, 3], plan=plan)
     rounded = (False, True, True)
     plan = replace(plan, table=update_table(params, [1, 2, 3], layouts, ops.Noise(), rounded=rounded), rounded=rounded)

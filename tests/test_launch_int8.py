@@ -108,10 +108,12 @@ def test_updates(launches, shapes):  # noqa: F811
     layouts = ["conv" if len(s) == 4 else "matrix" for s in shapes]
     where = tuple(map(Int8UpdatePlan._address, params))
     plan = Int8UpdatePlan(tuple(sites), tuple(layouts), where, update_table(params, sites, layouts))
-    key = key_tensor(1, 2)
+    key, versions = key_tensor(1, 2), [w._version for w in params]
     ops.int8_update_(params, key, int32(1, -1), int32(3), sites=sites, layouts=layouts, plan=plan)
+    assert all(p._version > v for p, v in zip(params, versions, strict=True)), "autograd must hear of it"
     w = params[-1]
     acc, _ = ops.int8_gemm(w.view(1, w.shape[0], -1).transpose(1, 2), w.view(1, w.shape[0], -1).transpose(1, 2))
     sum_groups(acc, int32(0))
+    version = w._version
     ops.int8_head_update_(w, torch.ones(w.shape, dtype=torch.int32), int32(5), int32(1), key=key, site=7)
-    assert len(launches) == 4
+    assert len(launches) == 4 and w._version > version

@@ -110,10 +110,11 @@ def _update_cpu(params, key, g, shift, table, sites, layouts, query, rounding, r
         torch.autograd.graph.increment_version(w)  # numba wrote it behind torch's back
 
 
-def _update_cuda(*args) -> None:
+def _update_cuda(params, *args) -> None:
     from ._int8_update_triton import launch_update
 
-    launch_update(*args)
+    launch_update(params, *args)
+    torch.autograd.graph.increment_version(params)  # a kernel wrote them behind torch's back
 
 
 _update = register(
@@ -233,10 +234,11 @@ def _head_update_cpu(w, grad, peak, bits, key, site, rounding, rounds) -> None:
     torch.autograd.graph.increment_version(w)
 
 
-def _head_update_cuda(*args) -> None:
+def _head_update_cuda(w, *args) -> None:
     from ._int8_update_triton import launch_head_update
 
-    launch_head_update(*args)
+    launch_head_update(w, *args)
+    torch.autograd.graph.increment_version(w)
 
 
 _head_update = register(

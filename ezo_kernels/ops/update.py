@@ -231,6 +231,7 @@ def _update_cuda(
 
     keys, coef = keys.contiguous(), coef.contiguous()
     launch_update(params, keys, coef, table, rounded, query, stochastic, Noise(noise, rounds, p_zero))
+    torch.autograd.graph.increment_version(params)  # a kernel wrote them behind autograd's back
 
 
 _update = register(
