@@ -326,7 +326,7 @@ def arguments(op):
         "int8_linear": (x, randint(4, 5), randint(4), two, one, one, key, 1, 2, 0, "nearest", "auto", *PASS, sums, peak,
                         empty(6, 4), two.clone()),
         "int8_conv2d": (randint(4, 2, 5, 5), randint(3, 2, 3, 3), None, two, one, None, key, 1, 2, [1, 1], [0, 0], [1, 1],
-                        1, [3, 3], 3, "pseudo", "slab", *PASS, empty(0, dtype=torch.int32), peak, empty(4, 3, 3, 3),
+                        1, [3, 3], 3, "pseudo", "slab", True, 2, *PASS, empty(0, dtype=torch.int32), peak, empty(4, 3, 1, 1),
                         two.clone()),
         "int8_requantize": (torch.full((6, 4), 300, dtype=torch.int32), exponents(300, 300), two, one, "nearest",
                             empty(6, 4), two.clone()),

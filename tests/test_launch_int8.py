@@ -48,6 +48,21 @@ def test_lenet(launches, strategy):  # noqa: F811
     assert len(launches) == 8
 
 
+@pytest.mark.parametrize("weights", ["fused", "slab"])
+def test_pooled_convolutions(launches, weights):  # noqa: F811
+    """Pooling and relu are in the kernel that rounds; with sums in memory they are kernels of their own."""
+    p, how = pass_of(), options(weights=weights, padding=2, relu=True, pool=2)
+    for x, w in ((tensor(1, 32, 1, 28, 28), int8(6, 1, 5, 5)), (tensor(2, 64, 6, 15, 15), int8(16, 6, 5, 5))):
+        ops.int8_conv2d(x, w, int8(len(w)), p, strategy="twice", **how)
+        names = [launch.name for launch in launches]
+        slab = ["int8_slab_kernel"] * 2 + ["int8_conv2d_kernel"] * 4
+        assert names == (["int8_conv2d_kernel"] * 2 if weights == "fused" else slab)
+        launches.clear()
+        ops.int8_conv2d(x, w, int8(len(w)), p, strategy="buffer", **how)
+        assert len(launches) == (4 if weights == "fused" else 7)
+        launches.clear()
+
+
 @pytest.mark.parametrize(("signs", "groups"), [((1, -1), 2), ((1, -1), 1), ((0,), 1)])
 def test_everything_is_one(launches, signs, groups):  # noqa: F811
     """Arguments that are one are constants of the kernel."""

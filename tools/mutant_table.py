@@ -359,9 +359,23 @@ MUTANTS = (
     Mutant(
         "a frozen layer of the integer head ends the error",
         _NN + "int8_layers.py",
-        "(self.head_names or input.tape is not None)",
-        "self.head_names",
+        "if zo.tape is not None and (self.head_names or input.tape is not None)",
+        "if zo.tape is not None and self.head_names",
         "tests/test_int8_head.py -k frozen",
+    ),
+    Mutant(
+        "a pooled integer is never below zero",
+        _OPS + "_int8_cpu.py",
+        "least = i8(0) if relu else i8(-127)",
+        "least = i8(0)",
+        "tests/test_int8_conv_epilogue.py",
+    ),
+    Mutant(
+        "the largest magnitude counts what lies between the lines",
+        _OPS + "_int8_cpu.py",
+        "abs(sums[at + x] + bias) & counts[x])",
+        "abs(sums[at + x] + bias))",
+        "tests/test_int8_conv_epilogue.py tests/test_int8_ops.py -k conv",
     ),
     Mutant(
         "the terms of the last call alone",

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..ops import perturbed_conv1d, perturbed_conv2d
 from .context import ZOContext
+from .int8_layers import Int8Conv2d
 from .linear import become
 
 
@@ -107,7 +108,7 @@ def conv_pool_relu(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     During a zeroth-order pass of a converted ``conv`` it is one kernel, and what the convolution gives before the pooling is
     never in memory; so a forward hook of ``conv`` then sees the result of all three.
     """
-    if isinstance(conv, ZOConv2d) and conv.zo.p is not None:
+    if isinstance(conv, (ZOConv2d, Int8Conv2d)) and conv.zo.p is not None:
         return conv(x, pooled=True)
     # The maximum commutes with relu: pooling first leaves relu a quarter of the work and the same bits.
     return F.relu(max_pool_2x2(conv(x)))

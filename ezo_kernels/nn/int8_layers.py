@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops._perturbation import PassError
@@ -55,7 +56,7 @@ class _Int8Layer:
         """Turn ``module``, whose Parameters are int8 by now, into one, in place."""
         return become(module, cls, zo=zo, **state)
 
-    def forward(self, input: Int8Tensor) -> Int8Tensor:
+    def forward(self, input: Int8Tensor, **finish) -> Int8Tensor:
         check_input(input, type(self).__name__)
         zo = self.zo
         if input.memory is not None:
@@ -79,6 +80,7 @@ class _Int8Layer:
             rounding=self.rounding,
             strategy=self.strategy,
             weights=self.weights,
+            **finish,
         )
         if zo.tape is not None and (self.head_names or input.tape is not None):
             y = dataclasses.replace(y, tape=zo.tape)
@@ -131,3 +133,9 @@ class Int8Conv2d(_Int8Conv, nn.Conv2d):
     """nn.Conv2d in integers, zero padding: [B, C, H, W] to [B, O, H', W']."""
 
     _operator = staticmethod(int8_conv2d)
+
+    def forward(self, input: Int8Tensor, *, pooled: bool = False) -> Int8Tensor:
+        """``pooled``: :func:`.conv.conv_pool_relu` of it."""
+        if pooled and (self.head_names or input.tape is not None):  # the head's backward goes through each of the three
+            return F.relu(F.max_pool2d(super().forward(input), 2))
+        return super().forward(input, **({"relu": True, "pool": 2} if pooled else {}))

@@ -31,6 +31,7 @@ from ._int8_triton import (
     or_dummy,
     perturb_tile,
     perturbed_bias,
+    requantised,
 )
 from ._linear_triton import architecture
 from ._noise_triton import ASM, load_key, noise_args, signed32, sparse_int8_units
@@ -44,16 +45,25 @@ from .noise import Noise
 def _finish(
     acc, bias, group, own, first, o, y_at, inside, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
     acc_ptr, peak_ptr, out_ptr, exponent_ptr, y_group,
-    BIAS: tl.constexpr, WHAT: tl.constexpr, ROUNDING: tl.constexpr,
+    BIAS: tl.constexpr, WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Bias and epilogue of one group's tile."""
+    """Bias and epilogue of one group's tile; ``y_at`` and ``inside`` are [BN, BM], of windows of four [BN, BM // 4]."""
     if BIAS:
         acc += align_bias(bias, b_exponent_ptr, x_exponent_ptr, own, w_exponent_ptr)[:, None]
     start = group.to(tl.int64) * y_group
-    leave(acc, acc_ptr + start, out_ptr + start, y_at, inside, peak_ptr + group, WHAT, ROUNDING)
-    if WHAT == REQUANTIZE:  # noqa: SIM102 - the outer if is the compiler's
+    if WHAT == REQUANTIZE:
+        # rounded first: NITI's pseudo-stochastic rounding does not keep the order
+        y = requantised(acc, peak_ptr + group, ROUNDING)
+        if POOL == 2:
+            y = tl.max(tl.reshape(y, (BN, BM // 4, 4)), 2)
+        if RELU:
+            y = tl.maximum(y, 0)
+        tl.store(out_ptr + start + y_at, y.to(tl.int8), mask=inside)
         if first == 0:
             leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
+    else:
+        leave(acc, acc_ptr + start, out_ptr + start, y_at, inside, peak_ptr + group, WHAT, ROUNDING)
 
 
 @jit(do_not_specialize=[
@@ -68,14 +78,15 @@ def int8_conv2d_kernel(
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     x_group, x_b, x_c, w_o, w_c, w_r, w_s, b_n, y_group, y_b,
     KH: tl.constexpr, KW: tl.constexpr, SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr,
-    WHAT: tl.constexpr, ROUNDING: tl.constexpr, TAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
+    WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    TAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else the sign. The grid is (tiles of positions, tiles of outputs of each conv group,
-    queries, or groups of the pass without a sign).
+    queries, or groups of the pass without a sign). With POOL 2, which goes with REQUANTIZE alone, positions go window by
+    window, four each, and H' and W' are those of the windows.
 
     Args:
-        positions: B H' W' of one group of the pass.
+        positions: B H' W' of one group of the pass, times four with POOL 2.
         padded_tap: channels of a tap rounded up to TAP; pad_channels: to the noise's segment.
         area: H' W'. ``*_mul``, ``*_div``: of division by it, by W' and by ``tiles_n``.
     """
@@ -89,10 +100,14 @@ def int8_conv2d_kernel(
     SPAN: tl.constexpr = BK // TAP
 
     # positions of the tile; a group of the pass is smaller than 2^31, so that addresses inside of it are 32-bit
-    b = divide(m, area_mul, area_div)
-    at_plane = m - b * area
+    window = m // (POOL * POOL)
+    b = divide(window, area_mul, area_div)
+    at_plane = window - b * area
     p = divide(at_plane, wide_mul, wide_div)
     q = at_plane - p * out_width
+    if POOL == 2:
+        p = p * 2 + m % 4 // 2
+        q = q * 2 + m % 2
     # beyond the last position no tap is inside x
     top = tl.where(m < positions, p * stride_h - pad_h, -(1 << 30))
     left = q * stride_w - pad_w
@@ -157,19 +172,23 @@ def int8_conv2d_kernel(
         b_plus, b_minus = perturbed_bias(
             b_ptr, b_n, o, inside_n, k0, k1, bias_site, query + pid_q, packed, SIGNS, ROUNDS, ASM
         )  # fmt: skip
+    if POOL == 2:
+        m = tl.program_id(0) * (BM // 4) + tl.arange(0, BM // 4)
+        b = divide(m, area_mul, area_div)
+        at_plane = m - b * area
     y_at = (b * y_b + at_plane)[None, :] + (o * area)[:, None]
-    inside = inside_n[:, None] & (m < positions)[None, :]
+    inside = inside_n[:, None] & (m < positions // (POOL * POOL))[None, :]
     first = tl.program_id(0) + pid_n
     own = group * 0 if SHARED else group
     _finish(
         plus, b_plus, group, own, first, o, y_at, inside, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
-        acc_ptr, peak_ptr, out_ptr, exponent_ptr, y_group, BIAS, WHAT, ROUNDING,
+        acc_ptr, peak_ptr, out_ptr, exponent_ptr, y_group, BIAS, WHAT, ROUNDING, RELU, POOL, BM, BN,
     )  # fmt: skip
     if SIGNS == 2:
         own = group * 0 if SHARED else group + 1
         _finish(
             minus, b_minus, group + 1, own, first, o, y_at, inside, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
-            acc_ptr, peak_ptr, out_ptr, exponent_ptr, y_group, BIAS, WHAT, ROUNDING,
+            acc_ptr, peak_ptr, out_ptr, exponent_ptr, y_group, BIAS, WHAT, ROUNDING, RELU, POOL, BM, BN,
         )  # fmt: skip
 
 
@@ -184,9 +203,11 @@ def int8_conv_tiles(positions: int, outputs: int, channels: int, conv_groups: in
 
 def launch_conv2d(
     x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, stride, padding, dilation, conv_groups, size,
-    what, rounding, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
+    what, rounding, relu, pool, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
     """Write what is asked for of every group; arguments as ``ezo::int8_conv2d``, x contiguous, all checked there.
+
+    The largest magnitude is that of all positions, also of those in no window.
 
     Raises:
         NotImplementedError: no triton; 2^31 or more values in a group of the pass, or too many tiles of outputs.
@@ -194,11 +215,13 @@ def launch_conv2d(
     require()
     outputs, channels, kh, kw = w.shape
     batch = x.shape[0] // x_exponent.numel()
-    area = size[0] * size[1]
-    positions = batch * area
+    pool = pool if what == REQUANTIZE.value else 1
+    height, width = (n // pool for n in size)
+    area = height * width
+    positions = batch * area * pool * pool
     noise = Noise("sparse_int8", rounds, p_zero, r_max)
     tiles = int8_conv_tiles(positions, outputs // conv_groups, channels, conv_groups, architecture(x.device))
-    size_x, size_y = batch * x[0].numel(), positions * outputs
+    size_x, size_y = batch * x[0].numel(), batch * area * outputs
     # a tap outside of x has an address outside of it too, by at most the padding and the dilated kernel
     beyond = (padding[0] + kh * dilation[0]) * x.shape[3] + padding[1] + kw * dilation[1]
     if max(size_x + beyond, size_y, positions + tiles.bm, outputs + tiles.bn) >= 1 << 31:
@@ -213,11 +236,11 @@ def launch_conv2d(
             x, w, or_dummy(b, w), x_exponent, w_exponent, or_dummy(b_exponent, w_exponent), key, acc, peak, out, exponent,
             signed32(site), signed32(bias_site), query, noise_args(noise)[0], positions, channels,
             outputs // conv_groups, -(-channels // 4) * 4, -(-channels // tiles.tap) * tiles.tap,
-            tiles_n, *magic(tiles_n), x.shape[2], x.shape[3], area, size[1], *magic(area), *magic(size[1]),
+            tiles_n, *magic(tiles_n), x.shape[2], x.shape[3], area, width, *magic(area), *magic(width),
             *stride, *padding, *dilation, 0 if shared else size_x, x[0].numel(), x[0, 0].numel(), *w.stride(),
             1 if b is None else b.stride(0), size_y, outputs * area,
             KH=kh, KW=kw, SIGNS=sign, SHARED=shared, BIAS=b is not None, WHAT=what,
-            ROUNDING=ROUNDINGS.index(rounding), TAP=tiles.tap, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
+            ROUNDING=ROUNDINGS.index(rounding), RELU=relu, POOL=pool, TAP=tiles.tap, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
             ROUNDS=noise.rounds, ASM=ASM, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -238,18 +261,21 @@ _INTEGERS = (
 _ONES = ("stride_h", "stride_w", "dilation_h", "dilation_w", "w_s", "b_n")
 
 
-def _variant(shape, positions, outputs, channels, kernel, signs: int, what: int, archs, tested: bool) -> Variant:
+def _variant(
+    shape, positions, outputs, channels, kernel, signs: int, what: int, archs, tested: bool, pool=1
+) -> Variant:
     tiles = int8_conv_tiles(positions, outputs, channels, 1, archs[0])
     return Variant(
         kernel=int8_conv2d_kernel,
         name=f"int8_conv2d/{shape}/{'pair' if signs == 2 else signs}/{('store', 'peak', 'requantize')[what]}"
+        + "/pooled" * (pool == 2)
         + f"/sm_{archs[0]}" * (archs[0] != 90),
         signature={**_POINTERS, **dict.fromkeys(_INTEGERS, "i32")},
         constexprs={
             **dict.fromkeys(_ONES, 1),
             **{"KH": kernel, "KW": kernel, "SIGNS": signs, "SHARED": signs == 0, "BIAS": True, "WHAT": what},
-            **{"ROUNDING": 0, "TAP": tiles.tap, "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk},
-            **{"ROUNDS": 7, "ASM": True},
+            **{"ROUNDING": 0, "RELU": pool == 2, "POOL": pool, "TAP": tiles.tap},
+            **{"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "ROUNDS": 7, "ASM": True},
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -274,3 +300,5 @@ def variants():
             for what in (0, 1, 2):
                 yield _variant(shape, *given, 2, what, archs, what == 2 or (shape, what) == ("resnet3x3", 1))
             yield _variant(shape, *given, 0, 2, archs, False)
+            if shape != "resnet3x3":
+                yield _variant(shape, *given, 2, 2, archs, True, pool=2)

@@ -192,7 +192,7 @@ def launch_linear_slab(
 
 def launch_conv2d_slab(
     x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, stride, padding, dilation, conv_groups, size,
-    what, rounding, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent, memory,
+    what, rounding, relu, pool, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent, memory,
 ) -> None:  # fmt: skip
     """The same of a convolution, whose whole weight is one slab: arguments as ``ezo::int8_conv2d``, then its memory."""
     from ._int8_conv2d_triton import launch_conv2d
@@ -218,8 +218,8 @@ def launch_conv2d_slab(
                     launch_conv2d(
                         x[at * batch : (at + 1) * batch], weights[i], None if line is None else line[i],
                         x_exponent[at : at + 1], w_exponent, b_exponent, key, site, bias_site, stride, padding, dilation,
-                        conv_groups, size, phase, rounding, 0, 1, (0,), rounds, p_zero, r_max, parts[0], peak[g : g + 1],
-                        parts[1], exponent[g : g + 1],
+                        conv_groups, size, phase, rounding, relu, pool, 0, 1, (0,), rounds, p_zero, r_max, parts[0],
+                        peak[g : g + 1], parts[1], exponent[g : g + 1],
                     )  # fmt: skip
 
 

@@ -133,11 +133,16 @@ def shift_of(peak_ptr):
 
 
 @jit
+def requantised(acc, peak_ptr, ROUNDING: tl.constexpr):
+    """Accumulators of a group with this peak, rounded and clamped; int32 still."""
+    return clamp8(round_shift(acc, shift_of(peak_ptr), acc, ROUNDING))
+
+
+@jit
 def leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr, WHAT: tl.constexpr, ROUNDING: tl.constexpr):
     """What a tile of accumulators leaves behind at ``at``: itself and its peak, its peak, or its requantised values."""
     if WHAT == REQUANTIZE:
-        y = clamp8(round_shift(acc, shift_of(peak_ptr), acc, ROUNDING)).to(tl.int8)
-        tl.store(out_ptr + at, y, mask=inside)
+        tl.store(out_ptr + at, requantised(acc, peak_ptr, ROUNDING).to(tl.int8), mask=inside)
     else:
         if WHAT == STORE:
             tl.store(acc_ptr + at, acc, mask=inside)

@@ -168,6 +168,15 @@ def output_size(op: str, x, weight, bias, stride, padding, dilation, groups: int
     return stride, padding, dilation, size
 
 
+def pooled_size(op: str, size, pool) -> tuple[int, int]:
+    """(H', W') of an output of ``size`` in windows of ``pool`` by ``pool``; ValueError in ``op``'s name if none fits."""
+    if pool not in (1, 2):
+        raise ValueError(f"{op}: pool must be 1 or 2, got {pool!r}")
+    if min(size) < pool:
+        raise ValueError(f"{op}: an output of {tuple(size)} has no window of 2 x 2")
+    return tuple(n // pool for n in size)
+
+
 def perturbed_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -214,11 +223,7 @@ def perturbed_conv2d(
     stride, padding, dilation, size = output_size(
         "perturbed_conv2d", x, weight, bias, stride, padding, dilation, groups
     )
-    if pool not in (1, 2):
-        raise ValueError(f"perturbed_conv2d: pool must be 1 or 2, got {pool!r}")
-    if min(size) < pool:
-        raise ValueError(f"perturbed_conv2d: an output of {tuple(size)} has no window of 2 x 2")
-    size = tuple(n // pool for n in size)
+    size = pooled_size("perturbed_conv2d", size, pool)
     if precision not in (None, "ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)

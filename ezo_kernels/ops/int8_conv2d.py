@@ -4,7 +4,7 @@
 |---|---|
 | x | int8 [groups * B, C, H, W], or [B, C, H, W] of one group shared by all |
 | W, b | int8 [O, C / g, R, S], [O]; row o, column (r S + s) pad(C / g) + c in the noise contract |
-| y | int8 [groups * B, O, H', W'] |
+| y | int8 [groups * B, O, H', W']; of windows of 2 x 2, each the largest of its four, [groups * B, O, H' // 2, W' // 2] |
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from . import _cpu, int8_matmul
 from ._int8_slab import check_way, choose, reserve
 from ._library import register
-from .conv2d import output_size
+from .conv2d import output_size, pooled_size
 from .int8_matmul import (
     _CHUNK_BYTES,
     PEAK,
@@ -34,13 +34,14 @@ from .int8_matmul import (
     shift_of,
 )
 from .int8_pass import ROUNDINGS, SCHEMA, IntegerPerturbation, check_terms, pass_groups
+from .int8_pointwise import int8_pool2d, int8_relu
 from .int8_tensor import Int8Tensor
 from .noise import Noise, check_index
 
 
 def _conv2d_cpu(
     x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, stride, padding, dilation, conv_groups, size,
-    what, rounding, weights, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
+    what, rounding, weights, relu, pool, query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
     import numpy as np
 
@@ -55,9 +56,9 @@ def _conv2d_cpu(
     per, channels, kernel, (height, width) = outputs // conv_groups, w.shape[1], w.shape[2:], size
     padded = [n + 2 * pad for n, pad in zip(x.shape[2:], padding, strict=True)]
     pitch = padded[1] if tuple(stride) == (1, 1) else width
-    shape = (groups, -1, outputs, height * width)
-    accs = acc.view(shape).numpy() if what == STORE else acc.new_empty(groups, 1, 0, 0).numpy()
-    outs = out.view(shape).numpy() if what == TWICE else out.new_empty(groups, 1, 0, 0).numpy()
+    area = (height // pool) * (width // pool)
+    accs = acc.view(groups, -1, outputs, area).numpy() if what == STORE else acc.new_empty(groups, 1, 0, 0).numpy()
+    outs = out.view(groups, -1, outputs, area).numpy() if what == TWICE else out.new_empty(groups, 1, 0, 0).numpy()
     # of a stride of one our product reads the planes where they lie; torch's needs them unfolded
     direct = tuple(stride) == (1, 1) and not int8_matmul.library_multiplies()
     an_image = max(4 * per * height * pitch, channels * padded[0] * padded[1]) if direct else k * height * pitch
@@ -102,7 +103,7 @@ def _conv2d_cpu(
                         top = K.finish_conv2d(
                             sums[i * per : (i + 1) * per], bias[i][c * per : (c + 1) * per], height, width, pitch, phase,
                             accs[g, first : first + images], c * per, outputs, shifts[i], mode,
-                            outs[g, first : first + images],
+                            relu, pool, outs[g, first : first + images],
                         )  # fmt: skip
                         largest[i] = max(largest[i], int(top))
             shifts = [shift_of(v) for v in largest]
@@ -115,24 +116,24 @@ def _conv2d_cpu(
 def _conv2d_cuda(*args) -> None:
     from ._int8_conv2d_triton import launch_conv2d
 
-    (*plain, weights), tail = args[:17], args[17:]
+    (*plain, weights, relu, pool), tail = args[:19], args[19:]
     x, w, x_exponent, size, signs = args[0], args[1], args[3], args[13], tail[2]
     rows, columns = x.shape[0] // x_exponent.numel() * size[0] * size[1], w[0].numel()
     way = choose(rows, len(w), columns, tuple(signs), conv=True, asked=weights)
     memory = reserve(way, x, way.workspace_bytes, "int8_conv2d") if way.name == "slab" else None
     if memory is None:
-        launch_phases(launch_conv2d, (*plain, *tail), 14)
+        launch_phases(launch_conv2d, (*plain, relu, pool, *tail), 14)
         return
     from ._int8_slab_triton import launch_conv2d_slab
 
-    launch_conv2d_slab(*plain, *tail, memory)
+    launch_conv2d_slab(*plain, relu, pool, *tail, memory)
 
 
 _conv2d = register(
     "int8_conv2d",
     "(Tensor x, Tensor w, Tensor? b, Tensor x_exponent, Tensor w_exponent, Tensor? b_exponent, Tensor key, int site, "
     "int bias_site, int[2] stride, int[2] padding, int[2] dilation, int conv_groups, int[2] size, int what, str rounding, "
-    f"str weights, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, Tensor(d!) exponent) -> ()",
+    f"str weights, bool relu, int pool, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, Tensor(d!) exponent) -> ()",
     cpu=_conv2d_cpu,
     cuda=_conv2d_cuda,
 )
@@ -155,6 +156,8 @@ def int8_conv2d(
     rounding: str = "nearest",
     strategy: str = "twice",
     weights: str = "auto",
+    relu: bool = False,
+    pool: int = 1,
 ) -> Int8Tensor:
     """Integer convolution of every group; zero padding.
 
@@ -162,10 +165,12 @@ def int8_conv2d(
         x: [groups of the pass * B, C, H, W], or of one group that all of them share.
         weight: int8 [O, C / groups, R, S]. Never written.
         stride, padding, dilation, groups: as torch's conv2d, in integers.
+        relu, pool: then a max-pool of ``pool`` by ``pool`` (1 or 2) and a relu, with the bits of the three. With the strategy
+            ``twice`` they are in the kernel that rounds, and what the convolution gives before them is never in memory.
         Others as :func:`ezo_kernels.ops.int8_linear`.
 
     Returns:
-        [groups of the pass * B, O, H', W'].
+        [groups of the pass * B, O, H' // pool, W' // pool].
 
     Raises:
         TypeError: an argument that is not of integers.
@@ -175,6 +180,7 @@ def int8_conv2d(
     check_weight(weight, weight_exponent, bias, bias_exponent, "int8_conv2d")
     stride, padding, dilation, size = output_size("int8_conv2d", x, weight, bias, stride, padding, dilation, groups)
     check_terms(weight[0].numel(), "int8_conv2d")
+    out_size = pooled_size("int8_conv2d", size, pool)
     rounding, weights = _of_activations(rounding), check_way(weights)
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
     signs = (0,) if p is None else tuple(p.signs)
@@ -182,15 +188,22 @@ def int8_conv2d(
     values = x.values.contiguous()
     tail = (0, 1, [0], 7, 0.0, 1) if signs == (0,) else p.schema_args()
     key = p.key if p is not None else torch.zeros(2, dtype=torch.int32, device=x.device)
+    # accumulators in memory are rounded by a kernel of their own, which every layer shares
+    fused = strategy == "twice"
+    finish = (relu, pool) if fused else (False, 1)
 
     def run(what, acc, peak, out, exponent):
         _conv2d(
             values, weight, bias, x.exponent, weight_exponent, bias_exponent, key, site, bias_site, stride, padding,
-            dilation, groups, size, what, rounding, weights, *tail, acc, peak, out, exponent,
+            dilation, groups, size, what, rounding, weights, *finish, *tail, acc, peak, out, exponent,
         )  # fmt: skip
 
-    shape = (own_groups * (x.shape[0] // x.groups), weight.shape[0], *size)
-    return multiply(x, shape, own_groups, strategy, rounding, weight_exponent, run)
+    shape = (own_groups * (x.shape[0] // x.groups), weight.shape[0], *(out_size if fused else size))
+    y = multiply(x, shape, own_groups, strategy, rounding, weight_exponent, run)
+    if not fused:
+        y = int8_pool2d(y, "max", pool) if pool > 1 else y
+        y = int8_relu(y) if relu else y
+    return y
 
 
 def int8_conv1d(

@@ -229,6 +229,16 @@ def test_conv_shapes(on_cpu, key, name):
     conv(on_cpu, x, ints(*weight, seed=1), ints(weight[0], seed=2), make_pass(key), strategy=strategy, **options)
 
 
+@pytest.mark.parametrize(("relu", "pool"), [(True, 1), (False, 2), (True, 2)])
+@pytest.mark.parametrize("name", ["lenet1", "groups", "odd"])
+def test_conv_pools(on_cpu, key, name, relu, pool):
+    """Heights and widths that are odd, too: the largest magnitude may be in no window."""
+    shape, weight, options = CONVS[name]
+    x = tensor(4, *shape, groups=2, exponents=[-7, -3])
+    how = {"strategy": "twice", "relu": relu, "pool": pool, "rounding": "pseudo" if name == "odd" else "nearest"}
+    conv(on_cpu, x, ints(*weight, seed=1), ints(weight[0], seed=2), make_pass(key), **how, **options)
+
+
 @pytest.mark.parametrize("signs", SIGNS, ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 def test_conv_signs_and_queries(on_cpu, key, signs, shared):
@@ -253,6 +263,7 @@ def test_conv_tiles(monkeypatch, on_cpu, key, cut):
     monkeypatch.setattr(_int8_conv2d_triton, "int8_conv_tiles", lambda *_: chosen)
     x, w = tensor(4, *shape[0], groups=2), ints(*shape[1], seed=1)
     conv(on_cpu, x, w, ints(20, seed=2), make_pass(key), padding=1)
+    conv(on_cpu, x, w, ints(20, seed=2), make_pass(key), padding=1, strategy="twice", relu=True, pool=2)
 
 
 # --------------------------------------------------------------------------------------------------------- pointwise

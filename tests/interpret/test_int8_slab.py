@@ -78,6 +78,8 @@ def test_conv_shapes(on_cpu, key, name):
     x = tensor(4, *shape, groups=2, exponents=[-7, -3])
     b = ints(weight[0], seed=2)
     conv(on_cpu, x, ints(*weight, seed=1), b, make_pass(key), strategy=strategy, weights="slab", **options)
+    how = {"strategy": "twice", "relu": True, "pool": 1 if name == "one" else 2}
+    conv(on_cpu, x, ints(*weight, seed=1), b, make_pass(key), weights="slab", **how, **options)
 
 
 @pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
