@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 #: Seconds below which a suite is not begun, and that a suite has to end by itself when its time is over.
 LEAST, GRACE = 15.0, 20.0
+#: Processes of the tests: each has a context on the GPU, of about half a GiB.
+MOST_PROCESSES = 16
 #: pytest-benchmark's wall clock, as short as it goes: the cases are run, the figures are worth little.
 QUICK = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=2", "--benchmark-min-time=0.000001")
 
@@ -150,6 +153,9 @@ def run_suite(suite: Suite, path: Path, here: dict, seconds: float, most: float,
     command = [sys.executable, "-m", *suite.command]
     if suite.command[0] == "pytest":
         command += ["-q", "-p", "no:cacheprovider"]
+    if suite.name == "tests" and importlib.util.find_spec("xdist"):
+        # A test of a GPU mostly waits for ptxas: one process would take longer than all there is.
+        command += ["--numprocesses", str(min(MOST_PROCESSES, os.cpu_count() or 1))]
     if suite.name != "tests":
         command += ["--device", device, "--lines", str(lines)]
         if suite.command[0] == "pytest":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -357,6 +359,25 @@ def test_a_failed_eager_step_changes_nothing():
     with pytest.raises(ValueError, match="784 inputs"):
         ours.train_step(x[:, :, :5], y)
     assert same(before, bits(ours.model)) and ours.capture_counters["eager_steps"] == 0
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_graph_keeps_the_table_that_it_reads(integer):
+    """Parameters that moved away and back left the step another plan; the graph has the address of the first one."""
+    model = ezo.convert_(lenet(), head=0, **({"precision": "int8"} if integer else {}))
+    opt = (ezo.ElasticZOInt8 if integer else ezo.ElasticZO)(model, capture=True)
+    plan = "_update_plan" if integer else "_plan"
+    for i in range(WARM_UP + 2):
+        x, y = batch(4, i)
+        opt.train_step(ezo.quantize(x, -5) if integer else x, y)
+    assert opt.capture_counters["replays"]
+    table = weakref.ref(getattr(opt, plan))
+    setattr(opt, plan, None)
+    gc.collect()
+    assert table() is not None
+    opt._captured.drop()
+    gc.collect()
+    assert table() is None
 
 
 @pytest.mark.parametrize("mode", ["stacked", "sequential"])

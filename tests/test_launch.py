@@ -7,10 +7,12 @@ interpreter does not see what this sees: arguments that are one become constants
 from __future__ import annotations
 
 import types
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton")
 
@@ -215,3 +217,19 @@ def test_update_and_noise(launches):
     ops.materialize((3, 5), seed=1, step=2, site=3, noise="sparse", p_zero=0.5)
     ops.materialize((1,), seed=1, step=2, site=3, noise="sparse_int8")
     assert [launch.name for launch in launches] == ["update_kernel"] * 4 + ["fold_key_kernel"] + ["noise_kernel"] * 2
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_tables_of_fake_parameters_ask_for_no_address(integer):
+    """As plans of memory make them of a model on a GPU: torch warns where a fake tensor is asked where it is."""
+    from ezo_kernels.ops.int8_update import Int8UpdatePlan
+    from ezo_kernels.ops.update import UpdatePlan
+
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("error")
+        params = [torch.empty(6, 16, dtype=torch.int8 if integer else torch.float32, device="cuda")]
+        if integer:
+            plan = Int8UpdatePlan.build(params, [1], ["matrix"])
+        else:
+            plan = UpdatePlan.build(params, [1], ["matrix"], ops.Noise("gaussian"))
+        assert plan.fits(params)

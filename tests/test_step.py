@@ -207,6 +207,17 @@ def test_step_runs_under_fake_tensors():
             opt.train_step(torch.randn(8, 1, 28, 28), torch.zeros(8, dtype=torch.long))
 
 
+def test_an_error_after_the_losses_leaves_none_to_the_next_step(monkeypatch):
+    opt, other = (ezo.ElasticZO(ezo.convert_(lenet(), head=["fc3"]), seed=2) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(opt, "_coefficients", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            opt.train_step(*batch(8))
+    opt.train_step(*batch(8, 1))
+    other.train_step(*batch(8, 1))
+    assert same(bits(opt.model), bits(other.model)) and torch.equal(opt.losses, other.losses)
+
+
 def test_accumulation_averages_losses_with_the_same_z():
     x, y = batch(32)
     whole, parts = (ezo.convert_(lenet(), head=["fc3"]) for _ in range(2))

@@ -18,7 +18,7 @@ import torch
 from . import _constants as C
 from ._int8_pointwise_triton import _variant, rounding_lanes
 from ._int8_triton import STOCHASTIC, bit_length, check_grid, clamp8, divide, magic, raise_peak, round_shift
-from ._layout import grid
+from ._layout import grid, pointer
 from ._noise_triton import ASM, lane_units, load_key, noise_args, signed32, sparse_int8_units
 from ._tiles import element_tile, update_tile
 from ._triton import constexpr, jit, require, tl
@@ -164,9 +164,9 @@ def update_table(params, sites, layouts) -> torch.Tensor:
         tiles = -(-where.rows // tile.rows) * across
         if max(where.rows + tile.rows, where.columns + tile.columns, tiles) >= 1 << 31:
             raise NotImplementedError(f"int8_update_: shape {tuple(w.shape)}: 2^31 rows or columns is the limit")
-        fast = where.taps == 1 and w.data_ptr() % 16 == 0 and where.channels % 16 == 0
+        fast = where.taps == 1 and pointer(w) % 16 == 0 and where.channels % 16 == 0
         entries[i] = [
-            w.data_ptr(), signed32(site), fast, where.rows, where.columns, where.channels, where.padded, where.taps,
+            pointer(w), signed32(site), fast, where.rows, where.columns, where.channels, where.padded, where.taps,
             across, *magic(where.padded), *magic(across),
         ]  # fmt: skip
         work.append(np.arange(tiles, dtype=np.int64) + (i << 32))

@@ -61,3 +61,8 @@ def grid(shape, layout: str, segment: int) -> Grid:
     else:
         rows, taps, channels = math.prod(shape[:-1]), 1, shape[-1]
     return Grid(rows, taps, channels, -(-channels // segment) * segment)
+
+
+def pointer(t: torch.Tensor) -> int:
+    """Where a tensor's memory is; 0 of a fake one, which has none and warns if it is asked."""
+    return 0 if isinstance(t, torch._subclasses.FakeTensor) else t.data_ptr()

@@ -19,7 +19,7 @@ import torch
 
 from . import _constants as C
 from ._address import MOST_DIMS, address, strided
-from ._layout import grid
+from ._layout import grid, pointer
 from ._noise_triton import NOISE_ID, lane_units, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._rounding_triton import round_stochastic, round_z
 from ._tiles import update_tile
@@ -216,11 +216,11 @@ def update_table(params, sites, layouts, noise, tile=None, rounded=None, scales=
         if max(where.rows + tile.rows, where.columns + tile.columns, tiles) >= 1 << 31:
             raise NotImplementedError(f"update_: shape {tuple(w.shape)}: 2^31 rows or columns is the limit")
         fast = (
-            layout == "matrix" and place.dims == 1 and place.channel == 1 and w.data_ptr() % 16 == 0
+            layout == "matrix" and place.dims == 1 and place.channel == 1 and pointer(w) % 16 == 0
             and where.channels % 8 == 0 and place.strides[-1] % 8 == 0
         )  # fmt: skip
         entries[i] = [
-            w.data_ptr(), signed32(site), code_of(w.dtype, rounds_z, noise), fast, where.rows, where.columns, where.channels,
+            pointer(w), signed32(site), code_of(w.dtype, rounds_z, noise), fast, where.rows, where.columns, where.channels,
             where.padded, across, layout == "conv", *place.sizes[1:], *place.strides, place.row, place.channel,
             factor,
         ]  # fmt: skip

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _cpu
-from ._layout import LAYOUTS, default_layout, grid
+from ._layout import LAYOUTS, default_layout, grid, pointer
 from ._library import register
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_pointwise import rounding_lanes
@@ -52,7 +52,7 @@ class Int8UpdatePlan:
 
     @staticmethod
     def _address(p: torch.Tensor) -> tuple[int, ...]:
-        return (p.data_ptr() if p.is_cuda else 0, *p.shape, *p.stride())
+        return (pointer(p) if p.is_cuda else 0, *p.shape, *p.stride())
 
     @classmethod
     def build(cls, params, sites, layouts) -> Int8UpdatePlan:

@@ -23,7 +23,7 @@ import torch
 
 from . import _constants as C
 from . import _cpu
-from ._layout import LAYOUTS, default_layout, grid
+from ._layout import LAYOUTS, default_layout, grid, pointer
 from ._library import register
 from ._perturbation import FLOATS
 from .noise import Noise, check_index, key_words, row_ids, shifter_cpu
@@ -69,7 +69,7 @@ class UpdatePlan:
 
     @staticmethod
     def _address(p: torch.Tensor) -> tuple:
-        return (p.data_ptr() if p.is_cuda else 0, p.dtype, *p.shape, *p.stride())
+        return (pointer(p) if p.is_cuda else 0, p.dtype, *p.shape, *p.stride())
 
     @classmethod
     def build(

@@ -37,9 +37,10 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __getstate__(self) -> dict:
-        return {"device": self.device, "_stream": None}
+        return {"device": self.device, "_stream": None, "_failed": []}
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -65,6 +66,8 @@ class CudaGraphs:
                 run()
         except BaseException:
             torch.cuda.set_stream(before)  # torch leaves the capture stream current if ending the capture fails, too
+            # and its allocator goes on asking the graph which allocations are its own
+            self._failed.append(graph)
             raise
         return graph
 
@@ -175,8 +178,9 @@ class CapturedStep:
     """Replays the step of one optimizer, which offers it:
 
     ``_eager(*inputs)`` the step; ``_fill_scalars()`` host numbers to device scalars; ``_baked()`` the host numbers and
-    ``_held()`` the tensors beside the model's that a graph keeps; ``_results(loss)`` the tensors that a step leaves, 8-byte
-    dtypes first; ``_took(results)`` takes them over.
+    ``_held()`` the tensors beside the model's that a graph keeps; ``_tables()`` what a step makes anew when parameters have
+    moved, and a graph reads where it was; ``_results(loss)`` the tensors that a step leaves, 8-byte dtypes first;
+    ``_took(results)`` takes them over.
 
     Attributes:
         captures, replays, eager_steps: how often each happened.
@@ -186,6 +190,7 @@ class CapturedStep:
         self._graphs = graphs
         self.captures = self.replays = self.eager_steps = 0
         self._graph, self._key, self._inputs, self._out, self._shapes = None, None, [], None, ()
+        self._kept = None
         self._candidate: _Candidate | None = None
         self._slots: list | None = None
         self._modules: list = []
@@ -270,7 +275,7 @@ class CapturedStep:
         finally:
             opt._took(held)  # tensors of the graph's own memory are not for users
         self._key, self._inputs, self._out, self._shapes = candidate.key, candidate.inputs, out, shapes
-        self._candidate = None
+        self._candidate, self._kept = None, opt._tables()
         self.captures += 1
 
     def _replay(self, opt, leaves) -> torch.Tensor:
@@ -294,7 +299,7 @@ class CapturedStep:
         """Forget the graph; its memory goes back."""
         if self._graph is not None:
             self._graphs.drop(self._graph)
-        self._graph, self._key, self._inputs, self._out = None, None, [], None
+        self._graph, self._key, self._inputs, self._out, self._kept = None, None, [], None, None
 
 
 @torch.no_grad()

@@ -210,6 +210,9 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     def _held(self) -> list[torch.Tensor]:
         return [] if self.head_optimizer is None else self.head_optimizer.tensors()
 
+    def _tables(self) -> object:
+        return self._plan
+
     def _mode(self, mode: str) -> str:
         if mode != "auto" or not self.trunk:
             return "stacked" if mode == "auto" else mode
@@ -332,7 +335,11 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self._losses = losses if self._losses is None else self._losses + losses
         self._micro += 1
         if update:
-            self._finish()
+            try:
+                self._finish()
+            except BaseException:
+                self._drop()
+                raise
         return losses.mean()
 
     def _drop(self) -> None:

@@ -67,6 +67,9 @@ class Int8Memory:
     def _held(self) -> list[torch.Tensor]:
         return [] if self.arena.buffer is None else [self.arena.buffer]
 
+    def _tables(self) -> object:
+        return self._update_plan
+
     def _record(self, x: Int8Tensor, p) -> ArenaPlan:
         """The plan of a pass, from a trial on the meta device."""
         trial = Int8Tensor(x.values.to("meta"), x.exponent.to("meta"), self.arena)
