@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from . import regression
 from .findings import CHOICE, against_full_zo, judge_cuts, place_computed, say_cuts, say_planned, say_rank
-from .recipes import FROZEN_LRS, HEADS
+from .recipes import FROZEN_LRS, GRID, HEADS
 from .scope import Experiment, Scope
 from .summary import Column
 from .trial import Trial
@@ -38,6 +38,15 @@ def baseline(scope: Scope) -> list[Trial]:
             scope.trial(f"{name}, int8, integer only", scope.elastic(head, "int8")),
         ]
     return out
+
+
+def grid(scope: Scope) -> list[Trial]:
+    """What ``baseline`` chose its recipes from, on the validation split alone."""
+    return [
+        scope.trial(f"{HEADS[head]}, {name}", scope.candidate(head, name), task="validate")
+        for head, candidates in GRID.items()
+        for name in candidates
+    ]
 
 
 EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -186,6 +195,10 @@ _ALL = (
     Experiment(
         "baseline", "Table 1 of the paper: full ZO, ElasticZO, full BP and the tuned frozen trunk; fp32 and int8",
         baseline, (VALID, TEST, SECONDS, STEP_MS, BYTES), (TEST, STEP_MS, BYTES), epochs=64,
+    ),
+    Experiment(
+        "grid", "the candidates that the recipes of baseline are chosen from, on the validation split", grid,
+        (VALID, SECONDS, STEP_MS), (VALID,), epochs=64,
     ),
     Experiment(
         "epsilon", "eps over three orders of magnitude, and one computed from gradient statistics", epsilon,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..recipe import Recipe
-from .recipes import best, recipe
+from .recipes import best, candidate, recipe
 from .summary import Column
 from .trial import Finished, Trial
 
@@ -45,6 +45,10 @@ class Scope:
     def best(self, head: str) -> Recipe:
         """The best recipe known in floats, at the forward passes of this scope's epochs with two a step."""
         return best(self.data, head, self.seed, self.epochs)
+
+    def candidate(self, head: str, name: str) -> Recipe:
+        """A candidate of the grid, at the same forward passes."""
+        return candidate(self.data, head, self.seed, self.epochs, name)
 
     def other(self, method: str, head: str = "", **options) -> Recipe:
         """The recipe of a method that ElasticZO is held against."""

@@ -71,8 +71,10 @@ def started(trial: Trial, data: Dataset, device: torch.device) -> dict[str, torc
     return run.model.state_dict()
 
 
-def train(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:
-    """Train, with every rate of ``head_lrs`` if there are any; the best on the validation split is tested, once.
+def train(
+    trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None], test: bool = True
+) -> tuple[dict, dict]:
+    """Train, with every rate of ``head_lrs`` if there are any; the best on the validation split is tested, once, or not at all.
 
     With a ``start``, ``start_validation_error`` is that of its weights, before anything adapted to the turned images.
     """
@@ -109,7 +111,7 @@ def train(trial: Trial, data: Dataset, device: torch.device, after_step: Callabl
     result = {
         "validation_error": 1 - valid,
         # The one time that the test images are read: nothing is chosen after it.
-        "test_error": 1 - run.test(),
+        **({"test_error": 1 - run.test()} if test else {}),
         "steps": run.step,
         "skipped_steps": run.skipped,
         "forward_rows": run.step * forwards(recipe, recipe.batch),
@@ -202,4 +204,7 @@ def phases(trial: Trial, data: Dataset, device: torch.device, after_step: Callab
     return {"timed_steps": steps - WARM_STEPS}, {"step_ms": 1000 * total / (steps - WARM_STEPS), **share}
 
 
-RUN = {"train": train, "bytes": count_bytes, "phases": phases, "choice": choose, "regression": regression.train}
+RUN = {
+    "train": train, "validate": functools.partial(train, test=False), "bytes": count_bytes, "phases": phases,
+    "choice": choose, "regression": regression.train,
+}  # fmt: skip

@@ -11,8 +11,10 @@ from ...ops.noise import rng_version
 from ..recipe import Recipe
 
 #: what a trial does with its recipe: :mod:`.tasks` has a function of each name
-TASKS = ("train", "bytes", "phases", "choice", "regression")
+TASKS = ("train", "validate", "bytes", "phases", "choice", "regression")
 PROBES = ("g", "signs")
+#: Options that recipes had not when the first files were made: at these values they are left out, so that those files hold.
+LATER = {"scales": ""}
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Trial:
         recipe: method, data, model, head, precision, rates, seed, epochs and batch; of the task ``regression`` a
             :class:`.regression.RegressionRecipe`.
         data: fingerprint of the data set: other files are other trials.
-        task: ``train`` and validate, then test once, on tables ``regression``; ``bytes`` or ``phases`` of a step; ``choice``
-            of a cut.
+        task: ``train`` and validate, then test once, or ``validate`` alone; on tables ``regression``; ``bytes`` or ``phases``
+            of a step; ``choice`` of a cut.
         x: where the arm's curve has it (eps, batch, ...); not hashed, either.
         max_steps: stop there; the schedule spans the recipe's epochs still.
         head_lrs: rates of the head, or of backpropagation, of which the validation split takes the best; none: the recipe's.
@@ -62,6 +64,10 @@ class Trial:
         values = asdict(self)
         for label in ("arm", "x"):
             del values[label]
+        for recipe in filter(None, (values["recipe"], values["start"])):
+            for name, value in LATER.items():
+                if recipe.get(name) == value:
+                    del recipe[name]
         values["rng_version"] = rng_version(self.recipe.rounds)
         values["numerics_version"] = INT8_VERSION if self.recipe.integer else None
         return json.loads(json.dumps(values))
