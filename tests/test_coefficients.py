@@ -112,7 +112,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("head", "queries", "most"),
     # the losses are four of them for two groups
-    [(0, 1, 18), (["fc2", "fc3"], 1, 57), (0, 16, 93)],
+    [(0, 1, 16), (["fc2", "fc3"], 1, 56), (0, 16, 91)],
     ids=["pure", "fc2+fc3", "16 queries"],
 )
 def test_launches_of_a_step(head, queries, most):

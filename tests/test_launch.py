@@ -120,6 +120,14 @@ def test_two_products(launches, rows, n, k, noise):
     assert [launch.name for launch in launches] == ["linear_small_kernel"] * 2
 
 
+@pytest.mark.parametrize("strategy", ["fused", "two_products"])
+def test_relu_of_lenets_layers_is_in_the_kernel(launches, strategy):
+    for n, k in ((120, 784), (84, 120)):
+        how = dict(site=1, bias_site=2, relu=True, strategy=strategy)
+        ops.perturbed_linear(torch.ones(64, k), torch.ones(n, k), torch.ones(n), pass_of(), **how)
+    assert len(launches) == 2
+
+
 @pytest.mark.parametrize(("rows", "n", "k"), [(128, 84, 120), (128, 10, 84), (64, 84, 120), (1, 130, 72)])
 @pytest.mark.parametrize("strategy", ["fused", "two_products"])
 def test_rows_that_begin_anywhere(launches, strategy, rows, n, k):

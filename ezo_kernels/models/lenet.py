@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..nn.conv import conv_pool_relu
+from ..nn.linear import linear_relu
 from ._init import kaiming_
 
 
@@ -42,6 +42,6 @@ class LeNet5(nn.Module):
         x = conv_pool_relu(self.conv1, x)
         x = conv_pool_relu(self.conv2, x)
         x = x.flatten(1)
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
+        x = linear_relu(self.fc1, x)
+        x = linear_relu(self.fc2, x)
         return self.fc3(x)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..nn.linear import linear_relu
 from ._init import kaiming_
 
 
@@ -38,5 +38,5 @@ class MLP(nn.Module):
         """Anything [B, ...] with widths[0] elements a row, in the dtype of the weights, to [B, widths[-1]]."""
         x = x.flatten(1)
         for i in range(1, self.depth):
-            x = F.relu(self.get_submodule(f"fc{i}")(x))
+            x = linear_relu(self.get_submodule(f"fc{i}"), x)
         return self.get_submodule(f"fc{self.depth}")(x)

@@ -5,7 +5,7 @@ from .convert import convert_, head_parameters, trunk_parameters, unconvert_
 from .dropout import ZODropout
 from .embedding import ZOEmbedding
 from .int8_layers import Int8Conv2d, Int8Linear
-from .linear import ZOLinear, ZOTransposedLinear
+from .linear import ZOLinear, ZOTransposedLinear, linear_relu
 from .summary import summary
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "conv_pool_relu",
     "convert_",
     "head_parameters",
+    "linear_relu",
     "summary",
     "trunk_parameters",
     "unconvert_",

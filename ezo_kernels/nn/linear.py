@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops import perturbed_linear
@@ -43,17 +44,30 @@ class ZOLinear(nn.Linear):
         """Turn ``linear`` into one, in place; ``sites`` maps "weight" (and "bias") to ids."""
         return become(linear, cls, zo=zo, site=sites["weight"], bias_site=sites.get("bias"))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, *, relu: bool = False) -> torch.Tensor:
+        """``relu``: of the outputs, too; :func:`linear_relu`."""
         if self.zo.p is None:
-            return super().forward(input)
+            y = super().forward(input)
+            return F.relu(y) if relu else y
         self.zo.visit(self.site, self.bias_site)
         return perturbed_linear(
             input, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0,
-            strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight),
+            strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight), relu=relu,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"
+
+
+def linear_relu(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """``F.relu(linear(x))``, for the forward of a model, with the same bits.
+
+    During a zeroth-order pass of a converted ``linear`` it is one kernel; so a forward hook of ``linear`` then sees the result
+    of both.
+    """
+    if isinstance(linear, ZOLinear) and linear.zo.p is not None:
+        return linear(x, relu=True)
+    return F.relu(linear(x))
 
 
 class ZOTransposedLinear(nn.Module):

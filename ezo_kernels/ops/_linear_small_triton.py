@@ -45,12 +45,20 @@ def signs16(k0, k1, site, query, rows, units, ROUNDS: tl.constexpr, HALF: tl.con
     return z
 
 
+@jit
+def _finish(y, dtype: tl.constexpr, RELU: tl.constexpr):
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)  # NaN stays
+    return y.to(dtype)
+
+
 @jit(do_not_specialize=["site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold"])
 def linear_small_kernel(
     x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
     n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr, EVEN_K: tl.constexpr,
-    EIGHTS: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EIGHTS: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else 1 or -1. EIGHTS, NEAR: as in ``_linear_triton.linear_kernel``.
@@ -127,20 +135,21 @@ def linear_small_kernel(
         inside = inside & (second == 0)[None, :]
     if SIGNS == -1:
         step = -step
-    tl.store(at, (acc_w + step).to(dtype), mask=inside)
+    tl.store(at, _finish(acc_w + step, dtype, RELU), mask=inside)
     if SIGNS == 2 and SHARED:
-        tl.store(at + rows.to(tl.int64) * N, (acc_w - step).to(dtype), mask=inside)
+        tl.store(at + rows.to(tl.int64) * N, _finish(acc_w - step, dtype, RELU), mask=inside)
 
 
 def constexprs(
     tile, noise, signs: int, shared: bool, bias: bool, x_dims: int, even_k: bool, precision: str, eights: bool = True,
-    near: bool = False,
+    near: bool = False, relu: bool = False,
 ) -> dict:  # fmt: skip
     """Everything that :func:`linear_small_kernel` is compiled for."""
     return {
         **{"SIGNS": signs, "SHARED": bool(shared), "BIAS": bias, "X_DIMS": x_dims, "EVEN_K": even_k},
         "EIGHTS": eights,
         "NEAR": near,
+        "RELU": relu,
         **{"PRECISION": precision, "HALF": tile.half, "BN": tile.bn, "BK": tile.bk},
         **noise_constexprs(noise, tile.bk),
         "BIAS_UNIT": min(UNITS[noise.name], tile.bn),
@@ -148,7 +157,7 @@ def constexprs(
 
 
 def launch_linear_small(
-    x, w, b, key, eps, site, bias_site, shared, precision, query, queries, signs, noise, out,
+    x, w, b, key, eps, site, bias_site, shared, precision, query, queries, signs, noise, out, *, relu=False,
 ) -> None:  # fmt: skip
     """Write the outputs of every group; arguments as in :func:`perturbed_linear`, all checked there.
 
@@ -156,6 +165,7 @@ def launch_linear_small(
         signs: not (0,), which has nothing to multiply twice.
         precision: ``ieee`` or ``tf32``.
         out: contiguous.
+        relu: of the outputs.
     """
     require()
     n, k = w.shape
@@ -177,7 +187,7 @@ def launch_linear_small(
             x, w, b if b is not None else w, out, key, eps, signed32(site), signed32(bias_site), query, rows, n, k,
             tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=w.stride(0),
             w_stride_k=w.stride(1), b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
-            **constexprs(tile, noise, sign, shared, b is not None, place.dims, k % tile.bk == 0, precision, eights, near),
+            **constexprs(tile, noise, sign, shared, b is not None, place.dims, k % tile.bk == 0, precision, eights, near, relu),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -67,12 +67,14 @@ def _multiply(w, x, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION
 @jit
 def _store(
     out_ptr, acc, bias, row0, first, rm, rn, rows, N,
-    BM: tl.constexpr, NEAR: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, NEAR: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
     if BIAS:
         acc += bias[None, :]
+    if RELU:
+        acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
     if NEAR:
         out_ptr += (row0 + first).to(tl.int64) * N
         at = tl.arange(0, BM)[:, None] * N + rn[None, :]
@@ -87,7 +89,7 @@ def linear_kernel(
     n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr,
     EVEN_K: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, ROUNDED: tl.constexpr,
-    NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RELU: tl.constexpr, NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else the sign. ROUNDED: z of the weight has x's dtype.
@@ -188,9 +190,9 @@ def linear_kernel(
             b_plus, b_minus = perturb_tile(b_plus, z, eps, tl.float32)
     if SIGNS == -1:
         b_plus = b_minus
-    _store(out_ptr, acc, b_plus, row0, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS)
+    _store(out_ptr, acc, b_plus, row0, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS, RELU)
     if SIGNS == 2:
-        _store(out_ptr, other, b_minus, row0 + rows, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS)
+        _store(out_ptr, other, b_minus, row0 + rows, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS, RELU)
 
 
 def architecture(device: torch.device) -> int:
@@ -208,7 +210,7 @@ def whole_loads(x: torch.Tensor, w: torch.Tensor) -> bool:
 
 def constexprs(
     tile, noise, signs: int, shared: bool, transposed: bool, bias: bool, x_dims: int, even_k: bool, precision: str,
-    rounded: bool = False, eights: bool = True, near: bool = False,
+    rounded: bool = False, eights: bool = True, near: bool = False, relu: bool = False,
 ) -> dict:  # fmt: skip
     """Everything that :func:`linear_kernel` is compiled for."""
     return {
@@ -218,6 +220,7 @@ def constexprs(
             "EIGHTS": eights,
             "NEAR": near,
             "ROUNDED": rounded,
+            "RELU": relu,
             "PRECISION": precision,
             "SWAP": tile.swap,
             "BM": tile.bm,
@@ -231,6 +234,7 @@ def constexprs(
 
 def launch_linear(
     x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, out, *, rounded=False,
+    relu=False,
 ) -> None:  # fmt: skip
     """Write the outputs of every group; arguments as in :func:`perturbed_linear`, all checked there.
 
@@ -238,6 +242,7 @@ def launch_linear(
         precision: ``ieee`` or ``tf32``.
         out: contiguous.
         rounded: z of the weight is rounded to x's dtype.
+        relu: of the outputs.
     """
     require()
     rounded = rounded and not noise.sixteen_bits
@@ -263,7 +268,7 @@ def launch_linear(
             b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
             **constexprs(
                 tile, noise, sign, shared, transposed, b is not None, place.dims, k % tile.bk == 0, precision, rounded,
-                eights, n % 16 != 0 and tile.bm * n < 1 << 31,
+                eights, n % 16 != 0 and tile.bm * n < 1 << 31, relu,
             ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip

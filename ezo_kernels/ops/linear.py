@@ -26,20 +26,26 @@ from .perturb import perturbed_cpu
 
 
 def _linear_cpu(
-    x, w, b, key, eps, site, bias_site, shared, transposed, precision, strategy, z_dtype,
+    x, w, b, key, eps, site, bias_site, shared, transposed, precision, strategy, z_dtype, relu,
     query, queries, signs, noise, rounds, p_zero, out,
 ) -> None:  # fmt: skip
     spec = Noise(noise, rounds, p_zero)
     groups = queries * len(signs)
     chosen = strategy_for(x, w, out, groups, 0, transposed, precision, strategy, z_dtype, signs, noise)
+    tail = (query, queries, signs, spec, x.dtype)
     if chosen.name == "two_products":
         _two_products_cpu(x, w, b, key, eps, site, bias_site, shared, query, queries, signs, spec, out)
-        return
-    head = (key, eps)
-    tail = (query, queries, signs, spec, x.dtype)
-    if chosen.name == "slab":
-        _slab_cpu(x, w, b, head, site, bias_site, shared, tail, z_dtype, out)
-        return
+    elif chosen.name == "slab":
+        _slab_cpu(x, w, b, (key, eps), site, bias_site, shared, tail, z_dtype, out)
+    else:
+        _fused_cpu(x, w, b, (key, eps), site, bias_site, shared, transposed, tail, z_dtype, out)
+    if relu:
+        out.relu_()
+
+
+def _fused_cpu(x, w, b, head, site, bias_site, shared, transposed, tail, z_dtype, out) -> None:
+    queries, signs = tail[1:3]
+    groups = queries * len(signs)
     weights = perturbed_cpu(w, *head, site, "matrix", *tail, z_dtype=z_dtype)
     biases = [None] * groups if b is None else perturbed_cpu(b, *head, bias_site, "matrix", *tail)
     for x_g, y_g, w_g, b_g in zip(group_slices(x, groups, shared), out.chunk(groups), weights, biases, strict=True):
@@ -128,7 +134,7 @@ def input_precision(dtype: torch.dtype, precision: str) -> str:
 
 
 def _linear_cuda(
-    x, w, b, key, eps, site, bias_site, shared, transposed, precision, strategy, z_dtype,
+    x, w, b, key, eps, site, bias_site, shared, transposed, precision, strategy, z_dtype, relu,
     query, queries, signs, noise, rounds, p_zero, out,
 ) -> None:  # fmt: skip
     from ._linear_small_triton import launch_linear_small
@@ -137,7 +143,7 @@ def _linear_cuda(
     if not out.is_contiguous():
         whole = torch.empty_like(out, memory_format=torch.contiguous_format)
         _linear_cuda(
-            x, w, b, key, eps, site, bias_site, shared, transposed, precision, strategy, z_dtype,
+            x, w, b, key, eps, site, bias_site, shared, transposed, precision, strategy, z_dtype, relu,
             query, queries, signs, noise, rounds, p_zero, whole,
         )  # fmt: skip
         out.copy_(whole)
@@ -148,7 +154,7 @@ def _linear_cuda(
     )
     if chosen.name == "two_products":
         launch_linear_small(
-            x, w, b, key, eps, site, bias_site, shared, precision, query, queries, signs, spec, out
+            x, w, b, key, eps, site, bias_site, shared, precision, query, queries, signs, spec, out, relu=relu
         )  # fmt: skip
     elif chosen.name == "specialized":
         from ._linear_specialized_gluon import launch_linear_specialized
@@ -161,14 +167,17 @@ def _linear_cuda(
     else:
         launch_linear(
             x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, spec, out,
-            rounded=z_dtype != "float32",
+            rounded=z_dtype != "float32", relu=relu,
         )  # fmt: skip
+        return
+    if relu and chosen.name != "two_products":
+        out.relu_()
 
 
 _linear = register(
     "linear",
     "(Tensor x, Tensor w, Tensor? b, Tensor key, Tensor eps, int site, int bias_site, bool shared, bool transposed, "
-    f"str precision, str strategy, str z_dtype, {SCHEMA}, Tensor(a!) out) -> ()",
+    f"str precision, str strategy, str z_dtype, bool relu, {SCHEMA}, Tensor(a!) out) -> ()",
     cpu=_linear_cpu,
     cuda=_linear_cuda,
 )
@@ -187,6 +196,7 @@ def perturbed_linear(
     precision: str | None = None,
     strategy: str = "auto",
     z_dtype: str = "float32",
+    relu: bool = False,
 ) -> torch.Tensor:
     """Linear layer of every group of a pass, in one launch (``slab``: some for each slab of outputs).
 
@@ -203,6 +213,7 @@ def perturbed_linear(
             (:func:`ezo_kernels.ops._strategy.choose`); on a CPU ``auto`` is ``fused``.
         z_dtype: of z of the weight, ``float32`` or the 16-bit dtype of x (its name): z is rounded to it before it is used,
             by every strategy. The update must be told the same. z of the bias is float32.
+        relu: then a relu, with the bits of the two; ``fused`` and ``two_products`` have it in the kernel.
 
     Returns:
         [groups * B, ..., N] in x's dtype (autocast's, where it is on).
@@ -229,7 +240,7 @@ def perturbed_linear(
             raise ValueError("perturbed_linear: a pass of several groups needs x of at least two dimensions")
         return perturbed_linear(
             x[None], weight, bias, p, site=site, bias_site=bias_site, transposed=transposed, precision=precision,
-            strategy=strategy, z_dtype=z_dtype,
+            strategy=strategy, z_dtype=z_dtype, relu=relu,
         )[0]  # fmt: skip
     rows = check_pass(x, (weight, bias), p, x.shape[0], shared, "perturbed_linear", site)
     x = x.to(compute_dtype(x, weight, "perturbed_linear"))
@@ -240,7 +251,7 @@ def perturbed_linear(
     out = x.new_empty((p.groups * rows, *x.shape[1:-1], n))
     if out.numel():
         _linear(
-            x, weight, bias, p.key, p.eps, site, bias_site, shared, transposed, precision or "", strategy, z_dtype,
+            x, weight, bias, p.key, p.eps, site, bias_site, shared, transposed, precision or "", strategy, z_dtype, relu,
             *p.schema_args(), out,
         )  # fmt: skip
     return out

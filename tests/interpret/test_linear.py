@@ -58,6 +58,17 @@ def test_queries(on_cpu, key, signs, shared):
     check(on_cpu, *make(18, 20, 40, groups=1 if shared else p.groups), p, shared=shared)
 
 
+@pytest.mark.parametrize("strategy", ["fused", "two_products", "slab"])
+@pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_relu(key, strategy, signs, shared):
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"), queries=2, signs=signs)
+    x, w, b = make(18, 20, 40, groups=1 if shared else p.groups)
+    how = {"site": SITE, "bias_site": BIAS_SITE, "precision": "ieee", "strategy": strategy, "shared": shared}
+    y = ops.perturbed_linear(x, w, b, p, **how)
+    assert torch.equal(ops.perturbed_linear(x, w, b, p, relu=True, **how), torch.relu(y))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["rademacher", "sparse", "uniform"])
 def test_transposed(on_cpu, key, name, transposed):
