@@ -21,6 +21,10 @@ from ezo_kernels.ops._variants import ARCHS
 
 #: dtype of the weights, and of z -> code of the table
 DTYPES = {"fp32": 0, "bf16": 1, "fp16": 2, "bf16 z": 3, "fp16 z": 4}
+#: What CuPy adds to the options of every module, behind them.
+CUPY = ("-ftz=true", "--device-as-default-execution-space")
+#: Arithmetic that would see a subnormal as zero; other comparisons and roundings to an integer may.
+FLUSHES = re.compile(r"(FADD|FMUL|FFMA|FSETP\.(NEU|EQ))\b.*\.FTZ")
 
 
 @functools.cache
@@ -43,7 +47,7 @@ def cubin(name: str, options, arch: int) -> bytes:
     """
     lib, program = nvrtc(), ctypes.c_void_p()
     lib.nvrtcCreateProgram(ctypes.byref(program), _cuda.source(name).encode(), name.encode(), 0, None, None)
-    options = [option.encode() for option in (*options, f"-arch=sm_{arch}")]
+    options = [option.encode() for option in (*options, *CUPY, f"-arch=sm_{arch}")]
     failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     read = (
         (lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog) if failed else (lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN)
@@ -70,6 +74,7 @@ class Count:
     local_bytes: int
     spills: int
     calls: int
+    flushes: int
     wide_loads: int
     wide_stores: int
     philox_multiplies: int
@@ -79,6 +84,7 @@ class Count:
         """What is wrong with it: empty if nothing is."""
         found = [f"{n} {what}" for n, what in (
             (self.local_bytes, "bytes of local memory"), (self.spills, "spills"), (self.calls, "calls"),
+            (self.flushes, "operations that flush subnormals"),
         ) if n]  # fmt: skip
         found += [f"no {what}" for n, what in (
             (self.wide_loads, "16-byte load"), (self.wide_stores, "16-byte store"), (self.philox_multiplies, "noise"),
@@ -104,6 +110,7 @@ def update(noise: str, dtype: str, arch: int, stochastic: bool = True, one: bool
         local_bytes=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         spills=sum(o.startswith(("STL", "LDL")) for o in opcodes),
         calls=sum(map(static.is_call, instructions)),
+        flushes=sum(bool(FLUSHES.match(o)) for o in opcodes),
         wide_loads=wide(*everything, "LDG"),
         wide_stores=wide(*everything, "STG"),
         philox_multiplies=static.philox_multiplies(instructions),

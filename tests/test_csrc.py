@@ -249,6 +249,14 @@ def test_rounding_of_special_values(host, dtype, stochastic, shape):
     check(host, [w], ["matrix"], KEYS[0][None], torch.tensor([[1e-6]]), Noise("clt4"), stochastic=stochastic)
 
 
+def test_a_subnormal_coefficient_is_no_skipped_step(host):
+    w = torch.full((8, 64), 3e-39)
+    check(host, [w], ["matrix"], KEYS[0][None], torch.tensor([[1e-40]]), Noise("rademacher"))
+    before = w.clone()
+    run(host, [w], ["matrix"], KEYS[0][None], torch.tensor([[1e-40]]), Noise("rademacher"))
+    assert bool((w != before).all())
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_a_skipped_step_leaves_every_bit_alone(host, dtype):
     w = torch.tensor([0.0, -0.0, 1.0, float("nan")]).repeat(8, 8).to(dtype)

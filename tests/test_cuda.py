@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs triton's disassembler")
 
@@ -73,6 +75,17 @@ def test_a_source_has_its_headers_in_it_once():
 
 def test_a_noise_that_is_cheaper_here_is_one_that_exists():
     assert set(update.FASTER_IN_CUDA) <= set(FLOAT)
+
+
+@pytest.mark.parametrize("version", [13, 14])
+def test_torchs_stream_goes_to_cupy_by_what_it_has(version, monkeypatch):
+    """ExternalStream(address, device) up to CuPy 13; from 14 on it warns, and there is Stream.from_external."""
+    protocol = {"from_external": staticmethod(lambda stream: ("from_external", *stream.__cuda_stream__()))}
+    stream = type("Stream", (), protocol if version == 14 else {})
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=stream, ExternalStream=lambda *args: ("ExternalStream", *args)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0xABC))
+    wanted = ("ExternalStream", 0xABC, 1) if version == 13 else ("from_external", 0, 0xABC)
+    assert _cuda.current_stream(cupy, torch.device("cuda", 1)) == wanted
 
 
 def test_importing_the_package_imports_no_cupy():

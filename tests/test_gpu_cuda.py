@@ -45,6 +45,18 @@ def test_the_update_is_the_references_and_tritons_bit_for_bit(noise, dtype, coef
             assert torch.equal(ours.cpu(), theirs.cpu()), name
 
 
+@pytest.mark.parametrize("coef", [1e-40, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_subnormals_are_not_flushed(dtype, coef):
+    """CuPy compiles with -ftz=true."""
+    key, of, after = key_tensor(1, 2), torch.tensor([coef]), {}
+    for device, how in (("cpu", {}), ("cuda", {"strategy": "cuda"})):
+        w = torch.full((8, 64), 3e-39).to(device, dtype)
+        ops.update_([w], key.to(device), of.to(device), sites=[3], noise=ops.Noise("rademacher"), **how)
+        after[device] = w.cpu()
+    assert torch.equal(after["cpu"], after["cuda"])
+
+
 def test_the_launch_is_on_torchs_stream_and_can_be_captured():
     key, coef = key_tensor(1, 2, "cuda"), torch.tensor([0.25], device="cuda")
     w, want = torch.zeros(64, 256, device="cuda"), torch.zeros(64, 256, device="cuda")

@@ -1,13 +1,12 @@
 """The update in CUDA C++ (csrc/update.cu), compiled by NVRTC through CuPy and launched on torch's current stream.
 
 CuPy is optional (extras ``cuda12``, ``cuda13``) and imported by the first launch. A module is kept for each (defines,
-architecture) of this source; CuPy's own cache on disk goes by the source, which has the headers in it.
+architecture); CuPy's own cache on disk goes by the source, which has the headers in it.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -91,11 +90,29 @@ _functions: dict[tuple, object] = {}
 def _function(file: str, entry: str, defines: dict[str, int], device: torch.device):
     cupy = require()
     capability = torch.cuda.get_device_capability(device)
-    key = (hashlib.sha256(source(file).encode()).hexdigest(), tuple(defines.items()), capability, device.index)
+    key = (file, entry, tuple(defines.items()), capability, device.index)
     if key not in _functions:
         module = cupy.RawModule(code=source(file), options=compile_options(defines), backend="nvrtc")
         _functions[key] = module.get_function(entry)
     return _functions[key]
+
+
+class _Torchs:
+    """The address of a stream by the protocol of CUDA streams, which those of torch 2.8 do not speak."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
+
+
+def current_stream(cupy, device: torch.device):
+    """torch's current stream as one of CuPy's; ExternalStream is deprecated from CuPy 14 on."""
+    address = torch.cuda.current_stream(device).cuda_stream
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Torchs(address))
+    return cupy.cuda.ExternalStream(address, device.index)
 
 
 def launch_update(params, keys, coef, table, rounded, query, stochastic, noise) -> None:
@@ -112,5 +129,5 @@ def launch_update(params, keys, coef, table, rounded, query, stochastic, noise) 
     pointers = [np.uint64(t.data_ptr()) for t in (table, keys, coef)]
     with cupy.cuda.Device(table.device.index), torch.cuda.device_of(table):
         function = _function("update.cu", "ezo_update", defines, table.device)
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream(table.device).cuda_stream, table.device.index):
+        with current_stream(cupy, table.device):
             function((programs,), (32 * TILE.warps,), (*pointers, *ints, np.float32(scale)))

@@ -23,10 +23,32 @@ using i64 = long long;
 // ---- fp32, each operation rounded to nearest even
 
 #ifdef __CUDACC__
-EZO_FN float mul(float a, float b) { return __fmul_rn(a, b); }
-EZO_FN float add(float a, float b) { return __fadd_rn(a, b); }
-EZO_FN float sub(float a, float b) { return __fsub_rn(a, b); }
-EZO_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// In PTX: CuPy compiles everything with -ftz=true, whatever it is told, and __fmul_rn and the like would flush subnormals.
+EZO_FN float mul(float a, float b) {
+  float r;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+EZO_FN float add(float a, float b) {
+  float r;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+EZO_FN float sub(float a, float b) {
+  float r;
+  asm("sub.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+EZO_FN float fma(float a, float b, float c) {
+  float r;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c));
+  return r;
+}
+EZO_FN float neg(float a) {
+  float r;
+  asm("neg.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
 EZO_FN u32 bits(float a) { return __float_as_uint(a); }
 EZO_FN float from_bits(u32 a) { return __uint_as_float(a); }
 EZO_FN u32 byte_sum(u32 a) { return __dp4a(a, 0x01010101u, 0u); }
@@ -35,6 +57,7 @@ EZO_FN float mul(float a, float b) { return a * b; }
 EZO_FN float add(float a, float b) { return a + b; }
 EZO_FN float sub(float a, float b) { return a - b; }
 EZO_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+EZO_FN float neg(float a) { return -a; }
 EZO_FN u32 bits(float a) {
   u32 i;
   __builtin_memcpy(&i, &a, 4);
@@ -112,7 +135,7 @@ EZO_FN void gaussian_pair(u32 w0, u32 w1, float& z0, float& z1) {
   y = mul(y, fma(mul(h, y), y, 1.5f));
   y = mul(y, fma(mul(h, y), y, 1.5f));
   float r = mul(v, y);
-  r = fma(fma(-r, r, v), mul(0.5f, y), r);
+  r = fma(fma(neg(r), r, v), mul(0.5f, y), r);
   const float x = mul((float)(int)(w1 << 1), 0x1p-32f), x2 = mul(x, x);
   float s = fma(x2, 0x1.3e17c8p-4f, -0x1.32535ap-1f);
   s = fma(s, x2, 0x1.4668f2p1f);

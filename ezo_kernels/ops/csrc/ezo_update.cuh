@@ -177,7 +177,7 @@ EZO_FN bool advance(const Steps& a, u32 site, float factor, u32 row, u32 first, 
 #pragma unroll 1
     for (int q = 0; q < (ONE ? 1 : a.queries); ++q) {
       const float coef = mul(a.coef[s * a.queries + q], factor);
-      if (coef == 0.0f) continue;  // a skipped step leaves every bit alone, that of -0 too
+      if (!(bits(coef) << 1)) continue;  // zero, not a subnormal: a skipped step leaves every bit alone, that of -0 too
       float z[N];
       z_columns<NOISE, ROUNDS, N>(key, site, (a.query + q) << 8, row, first, a.threshold, a.scale, z);
       if constexpr (ROUNDED) {
