@@ -5,7 +5,8 @@
 
 Nothing is timed unless the tests are green: a wrong kernel has no speed. Each suite runs in a process of its own and has a
 share of the time; what a suite leaves is the others'. A case that finds no time left, and a suite that was killed, are recorded
-as such. A second run goes on: what was measured with the same sources on the same machine is not measured again.
+as such. A second run goes on: what was measured with the same sources on the same machine is not measured again, and a case
+that failed or did not end is tried after the others.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def run_suite(suite: Suite, path: Path, here: dict, seconds: float, most: float,
     """Run what is missing of a suite for about ``seconds``, at most ``most``; returns the record, and writes it."""
     lines, log = path.with_suffix(".lines"), path.with_suffix(".log")
     old = read(path, here)
-    lines.write_text("".join(json.dumps(case) + "\n" for case in old.get("cases", ())))
+    tried = [r for r in old.get("not_run", ()) if r["outcome"] in ("failed", "begun")]
+    lines.write_text("".join(json.dumps(case) + "\n" for case in (*old.get("cases", ()), *tried)))
     command = [sys.executable, "-m", *suite.command]
     if suite.command[0] == "pytest":
         command += ["-q", "-p", "no:cacheprovider"]
@@ -162,9 +164,9 @@ def run_suite(suite: Suite, path: Path, here: dict, seconds: float, most: float,
             command += ["--seconds", str(seconds), *(QUICK if quick else ())]
     start = time.monotonic()
     code = execute(command, log, min(most, seconds + GRACE))
-    found = {r["id"]: r for r in read_lines(lines)}  # a later line of a case replaces an earlier one
-    cases = [r for r in found.values() if r["outcome"] == "measured"]
-    others = [r for r in found.values() if r["outcome"] != "measured"]
+    found = read_lines(lines)
+    cases = [r for r in found if r["outcome"] == "measured"]
+    others = [r for r in found if r["outcome"] != "measured"]
     missing = any(r.get("reason") == "no time left" for r in others)
     if code is None or code < 0:
         status = "killed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
@@ -12,6 +13,8 @@ from bench.memory import LiveBytes
 
 #: Weights of a case on a GPU, over all its copies: an H100's or H200's L2 holds 50 MB.
 ROTATION_BYTES = 200 << 20
+#: The most copies of a weight: a graph has a call for each, and one of a few kilobytes would have some 90,000.
+MOST_COPIES = 600
 #: Seconds of device time that a figure is made of, and the fewest and most rounds.
 SECONDS, FEWEST, MOST = 0.3, 5, 100
 
@@ -22,7 +25,9 @@ def devices() -> list[str]:
 
 def copies(tensor: torch.Tensor) -> int:
     """How many copies of ``tensor`` a case goes round."""
-    return -(-ROTATION_BYTES // (tensor.numel() * tensor.element_size())) if tensor.is_cuda else 1
+    if not tensor.is_cuda:
+        return 1
+    return min(MOST_COPIES, -(-ROTATION_BYTES // (tensor.numel() * tensor.element_size())))
 
 
 class Rotation:
@@ -62,6 +67,7 @@ def time_case(benchmark, run, device: str, *, graph: bool = True, replay=None, *
     for _ in range(3):
         run()
     torch.cuda.synchronize()
+    gc.collect()  # cycles of the case before, models among them, are not freed while this one is measured
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -125,12 +131,15 @@ def graph_time(run) -> float:
 
 
 def launches(run) -> int:
-    """Kernels of one ``run()`` on the GPU, those inside a graph included; copies and fills by the driver do not count."""
+    """Kernels of one ``run()`` on the GPU, those inside a graph included; copies and fills by the driver do not count.
+
+    Nor do the spans of torch's optimizers, which the profiler shows on the device, too.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()
-    names = [e.name for e in seen.events() if e.device_type == DeviceType.CUDA]
+    names = [e.name for e in seen.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in names)

@@ -63,6 +63,12 @@ def test_integers_and_no_files(profile, capsys):
     assert len([line for line in out.splitlines() if line.rstrip().endswith("more)")]) == 1
 
 
+def test_a_model_of_clouds_gets_clouds(profile):
+    code, out, err = profile("--model", "pointnet", "--steps", 1)
+    assert code == 0, err
+    assert out.startswith("pointnet")
+
+
 def test_operand_bytes():
     a, b = torch.ones(8), torch.ones(8)
     with OperandBytes() as counter:

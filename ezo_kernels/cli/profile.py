@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import outputs, system
 from .recipe import FLOAT_ONLY, INT8_ONLY, Recipe
-from .run import Run, loss_fn
+from .run import Run, data_for, loss_fn
 from .train import get_data
 
 #: steps before anything is measured: they compile, load and allocate
@@ -154,7 +154,8 @@ def measure(run: Run, steps: int, bandwidth: float | None = None) -> tuple[dict,
     time_of = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
     found = {"step_us": alone, "step_us_profiled": profiled}
     found["operators"] = _rows(on_host, time_of, steps, counter.total, bandwidth)
-    kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+    # The span of an optimizer's step is shown on the device, too, and is no kernel.
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     found["kernels"] = _rows(kernels, lambda e: e.self_device_time_total, steps, {}, None)
     return found, profiler
 
@@ -212,7 +213,7 @@ def profile(args: argparse.Namespace) -> int:
     device = system.pick_device(args.device)
     bandwidth = copy_bandwidth(args.roofline, device.type) if args.roofline else None
     data, recipe = get_data(recipe, args.data_dir, args.offline)
-    run = Run(recipe, data, device)
+    run = Run(recipe, data_for(recipe, data), device)
     found, profiler = measure(run, args.steps, bandwidth)
     noise = "sparse_int8" if recipe.integer else recipe.noise
     print(
