@@ -4,6 +4,7 @@
 |---|---|
 | copy | every parameter copied: as many bytes read and written as an update |
 | update | :func:`update_`: W read and written once, z made again, stochastic rounding of 16-bit weights |
+| update, cuda | the same by the kernel in CUDA C++, where CuPy is; ``FASTER_IN_CUDA`` of ops/update.py goes by these two |
 
 ``share`` is the time of the copy over that of the update. The parameters are larger than the caches of a GPU.
 """
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from bench.timing import devices, time_case
-from ezo_kernels.ops import Noise, UpdatePlan, update_
+from ezo_kernels.ops import Noise, UpdatePlan, _cuda, update_
 from ezo_kernels.ops.noise import key_tensor
 from tests import materialised
 from tests.tolerance import assert_within_torch_error
@@ -34,13 +35,15 @@ def names(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check(device: str, dtype, noise: str, queries: int) -> None:
+def check(device: str, dtype, noise: str, queries: int, strategy: str | None = None) -> None:
     """A small update against fp64; an update that is wrong is not timed."""
     w = materialised.randn(40, 130, device=device, dtype=dtype)
     p = materialised.Pass(torch.device(device), SEED, STEP, noise=noise)
     coef = torch.linspace(0.01, 0.02, queries)
     ours = w.clone()
-    update_([ours], p.p.key, coef.to(device), sites=[SITE], noise=Noise(noise), stochastic_rounding=False)
+    update_(
+        [ours], p.p.key, coef.to(device), sites=[SITE], noise=Noise(noise), stochastic_rounding=False, strategy=strategy
+    )
     if not Noise(noise).portable:  # its bits are those of this GPU: the difference is a direction of unit variance
         moved = (w - ours).double().cpu() / coef.norm()
         assert 0.9 < float(moved.std()) < 1.1 and abs(float(moved.mean())) < 0.1
@@ -70,10 +73,22 @@ def test_copy(benchmark, device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize(("device", "noise"), NOISY)
 def test_update(benchmark, device, noise, dtype, queries):
-    check(device, dtype, noise, queries)
+    measure(benchmark, device, noise, dtype, queries, "update", "triton" if device == "cuda" else None)
+
+
+@pytest.mark.skipif(not _cuda.available(), reason="needs CuPy: pip install ezo-kernels[cuda12]")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("noise", ["gaussian", "clt4", "rademacher"])
+@pytest.mark.parametrize("device", [d for d in devices() if d == "cuda"])
+def test_update_in_cuda(benchmark, device, noise, dtype):
+    measure(benchmark, device, noise, dtype, 1, "update, cuda", "cuda")
+
+
+def measure(benchmark, device, noise, dtype, queries, case, strategy) -> None:
+    check(device, dtype, noise, queries, strategy)
     params, spec = parameters(device, dtype), Noise(noise)
     sites = tuple(range(len(params)))
-    plan = UpdatePlan.build(params, sites, ("matrix",) * len(params), spec)
+    plan = UpdatePlan.build(params, sites, ("matrix",) * len(params), spec, strategy)
     key, coef = key_tensor(SEED, STEP, device), torch.full((queries,), 1e-6, device=device)
     time_case(
         benchmark,
@@ -81,7 +96,7 @@ def test_update(benchmark, device, noise, dtype, queries):
             params, key, coef, sites=sites, layouts=("matrix",) * len(params), noise=spec, plan=plan
         ),
         device,
-        case="update",
+        case=case,
         noise=noise,
         dtype=names(dtype),
         queries=queries,

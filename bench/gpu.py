@@ -3,10 +3,11 @@
     python -m bench gpu                                                    writes bench/results/gpu_<suite>.json
     python -m bench gpu --device cpu --quick --out DIR --suites update     the same machinery where there is no GPU
 
-Nothing is timed unless the tests are green: a wrong kernel has no speed. Each suite runs in a process of its own and has a
-share of the time; what a suite leaves is the others'. A case that finds no time left, and a suite that was killed, are recorded
-as such. A second run goes on: what was measured with the same sources on the same machine is not measured again, and a case
-that failed or did not end is tried after the others.
+Nothing is timed unless the tests are green: a wrong kernel has no speed. With --keep-going what follows is timed all the same, if
+a case's own comparison with the reference holds, and its record says that the tests were not green. Each suite runs in a process
+of its own and has a share of the time; what a suite leaves is the others'. A case that finds no time left, and a suite that was
+killed, are recorded as such. A second run goes on: what was measured with the same sources on the same machine is not measured
+again, and a case that failed or did not end is tried after the others.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=530.0, help="seconds for everything")
     parser.add_argument("--suites", nargs="+", choices=[s.name for s in SUITES], help="only these, after the tests")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--keep-going", action="store_true", help="time what follows even if a test fails")
     parser.add_argument("--quick", action="store_true", help="CPU: as few rounds as can be; proves the machinery")
 
 
@@ -146,8 +148,13 @@ def execute(command: list[str], log: Path, seconds: float) -> int | None:
                 process.wait()
 
 
-def run_suite(suite: Suite, path: Path, here: dict, seconds: float, most: float, device: str, quick: bool) -> dict:
-    """Run what is missing of a suite for about ``seconds``, at most ``most``; returns the record, and writes it."""
+def run_suite(
+    suite: Suite, path: Path, here: dict, seconds: float, most: float, device: str, quick: bool, green: bool = True
+) -> dict:
+    """Run what is missing of a suite for about ``seconds``, at most ``most``; returns the record, and writes it.
+
+    ``green``: whether the tests before it were.
+    """
     lines, log = path.with_suffix(".lines"), path.with_suffix(".log")
     old = read(path, here)
     tried = [r for r in old.get("not_run", ()) if r["outcome"] in ("failed", "begun")]
@@ -181,6 +188,7 @@ def run_suite(suite: Suite, path: Path, here: dict, seconds: float, most: float,
         "environment": here,
         "cases": cases,
         "not_run": others,
+        **({} if green else {"tests": "not green"}),
         "tail": log.read_text(errors="replace")[-3000:],
     }
     write(path, record)
@@ -207,7 +215,7 @@ def run(args: argparse.Namespace, suites=SUITES, tests=None) -> int:
     prefix = "gpu" if args.device == "cuda" else "cpu"
     here, deadline = environment(args.device), time.monotonic() + args.limit
     todo = [tests or TESTS[args.device], *(s for s in suites if not args.suites or s.name in args.suites)]
-    unfinished = False
+    unfinished, green = False, True
     while todo:
         suite, path = todo[0], out / f"{prefix}_{todo[0].name}.json"
         left = deadline - time.monotonic()
@@ -225,8 +233,9 @@ def run(args: argparse.Namespace, suites=SUITES, tests=None) -> int:
             unfinished = True
             continue
         # The tests have all the time there is: without them nothing is worth running.
-        seconds = left - GRACE if suite.name == "tests" else share
-        record = run_suite(suite, path, here, seconds, left, args.device, args.quick)
+        alone = suite.name == "tests" and not args.keep_going
+        seconds, most = (left - GRACE, left) if alone else (share, share + GRACE if suite.name == "tests" else left)
+        record = run_suite(suite, path, here, seconds, most, args.device, args.quick, green)
         print(
             f"{suite.name}: {record['status']}, {len(record['cases'])} cases, {len(record['not_run'])} not run, "
             f"{record['seconds']:.0f} s",
@@ -235,9 +244,17 @@ def run(args: argparse.Namespace, suites=SUITES, tests=None) -> int:
         if record["status"] != "finished":
             print(record["tail"], file=sys.stderr)
             if suite.name == "tests":
-                print("the tests are not green: nothing is timed", file=sys.stderr)
-                return 1
+                print(
+                    f"the tests are not green: {'it goes on' if args.keep_going else 'nothing is timed'}",
+                    file=sys.stderr,
+                )
+                if not args.keep_going:
+                    return 1
+                green = False
+                continue
             unfinished = True
+    if not green:
+        return 1
     if unfinished:
         print("run the command again to go on", file=sys.stderr)
         return 3

@@ -242,6 +242,11 @@ def goals() -> str:
             "",
             f"Measured on {', '.join(names)}; of several shapes and noises the worst to the best, and how many.",
         ]
+    if red := sorted(record["suite"] for record in records if record.get("tests") == "not green"):
+        lines += [
+            "",
+            f"The GPU tests were not green before {', '.join(red)}; each case was compared with its reference.",
+        ]
     lines += [f"\n![{name}]({name})" for name in plots.PLOTS if (ROOT / "docs" / name).exists()]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import conftest, gpu, roofline
+from bench import conftest, gpu, report, roofline
 from bench.conftest import read_lines
 from bench.gpu import Suite
 from bench.mezo_graph import GraphMeZO
@@ -51,8 +51,8 @@ def first_tests(folder, passes: bool = True) -> Suite:
     return Suite("tests", 1, ("pytest", str(path)))
 
 
-def drive(out, suites, first, limit: float = 300.0):
-    args = argparse.Namespace(out=out, limit=limit, suites=None, device="cpu", quick=True)
+def drive(out, suites, first, limit: float = 300.0, keep_going: bool = False):
+    args = argparse.Namespace(out=out, limit=limit, suites=None, device="cpu", quick=True, keep_going=keep_going)
     return gpu.run(args, suites, first)
 
 
@@ -87,6 +87,19 @@ def test_red_tests_stop_everything(tmp_path, capsys):
     assert drive(out, [suite(tmp_path, "one")], first_tests(tmp_path, passes=False)) == 1
     assert "nothing is timed" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["cpu_tests.json"] and result(out, "tests")["status"] == "failed"
+
+
+def test_red_tests_are_on_record_if_it_is_to_keep_going(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert drive(out, [suite(tmp_path, "one")], first_tests(tmp_path, passes=False), keep_going=True) == 1
+    assert "not green: it goes on" in capsys.readouterr().err
+    record = result(out, "one")
+    assert record["status"] == "finished" and len(record["cases"]) == 3 and record["tests"] == "not green"
+    record["environment"]["gpu"] = "a GPU"
+    monkeypatch.setattr(report, "gpu_records", lambda: [record])
+    assert "not green before one" in report.goals()
+    assert drive(tmp_path / "green", [suite(tmp_path, "two")], first_tests(tmp_path), keep_going=True) == 0
+    assert "tests" not in result(tmp_path / "green", "two")
 
 
 def test_a_suite_that_dies_keeps_its_cases_and_the_next_one_runs(tmp_path):
@@ -148,7 +161,10 @@ def test_a_case_that_loses_the_device_ends_its_suite_and_is_tried_last(tmp_path)
 def test_figures_of_a_cpu_stay_out_of_the_results(capsys):
     before = sorted(gpu.RESULTS.iterdir())
     for device, out in (("cpu", None), ("cuda", None)):
-        assert gpu.run(argparse.Namespace(out=out, limit=9.0, suites=None, device=device, quick=False)) == 2
+        assert (
+            gpu.run(argparse.Namespace(out=out, limit=9.0, suites=None, device=device, quick=False, keep_going=False))
+            == 2
+        )
     errors = capsys.readouterr().err
     assert "name a folder with --out" in errors and "needs a CUDA device" in errors
     assert sorted(gpu.RESULTS.iterdir()) == before
