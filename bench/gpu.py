@@ -3,11 +3,11 @@
     python -m bench gpu                                                    writes bench/results/gpu_<suite>.json
     python -m bench gpu --device cpu --quick --out DIR --suites update     the same machinery where there is no GPU
 
-Nothing is timed unless the tests are green: a wrong kernel has no speed. With --keep-going what follows is timed all the same, if
-a case's own comparison with the reference holds, and its record says that the tests were not green. Each suite runs in a process
-of its own and has a share of the time; what a suite leaves is the others'. A case that finds no time left, and a suite that was
-killed, are recorded as such. A second run goes on: what was measured with the same sources on the same machine is not measured
-again, and a case that failed or did not end is tried after the others.
+Nothing is timed unless the tests are green: a wrong kernel has no speed. With --keep-going what follows is timed all the same,
+if a case's own comparison with the reference holds, and its record says that the tests were not green. Each suite runs in a
+process of its own and has a share of the time; what a suite leaves is the others'. A case that finds no time left, and a suite
+that was killed, are recorded as such. A second run goes on: what was measured with the same sources on the same machine is not
+measured again, and a case that failed or did not end is tried after the others.
 """
 
 from __future__ import annotations

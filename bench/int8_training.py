@@ -27,7 +27,9 @@ from ezo_kernels.optim import IntegerSchedule
 from ezo_kernels.optim.baselines import BackpropSGD
 
 #: Passes over the training images of an arm.
-EPOCHS = {"pure": {"mnist": 125, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10}
+EPOCHS = {"pure": {"mnist": 125, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10, "dense": 10}
+#: Arms without a head; ``dense`` perturbs half of all weights at each step, which is where the paper's rule for the sign holds.
+HEADLESS = ("pure", "dense")
 #: data -> arm -> options of ElasticZOInt8, and its schedule by fraction of the run.
 #: Steps of one unit, at first many, then few: p_zero is the learning rate.
 _PURE = {
@@ -61,7 +63,8 @@ _HEAD = (
         0.8: {"r_max": 127, "p_zero": 0.9975, "head_bits": -1},
     },
 )
-INT8 = {name: {"pure": pure, "fc3": _HEAD, "fc2,fc3": _HEAD} for name, pure in _PURE.items()}
+_DENSE = ({"r_max": 15, "p_zero": 0.5, "bits": -2}, {0.3: {"bits": -3}, 0.7: {"bits": -4}})
+INT8 = {name: {"pure": pure, "fc3": _HEAD, "fc2,fc3": _HEAD, "dense": _DENSE} for name, pure in _PURE.items()}
 #: data -> arm -> options of ElasticZO.
 FP32 = {
     name: {
@@ -74,7 +77,7 @@ FP32 = {
 
 
 def head_of(arm: str):
-    return 0 if arm == "pure" else arm.split(",")
+    return 0 if arm in HEADLESS else arm.split(",")
 
 
 def int8_errors(model, x, y) -> float:
@@ -148,7 +151,9 @@ def main() -> None:
             epochs = args.epochs or (EPOCHS[arm][args.data] if arm == "pure" else EPOCHS[arm])
             for kind in args.kinds:
                 # without a head there is nothing to freeze the rest for, and backpropagation has no arms
-                if (kind == "frozen" and arm == "pure") or (kind == "bp" and arm != "fc2,fc3"):
+                if (kind == "frozen" and arm in HEADLESS) or (kind == "bp" and arm != "fc2,fc3"):
+                    continue
+                if arm == "dense" and kind != "int8":
                     continue
                 if (kind, arm, seed, epochs, args.batch) in done:
                     continue

@@ -66,6 +66,10 @@ def training() -> str:
     return "\n".join(lines)
 
 
+#: arms of bench/int8_training.py without a head, and what the table calls them
+HEADLESS = {"pure": "none", "dense": "none; half of all weights perturbed"}
+
+
 def integers() -> str:
     """ElasticZO-INT8 beside its fp32 twin, backpropagation and the frozen trunk."""
     lines = [
@@ -78,7 +82,7 @@ def integers() -> str:
         runs = record["runs"] if record else []
         cells = sorted(
             {(r["arm"], r["batch"], r["epochs"]) for r in runs if r["kind"] == "int8"},
-            key=lambda c: (c[0] != "pure", c),
+            key=lambda c: (c[0] not in HEADLESS, c[0] != "pure", c),
         )
 
         def errors(kind: str, arm: str, batch: int, epochs: int, runs=runs) -> str:
@@ -96,7 +100,7 @@ def integers() -> str:
         for arm, batch, epochs in cells:
             own = [r for r in runs if (r["kind"], r["arm"], r["batch"], r["epochs"]) == ("int8", arm, batch, epochs)]
             signs = [f"{100 * statistics.mean(r['agreement'][bits] for r in own):.1f}%" for bits in ("0", "8")]
-            head = "none" if arm == "pure" else arm.replace(",", ", ")
+            head = HEADLESS.get(arm, arm.replace(",", ", "))
             lines.append(
                 f"| {data} | {head} | {batch} | {epochs} | {len(own)} | {errors('int8', arm, batch, epochs)} | "
                 f"{errors('fp32', arm, batch, epochs)} | {errors('frozen', arm, batch, epochs)} | "
