@@ -594,8 +594,8 @@ MUTANTS = (
     Mutant(
         "a graph outlives the weights it reads",
         "ezo_kernels/optim/capture.py",
-        "0 if t is None else (t.data_ptr(), t.dtype) for t in tensors",
-        "t is None or t.dtype for t in tensors",
+        "else (t.data_ptr(), t.dtype) for get",
+        "else t.dtype for get",
         "tests/test_capture.py -k 'moved or assigned'",
     ),
     Mutant(
@@ -616,8 +616,8 @@ MUTANTS = (
     Mutant(
         "red tests do not stop the benchmarks",
         "bench/gpu.py",
-        'print("the tests are not green: nothing is timed", file=sys.stderr)\n                return 1',
-        'print("the tests are not green: nothing is timed", file=sys.stderr)',
+        "if not args.keep_going:\n                    return 1",
+        "if not args.keep_going:\n                    pass",
         "tests/test_bench.py -k red_tests",
     ),
     Mutant(
@@ -703,15 +703,15 @@ MUTANTS = (
     Mutant(
         "a cast model is updated by the plan it had",
         _OPS + "update.py",
-        "p.data_ptr() if p.is_cuda else 0, p.dtype, *p.shape",
-        "p.data_ptr() if p.is_cuda else 0, *p.shape",
+        "pointer(p) if p.is_cuda else 0, p.dtype, *p.shape",
+        "pointer(p) if p.is_cuda else 0, *p.shape",
         _ROUNDED,
     ),
     Mutant(
         "a graph is replayed on the bits of another dtype",
         "ezo_kernels/optim/capture.py",
-        "(t.data_ptr(), t.dtype) for t in tensors",
-        "t.data_ptr() for t in tensors",
+        "(t.data_ptr(), t.dtype) for get",
+        "t.data_ptr() for get",
         _ROUNDED,
     ),
     Mutant(

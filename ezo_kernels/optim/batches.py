@@ -16,7 +16,7 @@ def rows_of(x) -> int:
     Raises:
         ValueError: no tensor with a dimension, or an empty batch.
     """
-    for leaf in pytree.tree_leaves(x):
+    for leaf in (x,) if type(x) is torch.Tensor else pytree.tree_leaves(x):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
             if leaf.shape[0] == 0:
                 raise ValueError(f"the batch is empty: x has shape {tuple(leaf.shape)}")
@@ -63,6 +63,8 @@ def parts_of(output, groups: int) -> list:
 
 def plain(x):
     """A batch that is a mapping (Hugging Face's BatchEncoding) or a list of a class of its own, as a plain dict or list."""
+    if type(x) is torch.Tensor:
+        return x
     if isinstance(x, Mapping) and type(x) is not dict:
         return dict(x)
     return list(x) if isinstance(x, list) and type(x) is not list else x

@@ -155,13 +155,30 @@ def refuse(problems: list[str]) -> None:
         raise NotImplementedError("this step cannot be captured: " + "; ".join(problems))
 
 
+def _flatten(inputs: tuple, loss_fn) -> tuple[list, object]:
+    """The leaves of a step's inputs, and what puts them together again.
+
+    Of tensors, the loss and an empty dict, as most steps have, without torch's walk over the tree: a replay is short.
+    """
+    if all(type(i) is torch.Tensor or i is loss_fn or i is None or (type(i) is dict and not i) for i in inputs):
+        return [i for i in inputs if type(i) is not dict], tuple(type(i) is dict for i in inputs)
+    return pytree.tree_flatten(inputs)
+
+
+def _unflatten(leaves: list, spec) -> list:
+    if type(spec) is not tuple:
+        return pytree.tree_unflatten(leaves, spec)
+    rest = iter(leaves)
+    return [{} if empty else next(rest) for empty in spec]
+
+
 def _signature(leaf, problems: list[str]):
     if not torch.is_tensor(leaf):
         if leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
             return type(leaf), leaf
         problems.append(f"an argument is a {type(leaf).__name__}, whose state on the host a replay would not see")
         return _Same(leaf)
-    return tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.device
+    return leaf.shape, leaf.dtype, leaf.stride(), leaf.device
 
 
 @dataclass
@@ -172,6 +189,33 @@ class _Candidate:
     inputs: list
     steps: int = 0
     results: tuple = ()
+
+
+class _Results:
+    """What a step leaves, in one piece of memory, so that one launch writes it and one copies it.
+
+    Args:
+        what: dtype and shape of each; where they are not all of one dtype, those of 8 bytes first.
+    """
+
+    def __init__(self, what: tuple, device: torch.device) -> None:
+        dtypes = {dtype for dtype, _ in what}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
+        self.what = what
+        self.sizes = [torch.Size(shape).numel() * dtype.itemsize // self.dtype.itemsize for dtype, shape in what]
+        self.memory = torch.empty(sum(self.sizes), dtype=self.dtype, device=device)
+
+    def write(self, results: tuple) -> None:
+        torch.cat([t.reshape(-1).view(self.dtype) for t in results], out=self.memory)
+
+    def read(self) -> list[torch.Tensor]:
+        """A copy, so that a loss that the user keeps does not change with the next step."""
+        parts = self.memory.clone().split_with_sizes(self.sizes)
+        if self.dtype == torch.uint8:
+            parts = [part.view(dtype) for part, (dtype, _) in zip(parts, self.what, strict=True)]
+        return [
+            part if len(shape) == 1 else part.view(shape) for part, (_, shape) in zip(parts, self.what, strict=True)
+        ]
 
 
 class CapturedStep:
@@ -189,7 +233,7 @@ class CapturedStep:
     def __init__(self, graphs) -> None:
         self._graphs = graphs
         self.captures = self.replays = self.eager_steps = 0
-        self._graph, self._key, self._inputs, self._out, self._shapes = None, None, [], None, ()
+        self._graph, self._key, self._inputs, self._out = None, None, [], None
         self._kept = None
         self._candidate: _Candidate | None = None
         self._slots: list | None = None
@@ -210,10 +254,11 @@ class CapturedStep:
         """
         if self._slots is None:
             self._modules = list(opt.model.modules())
-            self._slots = [(table, n) for m in self._modules for table in (m._parameters, m._buffers) for n in table]
-        tensors = (table.get(name) for table, name in self._slots)
-        own = tuple(0 if t is None else (t.data_ptr(), t.dtype) for t in tensors)
-        return own, tuple(t.data_ptr() for t in opt._held()), tuple(m.training for m in self._modules)
+            self._slots = [
+                (table.get, n) for m in self._modules for table in (m._parameters, m._buffers) for n in table
+            ]
+        own = [None if (t := get(name)) is None else (t.data_ptr(), t.dtype) for get, name in self._slots]
+        return own, [t.data_ptr() for t in opt._held()], [m.training for m in self._modules]
 
     def step(self, opt, loss_fn, *inputs) -> torch.Tensor:
         """The step ``opt._eager(*inputs)``, by replay if all is as it was captured.
@@ -222,7 +267,7 @@ class CapturedStep:
             NotImplementedError: a step that cannot be captured, with every reason.
             RuntimeError: the capture failed, with torch's reason. Either way nothing has changed.
         """
-        leaves, spec = pytree.tree_flatten(inputs)
+        leaves, spec = _flatten(inputs, loss_fn)
         problems: list[str] = []
         cast = torch.is_autocast_enabled(opt.device.type), torch.get_autocast_dtype(opt.device.type)
         signatures = [_signature(leaf, problems) for leaf in leaves if leaf is not loss_fn]
@@ -243,7 +288,7 @@ class CapturedStep:
             _copy(candidate.inputs, leaves)
         if candidate.steps < WARM_UP:
             with self._graphs.stream():
-                loss = opt._eager(*pytree.tree_unflatten(candidate.inputs, spec))
+                loss = opt._eager(*_unflatten(candidate.inputs, spec))
             candidate.steps += 1
             candidate.results = tuple((t.dtype, tuple(t.shape)) for t in opt._results(loss))
             self.eager_steps += 1
@@ -255,14 +300,11 @@ class CapturedStep:
     def _capture(self, opt, candidate: _Candidate, spec) -> None:
         self.drop()
         opt._fill_scalars()
-        shapes = candidate.results
-        size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes)
-        out = torch.empty(size, dtype=torch.uint8, device=opt.device)
+        results = _Results(candidate.results, opt.device)
         held = opt._results(None)
 
         def run() -> None:
-            results = opt._results(opt._eager(*pytree.tree_unflatten(candidate.inputs, spec)))
-            torch.cat([t.reshape(-1).view(torch.uint8) for t in results], out=out)
+            results.write(opt._results(opt._eager(*_unflatten(candidate.inputs, spec))))
 
         try:
             self._graph = self._graphs.record(run)
@@ -274,7 +316,7 @@ class CapturedStep:
             ) from error
         finally:
             opt._took(held)  # tensors of the graph's own memory are not for users
-        self._key, self._inputs, self._out, self._shapes = candidate.key, candidate.inputs, out, shapes
+        self._key, self._inputs, self._out = candidate.key, candidate.inputs, results
         self._candidate, self._kept = None, opt._tables()
         self.captures += 1
 
@@ -284,14 +326,7 @@ class CapturedStep:
         with opt._phase("replay"):
             self._graph.replay()
         self.replays += 1
-        results, flat = (
-            [],
-            self._out.clone(),
-        )  # a copy, so that a loss that the user keeps does not change with the next step
-        for dtype, shape in self._shapes:
-            size = dtype.itemsize * torch.Size(shape).numel()
-            results.append(flat[:size].view(dtype).view(shape))
-            flat = flat[size:]
+        results = self._out.read()
         opt._took(results)
         return results[0]
 
@@ -302,8 +337,8 @@ class CapturedStep:
         self._graph, self._key, self._inputs, self._out, self._kept = None, None, [], None, None
 
 
-@torch.no_grad()
 def _copy(static: list, leaves: list) -> None:
-    for mine, leaf in zip(static, leaves, strict=True):
-        if torch.is_tensor(mine):
-            mine.copy_(leaf, non_blocking=True)
+    with torch.no_grad():
+        for mine, leaf in zip(static, leaves, strict=True):
+            if isinstance(mine, torch.Tensor):
+                mine.copy_(leaf, non_blocking=True)

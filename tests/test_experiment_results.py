@@ -1,0 +1,58 @@
+"""The results of experiments that are committed: of the recipes that would be run, and what was chosen from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ezo_kernels.cli.experiments.catalogue import EXPERIMENTS, LAYERS
+from ezo_kernels.cli.experiments.recipes import BEST, GRID, HEADS
+from ezo_kernels.cli.experiments.scope import Scope
+from ezo_kernels.cli.experiments.trial import Trial
+from ezo_kernels.cli.recipe import Recipe
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench/results/experiments"
+
+
+def test_an_option_that_came_later_leaves_the_files_before_it_valid():
+    plain, scaled = (Trial("a", Recipe(scales=s), "") for s in ("", "conv1=2"))
+    assert "scales" not in plain.specification()["recipe"] and scaled.specification()["recipe"]["scales"] == "conv1=2.0"
+    started = Trial("a", Recipe(), "", start=Recipe()).specification()
+    assert "scales" not in started["start"] and plain.key != scaled.key
+
+
+@pytest.mark.parametrize("name", ["baseline", "grid", "memory", "partition"])
+def test_what_is_committed_is_what_would_be_run(name):
+    """A recipe that changed, or a key that is made in another way, would leave results that nobody's recipe gives."""
+    path = RESULTS / f"{name}.json"
+    trials = json.loads(path.read_text())["trials"]
+    found = set()
+    for data, seed in {
+        (t["specification"]["recipe"]["data"], t["specification"]["recipe"]["seed"]) for t in trials.values()
+    }:
+        own = [t for t in trials.values() if t["specification"]["recipe"]["data"] == data]
+        scope = Scope(
+            data, own[0]["specification"]["data"], 55_000, seed, EXPERIMENTS[name].epochs, False, tuple(LAYERS)
+        )
+        found |= {t.key for t in EXPERIMENTS[name].trials(scope)}
+    assert set(trials) <= found
+
+
+def test_the_recipes_are_the_grids_best():
+    trials = json.loads((RESULTS / "grid.json").read_text())["trials"].values()
+    told = (RESULTS.parents[2] / "docs/recipes.md").read_text()
+    for head, candidates in GRID.items():
+        errors = {}
+        for name in candidates:
+            arm = f"{HEADS[head]}, {name}"
+            found = {
+                t["specification"]["recipe"]["data"]: t["result"]["validation_error"] for t in trials if t["arm"] == arm
+            }
+            errors[name] = 100 * (found["mnist"] + found["fashion_mnist"]) / 2
+            shown = f"**{name}**" if BEST[head] == name else name
+            row = f"{100 * found['mnist']:.2f} | {100 * found['fashion_mnist']:.2f} | {errors[name]:.2f} |"
+            assert f"| {head.replace(',', ', ').replace('0', 'none')} | {shown} | {row}" in told
+        assert BEST[head] == min(errors, key=errors.get)
+    assert not any("test_error" in t["result"] for t in trials)
