@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ezo_kernels as ezo
+from ezo_kernels.cli.experiments.recipes import HEADS
 from ezo_kernels.optim import diagnostics as D
 from ezo_kernels.planning.tally import paper_tally
 
@@ -146,6 +147,19 @@ def test_numbers_of_the_time_rows():
     steps = cpu["LeNet-5 step against eager MeZO"]
     hybrid, pure = (steps[k]["first_us"] / 1000 for k in ("head fc2+fc3", "pure ZO"))
     assert f"hybrid {hybrid:.1f} ms a step, pure ZO {pure:.1f} ms" in row('"1.38 times')
+
+
+def test_numbers_of_the_baseline():
+    table = json.loads((RESULTS / "experiments/baseline.json").read_text())["table"]
+    right = {(r["data"], r["arm"]): 100 * (1 - r["metrics"]["test_error"]["mean"]) for r in table}
+    claim, data = row("ElasticZO is"), ("mnist", "fashion_mnist")
+    pure = [right[d, "full ZO, fp32"] for d in data]
+    assert "pure ZO {:.2f} and {:.2f} (128 forwards".format(*pure) in claim
+    assert "{:.2f} ± ".format(pure[0]) in row("89.78 and") and "{:.2f} ± ".format(pure[1]) in row("89.78 and")
+    for said, head in (("fc3 by BP", "fc3"), ("fc2 and fc3 by BP", "fc2,fc3")):
+        own = [right[d, f"{HEADS[head]}, fp32"] for d in data]
+        gains = [a - b for a, b in zip(own, pure, strict=True)]
+        assert "{} {:.2f} and {:.2f}, {:+.2f} and {:+.2f}".format(said, *own, *gains) in claim
 
 
 def test_numbers_of_the_accuracy_rows():
