@@ -155,7 +155,7 @@ def test_numbers_of_the_baseline():
     claim, data = row("ElasticZO is"), ("mnist", "fashion_mnist")
     pure = [right[d, "full ZO, fp32"] for d in data]
     assert "pure ZO {:.2f} and {:.2f} (128 forwards".format(*pure) in claim
-    assert "{:.2f} ± ".format(pure[0]) in row("89.78 and") and "{:.2f} ± ".format(pure[1]) in row("89.78 and")
+    assert f"{pure[0]:.2f} ± " in row("89.78 and") and f"{pure[1]:.2f} ± " in row("89.78 and")
     for said, head in (("fc3 by BP", "fc3"), ("fc2 and fc3 by BP", "fc2,fc3")):
         own = [right[d, f"{HEADS[head]}, fp32"] for d in data]
         gains = [a - b for a, b in zip(own, pure, strict=True)]
