@@ -36,7 +36,7 @@ def tensors(op, dtype, rows, alter):
         return (w[:rows], key, eps, 1, "matrix", *TAIL, torch.empty(4, *w[:rows].shape, dtype=dtype))
     if op == "linear":
         out = torch.empty(4 * rows, 3, 7, dtype=dtype)
-        how = (False, False, "", "auto", "float32")
+        how = (False, False, "", "auto", "float32", True)
         return (alter(randn(4 * rows, 3, 5, dtype=dtype)), w, b, key, eps, 1, 2, *how, *TAIL, out)
     if op == "conv2d":
         w = alter(randn(6, 2, 3, 3, seed=1, dtype=dtype))

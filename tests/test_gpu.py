@@ -254,7 +254,7 @@ def test_update_is_the_references_bit_for_bit(noise, dtype, rounded):
 def test_a_step_of_16_bits_applies_the_z_that_its_products_multiplied(noise, dtype, mode, monkeypatch):
     """docs/rng.md, z of 16 bits: two products are taken by themselves, for many rows others, with the same z in the update."""
     ran, launch = [], _linear_small_triton.launch_linear_small
-    monkeypatch.setattr(_linear_small_triton, "launch_linear_small", lambda *a: (ran.append(1), launch(*a)))
+    monkeypatch.setattr(_linear_small_triton, "launch_linear_small", lambda *a, **k: (ran.append(1), launch(*a, **k)))
     torch.manual_seed(0)
     model = ezo.convert_(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 16)).cuda().to(dtype))
     opt = ezo.ElasticZO(model, lr=0.1, eps=0.05, noise=noise, mode=mode, stochastic_rounding=False, **extra(noise))

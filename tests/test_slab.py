@@ -177,7 +177,7 @@ def test_fakes_and_the_registration():
     p = pass_of().p
     x, w, b = randn(8, 5), randn(6, 5), randn(6)
     out = torch.empty(8, 6)
-    args = (x, w, b, p.key, p.eps, 5, 6, False, False, "", "slab", "float32", *p.schema_args(), out)
+    args = (x, w, b, p.key, p.eps, 5, 6, False, False, "", "slab", "float32", False, *p.schema_args(), out)
     torch.library.opcheck(torch.ops.ezo.linear.default, args, test_utils=("test_schema", "test_faketensor"))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [mode.from_tensor(t) for t in (x, w, b, p.key, p.eps)]

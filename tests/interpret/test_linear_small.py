@@ -21,7 +21,7 @@ def launched(monkeypatch):
     """Counts launches of the kernel that is under test: a test that ran another one must fail."""
     count = []
     launch = _linear_small_triton.launch_linear_small
-    monkeypatch.setattr(_linear_small_triton, "launch_linear_small", lambda *a: (count.append(1), launch(*a)))
+    monkeypatch.setattr(_linear_small_triton, "launch_linear_small", lambda *a, **k: (count.append(1), launch(*a, **k)))
     yield count
     assert count
 
