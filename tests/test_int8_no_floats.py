@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ezo_kernels as ezo
 from ezo_kernels.data import quantize_images
-from ezo_kernels.ops import Int8Tensor, _int8_cpu, _int8_loss_cpu, _library
+from ezo_kernels.ops import Int8Tensor, _int8_conv_cpu, _int8_cpu, _int8_loss_cpu, _library
 from tests.int8_models import LENET_HEADS, exponents, lenet, lenet_batch, randint, steps
 from tests.test_int8_networks import drawn
 
@@ -87,7 +87,9 @@ def test_no_floating_point_number_between_the_pixels_and_the_weights(inside):
 def test_no_numba_kernel_takes_a_float():
     steps(ezo.ElasticZOInt8(lenet(("fc3",)), loss="cross_entropy"), 1)
     compiled = {
-        n: f for n, f in (vars(_int8_cpu) | vars(_int8_loss_cpu)).items() if getattr(f, "nopython_signatures", None)
+        n: f
+        for n, f in (vars(_int8_cpu) | vars(_int8_conv_cpu) | vars(_int8_loss_cpu)).items()
+        if getattr(f, "nopython_signatures", None)
     }
     assert len(compiled) > 8
     for name, f in compiled.items():

@@ -365,14 +365,14 @@ MUTANTS = (
     ),
     Mutant(
         "a pooled integer is never below zero",
-        _OPS + "_int8_cpu.py",
+        _OPS + "_int8_conv_cpu.py",
         "least = i8(0) if relu else i8(-127)",
         "least = i8(0)",
         "tests/test_int8_conv_epilogue.py",
     ),
     Mutant(
         "the largest magnitude counts what lies between the lines",
-        _OPS + "_int8_cpu.py",
+        _OPS + "_int8_conv_cpu.py",
         "abs(sums[at + x] + bias) & counts[x])",
         "abs(sums[at + x] + bias))",
         "tests/test_int8_conv_epilogue.py tests/test_int8_ops.py -k conv",

@@ -38,6 +38,14 @@ def integers():
 
 
 @functools.cache
+def integer_convolutions():
+    """:mod:`._int8_conv_cpu`"""
+    from . import _int8_conv_cpu
+
+    return _int8_conv_cpu
+
+
+@functools.cache
 def integer_products():
     """:mod:`._int8_gemm_cpu`"""
     from . import _int8_gemm_cpu

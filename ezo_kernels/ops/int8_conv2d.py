@@ -45,7 +45,7 @@ def _conv2d_cpu(
 ) -> None:  # fmt: skip
     import numpy as np
 
-    K, products = _cpu.integers(), _cpu.integer_products()
+    workspace, C, products = _cpu.integers().workspace, _cpu.integer_convolutions(), _cpu.integer_products()
 
     noise = Noise("sparse_int8", rounds, p_zero, r_max)
     groups, outputs, k = peak.numel(), w.shape[0], w[0].numel()
@@ -80,19 +80,19 @@ def _conv2d_cpu(
                 some = part[first : first + most].numpy()
                 images = len(some)
                 # a tap of the last plane reads beyond it
-                flat = K.workspace("planes", images * channels * padded[0] * padded[1] + padded[1], np.int8)
-                sums = K.workspace("sums", len(own) * per * images * height * pitch, np.int32)
+                flat = workspace("planes", images * channels * padded[0] * padded[1] + padded[1], np.int8)
+                sums = workspace("sums", len(own) * per * images * height * pitch, np.int32)
                 sums = sums.reshape(len(own) * per, images, -1)
                 for c in range(conv_groups):
                     if not (once and phase == REQUANTIZE):
                         flat[-padded[1] :] = 0
-                        K.pad(some, c * channels, *padding, flat[: -padded[1]].reshape(images, channels, *padded))
+                        C.pad(some, c * channels, *padding, flat[: -padded[1]].reshape(images, channels, *padded))
                         if direct:
                             taps = products.taps_of(images, channels, *padded, tuple(kernel), tuple(dilation))
-                            products.planes_product(K.workspace, stacked[c].numpy(), flat, *taps, height * pitch, sums)
+                            products.planes_product(workspace, stacked[c].numpy(), flat, *taps, height * pitch, sums)
                         else:
-                            columns = K.workspace("columns", k * images * height * pitch, np.int8).reshape(k, -1)
-                            K.im2col(
+                            columns = workspace("columns", k * images * height * pitch, np.int8).reshape(k, -1)
+                            C.im2col(
                                 flat, images, channels, *padded, *kernel, *stride, *dilation, height, pitch,
                                 columns.reshape(k, images, -1),
                             )  # fmt: skip
@@ -100,7 +100,7 @@ def _conv2d_cpu(
                                 stacked[c], torch.from_numpy(columns), torch.from_numpy(sums.reshape(len(sums), -1))
                             )
                     for i, g in enumerate(own):
-                        top = K.finish_conv2d(
+                        top = C.finish_conv2d(
                             sums[i * per : (i + 1) * per], bias[i][c * per : (c + 1) * per], height, width, pitch, phase,
                             accs[g, first : first + images], c * per, outputs, shifts[i], mode,
                             relu, pool, outs[g, first : first + images],

@@ -323,6 +323,11 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         try:
             with eagerly(self._must_check), self._phase.layers(self.model, self._in_head):
                 losses = run(self._begin())
+            self._checked = self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
+            self._losses = losses if self._losses is None else self._losses + losses
+            self._micro += 1
+            if update:
+                self._finish()
         except BaseException as error:
             with torch.no_grad():
                 for buffer, old in self._buffers:
@@ -331,15 +336,6 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             if isinstance(error, PassError):
                 raise ValueError(self._named(error)) from error
             raise
-        self._checked = self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
-        self._losses = losses if self._losses is None else self._losses + losses
-        self._micro += 1
-        if update:
-            try:
-                self._finish()
-            except BaseException:
-                self._drop()
-                raise
         return losses.mean()
 
     def _drop(self) -> None:
