@@ -247,6 +247,16 @@ def error_rows(rows, s, labels, key, query, rounds=7):
     return out
 
 
+def finer(w, rest, amount, n, how, lane):
+    """A weight of the head and its remainder after a step of ``amount / 2^n`` units."""
+    if not amount:
+        return w, rest
+    step = round_shift(amount, n - 8, how, lane) if n > 8 else amount * 2 ** (8 - n)
+    fine = max(-127 * 256, min(127 * 256, 256 * w + rest - step))
+    w = (fine + 128) // 256
+    return w, fine - 256 * w
+
+
 # ---- a run
 
 
@@ -286,10 +296,12 @@ class Run:
     head_grad: str = "mean"
     rounding: str = "stochastic"
     head_rounding: str = "stochastic"
+    head_remainder: bool = False
     activation_rounding: str = "nearest"
     rounds: int = 7
     antithetic: bool = True
     step: int = 0
+    remainders: dict[str, list[int]] = field(default_factory=dict)
     losses: list[int] = field(default_factory=list)
     g: list[int] = field(default_factory=list)
 
@@ -351,6 +363,14 @@ class Run:
             lane = lane_at(*at, key=self.key, site=p.rounding_site, rounds=self.rounds)
             p.values[i] = clamp(p.values[i] - round_shift(amount, n, how, lane))
 
+    def subtract_finely(self, name, amounts, n):
+        """In steps of 1/256: what a weight of whole units cannot hold is kept."""
+        p = self.parameters[name]
+        rest = self.remainders.setdefault(name, [0] * len(p.values))
+        for i, (at, amount) in enumerate(zip(places(p.shape, p.conv), amounts, strict=True)):
+            lane = lane_at(*at, key=self.key, site=p.rounding_site, rounds=self.rounds)
+            p.values[i], rest[i] = finer(p.values[i], rest[i], amount, n, self.head_rounding, lane)
+
     def train_step(self, rows, s, labels):
         self.key = fold(self.seed, self.step)
         trunk = [p for p in self.parameters.values() if p.site is not None]
@@ -381,5 +401,8 @@ class Run:
             shifted = [[round_shift(v, top - s) for v in values] for values, s in parts]
             total = [sum(of) for of in zip(*shifted, strict=True)]
             n = max(0, bits(max(map(abs, total))) - self.head_bits)
-            self.subtract(self.parameters[name], total, n, self.head_rounding)
+            if self.head_remainder:
+                self.subtract_finely(name, total, n)
+            else:
+                self.subtract(self.parameters[name], total, n, self.head_rounding)
         self.step += 1

@@ -341,8 +341,8 @@ def arguments(op):
         "int8_update_": ([randint(3, 4), randint(5)], key, exponents(1), one.abs(), empty(0, dtype=torch.int64), [1, 2],
                          [0, 0], 0, "stochastic", 7, 0.3, 40),
         "int8_sum_groups": (sums.view(2, 3, 4), two, empty(3, 4, dtype=torch.int32), exponents(0)),
-        "int8_head_update_": (randint(3, 4), torch.full((3, 4), 9, dtype=torch.int32), exponents(9), exponents(1), key, 1,
-                              "pseudo", 7),
+        "int8_head_update_": (randint(3, 4), randint(3, 4), torch.full((3, 4), 9, dtype=torch.int32), exponents(9),
+                              exponents(1), key, 1, "pseudo", 7),
     }[op]  # fmt: skip
 
 

@@ -261,6 +261,8 @@ def test_an_integer_head_takes_more_than_the_arena():
     none, two = (plan_int8_step(model, x, y, head=head) for head in (0, ["fc2", "fc3"]))
     gradients = 4 * (84 * 121 + 10 * 85)
     assert two.total - none.total >= 2 * gradients
+    kept = plan_int8_step(model, x, y, head=["fc2", "fc3"], head_remainder=True)
+    assert kept.total - two.total == kept.state - two.state == gradients // 4
 
 
 def test_a_regression_in_integers_is_planned():

@@ -49,6 +49,28 @@ MUTANTS = (
         "losses",
         "tests/test_int8_one_sign.py",
     ),
+    # what the head's weights cannot hold of an update
+    Mutant(
+        "a remainder thrown away",
+        _OPS + "_int8_cpu.py",
+        "remainder[i] = i8(fine - i64(w[i]) * 256)",
+        "remainder[i] = i8(0)",
+        "tests/test_int8_remainder.py",
+    ),
+    Mutant(
+        "a weight with a remainder rounded down",
+        _OPS + "_int8_cpu.py",
+        "w[i] = i8((fine + 128) >> 8)",
+        "w[i] = i8(fine >> 8)",
+        "tests/test_int8_remainder.py",
+    ),
+    Mutant(
+        "remainders lost when a run is resumed",
+        "ezo_kernels/optim/int8_state.py",
+        "self._remainders[name].copy_(value)",
+        "pass",
+        "tests/test_int8_remainder.py -k resume",
+    ),
     # what follows a convolution
     Mutant(
         "the largest of a window's upper half",

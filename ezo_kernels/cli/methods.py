@@ -33,6 +33,7 @@ def make_optimizer(
         return int8(
             model, **trunk, head_bits=head["bits"], queries=recipe.queries, seed=recipe.seed, rounds=recipe.rounds,
             antithetic=recipe.antithetic, fraction_bits=recipe.fraction_bits, loss=loss, mode=mode, capture=capture,
+            head_remainder=recipe.head_remainder,
         )  # fmt: skip
     noise = {"noise": recipe.noise, "p_zero": recipe.zeros, "rounds": recipe.rounds}
     zo = {"lr": recipe.lr, "eps": recipe.eps, "clip": recipe.clip, "queries": recipe.queries, "seed": recipe.seed}

@@ -59,6 +59,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     option("r_max", "int8: largest magnitude of the noise", metavar="N,N@F")
     option("bits", "int8: bits of the trunk's update; --bits=-1 for a negative one", metavar="N,N@F")
     option("head_bits", "int8: bits of the head's update", metavar="N,N@F")
+    option(
+        "head_remainder",
+        "int8: keep what the head's weights cannot hold of an update, a byte each, for the next",
+        action=argparse.BooleanOptionalAction,
+        shown="on where there is a head",
+    )
     option("loss", "int8: loss whose sign is g, in integers or in floats", choices=R.LOSSES)
     option(
         "fraction_bits", "int8: bits behind the point of the integer loss; 0 is the paper's rule", type=int, metavar="N"

@@ -17,7 +17,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
 FLOAT_ONLY = ("noise", "scales", "lr", "eps", "clip", "head_lr", "schedule")
-INT8_ONLY = ("r_max", "bits", "head_bits", "loss", "fraction_bits")
+INT8_ONLY = ("r_max", "bits", "head_bits", "head_remainder", "loss", "fraction_bits")
 
 #: p_zero when none is named: of int8, a rising one beside r_max's; else none
 DEFAULT_P_ZERO = {True: "0.97,0.98@0.3,0.99@0.6,0.9975@0.8", False: "0"}
@@ -95,6 +95,7 @@ class Recipe:
     r_max: str = "15,31@0.3,63@0.6,127@0.8"
     bits: str = "0"
     head_bits: str = "3,2@0.2,1@0.4,0@0.6,-1@0.8"
+    head_remainder: bool | None = None
     loss: str = "integer"
     fraction_bits: int = 8
     seed: int = 0
@@ -133,6 +134,10 @@ class Recipe:
             head = POINTNET_HEAD
         object.__setattr__(self, "head", self.head or head)
         object.__setattr__(self, "p_zero", self.p_zero or DEFAULT_P_ZERO[self.precision == "int8"])
+        keeps = self.integer and self.head != "0"
+        if self.head_remainder and not keeps:
+            raise ValueError("head_remainder is of a head of integers: precision int8, and a head other than 0")
+        object.__setattr__(self, "head_remainder", keeps if self.head_remainder is None else self.head_remainder)
         if self.method == "bp" and self.head != "all":
             raise ValueError(f"method bp trains every layer by backpropagation: --head all, not {self.head}")
         if self.method == "frozen" and self.head == "0":
@@ -203,7 +208,7 @@ class Recipe:
             raise ValueError(f"options that this version does not know: {', '.join(sorted(unknown))}")
         if "p_zero" in values:  # a number in the first checkpoints
             values = {**values, "p_zero": str(values["p_zero"])}
-        return cls(**values)
+        return cls(**{"head_remainder": False, **values})  # what they were before there was one
 
     def difference(self, other: Recipe) -> str:
         """The options in which two recipes differ, for an error message; "" if they are equal."""

@@ -269,6 +269,20 @@ def update(w, taps, total, n_shift, mode, lanes):
 
 
 @_jit()
+def update_finely(w, remainder, grad, n_shift, mode, lanes):
+    """256 w + remainder = clamp(256 w + remainder - round(grad / 2^n_shift)), in place; all flat, w the nearest int8."""
+    words = lanes.reshape(-1)
+    for i in range(w.size):
+        v = i64(grad[i])
+        if v != 0:
+            lane = words[i] if mode == STOCHASTIC else u16(0)
+            step = round_shift(v, n_shift, mode, lane) if n_shift > 0 else v << -n_shift
+            fine = max(i64(-127 * 256), min(i64(127 * 256), i64(w[i]) * 256 + i64(remainder[i]) - step))
+            w[i] = i8((fine + 128) >> 8)
+            remainder[i] = i8(fine - i64(w[i]) * 256)
+
+
+@_jit()
 def largest(x):
     """Largest magnitude in a flat int32 array."""
     peak = i32(0)

@@ -5,6 +5,7 @@ A weight whose sum is zero keeps its bits, those of -128 too.
 | tensor | shape |
 |---|---|
 | params | int8, contiguous, any shapes |
+| remainder | int8, of a head's parameter: 1/256 of its unit each |
 | g, shift | int32 [queries], [1], on the device |
 | table | int64, on the device: FIELDS numbers a parameter, then (parameter << 32 | tile) for each program |
 | acc, out, peak | int32 [groups, size], [size], [1]: the head's gradients, their sum, its largest magnitude |
@@ -23,6 +24,7 @@ from ._noise_triton import ASM, lane_units, load_key, noise_args, signed32, spar
 from ._tiles import element_tile, update_tile
 from ._triton import constexpr, jit, require, tl
 from .int8_pass import ROUNDINGS
+from .int8_update import REMAINDER_BITS
 from .noise import Noise
 
 _S_ROUNDING = constexpr(C.STREAM_ROUNDING)
@@ -115,10 +117,14 @@ def int8_sum_groups_kernel(acc_ptr, exponent_ptr, out_ptr, peak_ptr, groups, siz
 
 @jit(do_not_specialize=["site"])
 def int8_head_update_kernel(
-    w_ptr, grad_ptr, peak_ptr, bits_ptr, key_ptr, site, rows, columns,
-    ROUNDING: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
+    w_ptr, remainder_ptr, grad_ptr, peak_ptr, bits_ptr, key_ptr, site, rows, columns,
+    REMAINDER: tl.constexpr, ROUNDING: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROUNDS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """w <- clamp(w - round(grad / 2^max(0, bits of peak - bits))); nothing if the peak is zero."""
+    """w <- clamp(w - round(grad / 2^max(0, bits of peak - bits))); nothing if the peak is zero.
+
+    With a remainder of REMAINDER bits, 2^REMAINDER w + remainder so, in its own unit.
+    """
     first = tl.program_id(1) * C
     r = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
     c = (first + tl.arange(0, C))[None, :]
@@ -133,7 +139,18 @@ def int8_head_update_kernel(
         if ROUNDING == STOCHASTIC:
             lanes = rounding_lanes(key_ptr, site, site * 0, r, first, C, ROUNDS, ASM)
         w = tl.load(w_ptr + at, mask=inside, other=0).to(tl.int64)
-        moved = clamp8(w - round_shift(grad, n, lanes, ROUNDING))
+        if REMAINDER == 0:
+            moved = clamp8(w - round_shift(grad, n, lanes, ROUNDING))
+        else:
+            rest = tl.load(remainder_ptr + at, mask=inside, other=0).to(tl.int64)
+            down, up = tl.maximum(n - REMAINDER, 0), tl.maximum(REMAINDER - n, 0)
+            fine = (w << REMAINDER) + rest - (round_shift(grad, down, lanes, ROUNDING) << up)
+            most = 127 << REMAINDER
+            fine = tl.minimum(tl.maximum(fine, -most), most)
+            moved = (fine + (1 << (REMAINDER - 1))) >> REMAINDER
+            tl.store(
+                remainder_ptr + at, tl.where(grad != 0, fine - (moved << REMAINDER), rest).to(tl.int8), mask=inside
+            )
         tl.store(w_ptr + at, tl.where(grad != 0, moved, w).to(tl.int8), mask=inside)
 
 
@@ -200,7 +217,7 @@ def launch_sum_groups(acc, exponent, out, peak) -> None:
         )  # fmt: skip
 
 
-def launch_head_update(w, grad, peak, bits, key, site, rounding, rounds) -> None:
+def launch_head_update(w, remainder, grad, peak, bits, key, site, rounding, rounds) -> None:
     """Update one parameter of the head, in place; arguments as ``ezo::int8_head_update_``."""
     require()
     columns = w.shape[-1]
@@ -212,7 +229,8 @@ def launch_head_update(w, grad, peak, bits, key, site, rounding, rounds) -> None
         raise NotImplementedError(f"int8_head_update_: {rows} rows, 2^31 is the limit")
     with torch.cuda.device_of(w):
         int8_head_update_kernel[tiles](
-            w, grad, peak, bits, key, signed32(site), rows, columns, ROUNDING=ROUNDINGS.index(rounding),
+            w, remainder, grad, peak, bits, key, signed32(site), rows, columns,
+            REMAINDER=0 if remainder is None else REMAINDER_BITS, ROUNDING=ROUNDINGS.index(rounding),
             R=tile.rows, C=tile.columns, ROUNDS=rounds, ASM=ASM, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -234,12 +252,15 @@ def variants():
             expects=("multiply",), z_per_program=tile.rows * tile.columns, representative=rounding != "pseudo",
         )  # fmt: skip
         tile = element_tile(1024, "sparse_int8")
-        yield _variant(
-            int8_head_update_kernel, f"int8_head_update/{rounding}",
-            {"w_ptr": "i8", **kinds(("grad_ptr", "peak_ptr", "bits_ptr", "key_ptr"), "i32")}, ("site", "rows", "columns"),
-            {"ROUNDING": mode, "R": tile.rows, "C": tile.columns, **noise}, divisible=("columns",),
-            expects=("multiply",) if rounding == "stochastic" else (), representative=rounding != "nearest",
-        )  # fmt: skip
+        for bits in (0, REMAINDER_BITS):
+            yield _variant(
+                int8_head_update_kernel, f"int8_head_update/{rounding}{'/remainder' if bits else ''}",
+                {"w_ptr": "i8", "remainder_ptr": "i8", **kinds(("grad_ptr", "peak_ptr", "bits_ptr", "key_ptr"), "i32")},
+                ("site", "rows", "columns"),
+                {"REMAINDER": bits, "ROUNDING": mode, "R": tile.rows, "C": tile.columns, **noise},
+                divisible=("columns",), expects=("multiply",) if rounding == "stochastic" else (),
+                representative=rounding == "stochastic" or (rounding == "pseudo" and not bits),
+            )  # fmt: skip
     pointers = kinds(("acc_ptr", "exponent_ptr", "out_ptr", "peak_ptr"), "i32")
     yield _variant(
         int8_sum_groups_kernel, "int8_sum_groups", pointers, ("groups", "size"), {"BLOCK": _BLOCK}, divisible=("size",)

@@ -1,11 +1,15 @@
 """Integer updates, in place: of the trunk from ternary g and z made again, of the head from accumulated gradients.
 
     trunk: w <- clamp(w - round(sum_q g_q z_q / 2^shift), -127, 127)          g_q in {-1, 0, 1}
-    head:  w <- clamp(w - round(G / 2^max(0, bits of max |G| - m)), -127, 127)  G = sum over groups, exponents aligned
+    head:  w <- clamp(w - round(G / 2^n), -127, 127)              G = sum over groups, exponents aligned
+                                                                   n = max(0, bits of max |G| - m)
+    head with a remainder R, int8 as well:
+           256 w + R <- clamp(256 w + R - round(G / 2^(n - 8)), -127 * 256, 127 * 256), w the nearest
 
 | tensor | shape |
 |---|---|
 | params | list of int8, any shapes |
+| remainder | int8, of its parameter's shape |
 | g | int32 [queries], on the device |
 | shift, bits | int32 [1], on the device |
 """
@@ -25,6 +29,8 @@ from .noise import Noise, check_index, filler_cpu, row_ids
 
 #: Widths of an update, in bits.
 LEAST_BITS, MOST_BITS = -8, 7
+#: Bits of a remainder behind those of its weight.
+REMAINDER_BITS = 8
 
 
 def check_bits(bits, name: str) -> int:
@@ -218,7 +224,7 @@ def sum_groups(acc: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor,
     return out, peak
 
 
-def _head_update_cpu(w, grad, peak, bits, key, site, rounding, rounds) -> None:
+def _head_update_cpu(w, remainder, grad, peak, bits, key, site, rounding, rounds) -> None:
     import numpy as np
 
     K = _cpu.integers()
@@ -230,20 +236,30 @@ def _head_update_cpu(w, grad, peak, bits, key, site, rounding, rounds) -> None:
     lanes = np.empty((0, 0), np.uint16)
     if rounding == "stochastic":
         lanes = rounding_lanes(key, site, rows, columns, 0, rounds)
-    K.update(w.detach().view(-1).numpy(), 1, grad.view(rows, columns).numpy(), n, ROUNDINGS.index(rounding), lanes)
-    torch.autograd.graph.increment_version(w)
+    flat, mode = w.detach().view(-1).numpy(), ROUNDINGS.index(rounding)
+    if remainder is None:
+        K.update(flat, 1, grad.view(rows, columns).numpy(), n, mode, lanes)
+    else:
+        K.update_finely(flat, remainder.view(-1).numpy(), grad.view(-1).numpy(), n - REMAINDER_BITS, mode, lanes)
+    _wrote(w, remainder)
 
 
-def _head_update_cuda(w, *args) -> None:
+def _head_update_cuda(w, remainder, *args) -> None:
     from ._int8_update_triton import launch_head_update
 
-    launch_head_update(w, *args)
-    torch.autograd.graph.increment_version(w)
+    launch_head_update(w, remainder, *args)
+    _wrote(w, remainder)
+
+
+def _wrote(*tensors: torch.Tensor | None) -> None:
+    """They were written behind torch's back."""
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
 
 
 _head_update = register(
     "int8_head_update_",
-    "(Tensor(a!) w, Tensor grad, Tensor peak, Tensor bits, Tensor key, int site, str rounding, int rounds) -> ()",
+    "(Tensor(a!) w, Tensor(b!)? remainder, Tensor grad, Tensor peak, Tensor bits, Tensor key, int site, str rounding, "
+    "int rounds) -> ()",
     cpu=_head_update_cpu,
     cuda=_head_update_cuda,
 )
@@ -260,8 +276,12 @@ def int8_head_update_(
     site: int,
     rounding: str = "pseudo",
     rounds: int = 7,
+    remainder: torch.Tensor | None = None,
 ) -> None:
     """NITI's update: the gradient shifted to ``bits`` bits of its own largest magnitude, and subtracted, clamped.
+
+    With a remainder the step is rounded to 1/256 of a unit of w, and what w cannot hold of it stays in the remainder for the
+    next: the weights that a forward sees are int8 as before, but a step of less than one unit is no longer a matter of chance.
 
     Args:
         w: int8, contiguous, written.
@@ -270,13 +290,21 @@ def int8_head_update_(
         bits: int32 [1]: m, the learning rate; |step| is at most 2^m.
         key, site, rounds: of the words of ``stochastic`` rounding.
         rounding: ``nearest``, ``pseudo`` or ``stochastic``.
+        remainder: int8 of w's shape, contiguous, written: 1/256 of a unit each; zeros at first.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, an unknown rounding.
     """
+    if remainder is not None:
+        if remainder.dtype != torch.int8:
+            raise TypeError(f"int8_head_update_: the remainder must be int8, got {remainder.dtype}")
+        if remainder.shape != w.shape or not remainder.is_contiguous():
+            raise ValueError(
+                f"int8_head_update_: w {tuple(w.shape)} and its remainder {tuple(remainder.shape)} do not go together"
+            )
     if w.dtype != torch.int8 or grad.dtype != torch.int32:
         raise TypeError(f"int8_head_update_: w must be int8 and grad int32, got {w.dtype} and {grad.dtype}")
     if w.shape != grad.shape or not w.is_contiguous() or not w.dim():
         raise ValueError(f"int8_head_update_: w {tuple(w.shape)} and grad {tuple(grad.shape)} do not go together")
     if w.numel():
-        _head_update(w, grad.contiguous(), peak, bits, key, site, check_rounding(rounding), rounds)
+        _head_update(w, remainder, grad.contiguous(), peak, bits, key, site, check_rounding(rounding), rounds)

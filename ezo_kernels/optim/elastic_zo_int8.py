@@ -59,6 +59,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         bits: width of the trunk's update, -8 to 7: z is shifted right by (bits of r_max) - ``bits``. The learning rate of the
             trunk, in powers of two; by stochastic rounding, what is left of less than one unit moves a weight now and then.
         head_bits: width of the head's update, -8 to 7: NITI's learning rate.
+        head_remainder: keep what the head's int8 weights cannot hold of their updates, a byte each, for the next step. The
+            forward sees int8 weights as before; NITI has no such thing, and rounds each update to whole units.
         queries: directions a step.
         antithetic: both signs of each direction, two forwards a query. False: its plus sign alone, one forward a query, and
             g_q is the sign of L_q less the mean over all queries; needs 2 queries.
@@ -100,6 +102,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         head_grad: str = "mean",
         rounding: str = "stochastic",
         head_rounding: str = "stochastic",
+        head_remainder: bool = False,
         activation_rounding: str = "nearest",
         mode: str = "stacked",
         strategy: str = "auto",
@@ -123,6 +126,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         for name, value in (("queries", queries), ("seed", seed), ("fraction_bits", fraction_bits)):
             if isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got bool")
+        if not isinstance(head_remainder, bool):
+            raise TypeError(f"head_remainder must be a bool, got {type(head_remainder).__name__}")
         self.fraction_bits = check_index(fraction_bits, "fraction_bits", MOST_FRACTION_BITS + 1)
         self.rounding, self.head_rounding = check_rounding(rounding), check_rounding(head_rounding)
         self.queries = check_index(queries, "queries", 1 << 12)
@@ -167,6 +172,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         plan = plan_of(model)
         names = [n for n, _ in model.named_parameters() if in_head(n, plan.head) and n not in plan.frozen]
         self._head = dict(zip(names, self.head, strict=True))
+        self._remainders = {n: torch.zeros_like(w.detach()) for n, w in self._head.items()} if head_remainder else {}
         self._phase = Ranges(nvtx)
         self._update_plan: Int8UpdatePlan | None = None
         self._sites = tuple(s.site for s in self.zo.manifest)
@@ -382,5 +388,5 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
                 peak *= ok  # of a gradient of zero nothing is written
             int8_head_update_(
                 w, total.view(w.shape), peak, self._head_bits, key=self._key, site=GRADIENT_SITE - 1 - i,
-                rounding=self.head_rounding, rounds=self.rounds,
+                rounding=self.head_rounding, rounds=self.rounds, remainder=self._remainders.get(name),
             )  # fmt: skip

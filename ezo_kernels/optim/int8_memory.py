@@ -47,7 +47,10 @@ class Int8Memory:
     """Memory of :class:`ezo_kernels.ElasticZOInt8`."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the intermediates of the largest pass so far: planned, measured, all at once (the paper's tally), live."""
+        """Bytes of the intermediates of the largest pass so far: planned, measured, all at once (the paper's tally), live.
+
+        And of the parameters, and of the remainders of the head's.
+        """
         plans = list(self._plans.values())
         if not plans:
             raise ValueError("no step was taken yet")
@@ -58,6 +61,7 @@ class Int8Memory:
             "all_at_once_bytes": largest.all_at_once_bytes,
             "live_bytes": largest.live_bytes,
             "parameter_bytes": sum(p.numel() for p in self.model.parameters()),
+            "remainder_bytes": sum(r.numel() for r in self._remainders.values()),
         }
 
     def _baked(self) -> tuple:
@@ -65,7 +69,8 @@ class Int8Memory:
         return trunk["r_max"], trunk["p_zero"]
 
     def _held(self) -> list[torch.Tensor]:
-        return [] if self.arena.buffer is None else [self.arena.buffer]
+        held = list(self._remainders.values())
+        return held if self.arena.buffer is None else [self.arena.buffer, *held]
 
     def _tables(self) -> object:
         return self._update_plan

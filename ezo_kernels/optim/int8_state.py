@@ -33,7 +33,8 @@ class Int8State(Copies):
         """Everything a run needs to go on bit for bit, beside the model's own state_dict."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         tensors = {"seed": self._seed.clone(), "step": self._step.clone(), "skipped": self.skipped.clone()}
-        return {**self._identity(), **tensors, "param_groups": groups}
+        remainders = {name: r.clone() for name, r in self._remainders.items()}
+        return {**self._identity(), **tensors, "head_remainder": remainders, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Go on from :meth:`state_dict`.
@@ -45,7 +46,11 @@ class Int8State(Copies):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"a state is a dict, got {type(state_dict).__name__}")
         own = self._identity()
-        state_dict = {"antithetic": True, **state_dict}  # what states from before this option were
+        state_dict = {
+            "antithetic": True,
+            "head_remainder": {},
+            **state_dict,
+        }  # what states from before these options were
         missing = sorted(({*own, "seed", "step", "param_groups"}) - set(state_dict))
         if missing:
             raise ValueError(f"this is no state of ElasticZOInt8: it lacks {', '.join(missing)}")
@@ -64,6 +69,16 @@ class Int8State(Copies):
         for group in groups:
             check_bits(group["bits"], "bits")
         sparse_noise(self.rounds, groups[0]["p_zero"], groups[0]["r_max"])
+        remainders = state_dict["head_remainder"]
+        if set(remainders) != set(self._remainders):
+            kept = ["with" if kept else "without" for kept in (remainders, self._remainders)]
+            raise ValueError(
+                f"the state is of another run: it was made {kept[0]} head_remainder, this run is {kept[1]}"
+            )
+        for name, value in remainders.items():
+            mine = self._remainders[name]
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.int8 or value.shape != mine.shape:
+                raise ValueError(f"head_remainder of {name} must be an int8 tensor of shape {tuple(mine.shape)}")
         tensors = {"seed": self._seed, "step": self._step, "skipped": self.skipped}
         saved = {name: state_dict[name] for name in tensors if name in state_dict}  # earlier states lack the last
         for name, value in saved.items():
@@ -72,6 +87,8 @@ class Int8State(Copies):
         with torch.no_grad():
             for name, value in saved.items():
                 tensors[name].copy_(value.reshape(tensors[name].shape))
+            for name, value in remainders.items():
+                self._remainders[name].copy_(value)
         for group, theirs in zip(self.param_groups, groups, strict=True):
             group.update(theirs)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 
 from torch import nn
 
@@ -24,7 +25,7 @@ def int8_step_bytes(optimizer: ElasticZOInt8, x: Int8Tensor, y) -> Parts:
     """Bytes of the second :meth:`ezo_kernels.ElasticZOInt8.train_step` of an optimiser, real or fake, that takes two.
 
     The first one checks the model and makes the arena, which counts among the activations: it lives between steps, too, but as
-    room for nothing else.
+    room for nothing else. Remainders of the head's weights are state.
     """
     owned = [*optimizer.model.parameters(), *optimizer.model.buffers()]
     live = LiveBytes([*owned, x.values, x.exponent, *(tensors_of((y.values, y.exponent) if _integer(y) else y))])
@@ -35,7 +36,8 @@ def int8_step_bytes(optimizer: ElasticZOInt8, x: Int8Tensor, y) -> Parts:
         live.mark([optimizer.arena.buffer], "activations")
         live.restart()
         optimizer.train_step(x, y)
-    return parts_of(live, storage_bytes(owned))
+    parts = parts_of(live, storage_bytes(owned))
+    return replace(parts, state=parts.state + optimizer.memory()["remainder_bytes"])
 
 
 def _integer(y) -> bool:

@@ -150,3 +150,8 @@ def test_head_update(on_cpu, key, rounding, bits):
         int8_update.int8_head_update_(w, grad, peak, exponent(bits), **options)
         on_cpu(int8_update.int8_head_update_, other, grad, peak, exponent(bits), **options)
         assert torch.equal(w, other)
+        before = ints(*shape, seed=2, low=-128)
+        rests = before.clone(), before.clone()
+        int8_update.int8_head_update_(w, grad, peak, exponent(bits), **options, remainder=rests[0])
+        on_cpu(int8_update.int8_head_update_, other, grad, peak, exponent(bits), **options, remainder=rests[1])
+        assert torch.equal(w, other) and torch.equal(*rests) and (largest == 200) <= (not torch.equal(before, rests[0]))

@@ -60,7 +60,7 @@ def allocated_bytes(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     optimizer.train_step(x, y, **options)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     if recipe.integer:
-        held += optimizer.arena.buffer.numel()
+        held += optimizer.arena.buffer.numel() + optimizer.memory()["remainder_bytes"]
     return held + allocated_peak(lambda: optimizer.train_step(x, y, **options), device)
 
 
@@ -137,7 +137,15 @@ def count_bytes(trial: Trial, data: Dataset, device: torch.device, after_step: C
     x, y = first_batch(recipe, data, torch.device("cpu"))
     if recipe.integer:
         mode = "stacked" if recipe.mode == "auto" else recipe.mode
-        plan = plan_int8_step(model, x, y, head=recipe.head_argument, mode=mode, queries=recipe.queries)
+        plan = plan_int8_step(
+            model,
+            x,
+            y,
+            head=recipe.head_argument,
+            mode=mode,
+            queries=recipe.queries,
+            head_remainder=recipe.head_remainder,
+        )
     else:
         head = None if recipe.method == "bp" else recipe.head_argument
         frozen = recipe.method == "frozen"
