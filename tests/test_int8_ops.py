@@ -323,12 +323,12 @@ def arguments(op):
     peak, sums = empty(2, dtype=torch.int32), empty(6, 4, dtype=torch.int32)
     x = randint(6, 5)
     return {
-        "int8_linear": (x, randint(4, 5), randint(4), two, one, one, key, 1, 2, 0, "nearest", "auto", *PASS, sums, peak,
+        "int8_linear": (x, randint(4, 5), randint(4), two, one, one, key, 1, 2, 0, "nearest", "auto", True, *PASS, sums, peak,
                         empty(6, 4), two.clone()),
         "int8_conv2d": (randint(4, 2, 5, 5), randint(3, 2, 3, 3), None, two, one, None, key, 1, 2, [1, 1], [0, 0], [1, 1],
                         1, [3, 3], 3, "pseudo", "slab", True, 2, *PASS, empty(0, dtype=torch.int32), peak, empty(4, 3, 1, 1),
                         two.clone()),
-        "int8_requantize": (torch.full((6, 4), 300, dtype=torch.int32), exponents(300, 300), two, one, "nearest",
+        "int8_requantize": (torch.full((6, 4), 300, dtype=torch.int32), exponents(300, 300), two, one, "nearest", True,
                             empty(6, 4), two.clone()),
         "int8_gemm": (randint(2, 3, 5), randint(1, 4, 5), empty(2, 3, 4, dtype=torch.int32), peak),
         "int8_round": (sums, 3, "stochastic", key, 1, 2, 7, empty(6, 4)),

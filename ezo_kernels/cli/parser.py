@@ -58,7 +58,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     option("r_max", "int8: largest magnitude of the noise", metavar="N,N@F")
     option("bits", "int8: bits of the trunk's update; --bits=-1 for a negative one", metavar="N,N@F")
-    option("head_bits", "int8: bits of the head's update", metavar="N,N@F")
+    option(
+        "head_bits",
+        "int8: bits of the head's update",
+        metavar="N,N@F",
+        shown=f"{R.DEFAULT_HEAD_BITS[True]}; without a remainder {R.DEFAULT_HEAD_BITS[False]}",
+    )
     option(
         "head_remainder",
         "int8: keep what the head's weights cannot hold of an update, a byte each, for the next",

@@ -21,6 +21,8 @@ INT8_ONLY = ("r_max", "bits", "head_bits", "head_remainder", "loss", "fraction_b
 
 #: p_zero when none is named: of int8, a rising one beside r_max's; else none
 DEFAULT_P_ZERO = {True: "0.97,0.98@0.3,0.99@0.6,0.9975@0.8", False: "0"}
+#: widths of an integer head's update when none are named: with a remainder, and without
+DEFAULT_HEAD_BITS = {True: "2,1@0.2,0@0.4,-1@0.6,-2@0.8", False: "3,2@0.2,1@0.4,0@0.6,-1@0.8"}
 #: the head when none is named, by method
 DEFAULT_HEAD = {"elastic": "fc2,fc3", "mezo": "0", "bp": "all", "frozen": "fc2,fc3"}
 #: what fc2,fc3 is in PointNet, whose batch norm between them is the head's, too
@@ -94,7 +96,7 @@ class Recipe:
     schedule: str = "cosine"
     r_max: str = "15,31@0.3,63@0.6,127@0.8"
     bits: str = "0"
-    head_bits: str = "3,2@0.2,1@0.4,0@0.6,-1@0.8"
+    head_bits: str = ""
     head_remainder: bool | None = None
     loss: str = "integer"
     fraction_bits: int = 8
@@ -138,6 +140,7 @@ class Recipe:
         if self.head_remainder and not keeps:
             raise ValueError("head_remainder is of a head of integers: precision int8, and a head other than 0")
         object.__setattr__(self, "head_remainder", keeps if self.head_remainder is None else self.head_remainder)
+        object.__setattr__(self, "head_bits", self.head_bits or DEFAULT_HEAD_BITS[self.head_remainder])
         if self.method == "bp" and self.head != "all":
             raise ValueError(f"method bp trains every layer by backpropagation: --head all, not {self.head}")
         if self.method == "frozen" and self.head == "0":

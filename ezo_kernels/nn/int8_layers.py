@@ -13,7 +13,7 @@ from ..ops.int8_conv2d import int8_conv1d, int8_conv2d
 from ..ops.int8_matmul import check_input, int8_linear
 from ..ops.int8_tensor import LEAST_EXPONENT, MOST_EXPONENT, Int8Tensor
 from .context import ZOContext
-from .linear import become
+from .linear import EndsInRelu, become
 
 
 def parameter_faults(name: str, values, exponent) -> list[str]:
@@ -101,11 +101,17 @@ class _Int8Layer:
         return f"{super().extra_repr()}, int8, strategy={self.strategy}"
 
 
-class Int8Linear(_Int8Layer, nn.Linear):
+class Int8Linear(EndsInRelu, _Int8Layer, nn.Linear):
     """nn.Linear in integers: takes and gives :class:`ezo_kernels.Int8Tensor`, [..., in] to [..., out]."""
 
     def _multiply(self, x, p, **options):
         return int8_linear(x, self.weight, self.bias, p, **options)
+
+    def forward(self, input: Int8Tensor, *, relu: bool = False) -> Int8Tensor:
+        """``relu``: :func:`.linear.linear_relu` of it."""
+        if relu and (self.head_names or input.tape is not None):  # the head's backward goes through each of the two
+            return F.relu(super().forward(input))
+        return super().forward(input, **({"relu": True} if relu else {}))
 
 
 class _Int8Conv(_Int8Layer):

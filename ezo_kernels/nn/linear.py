@@ -29,7 +29,11 @@ def release(module: nn.Module) -> nn.Module:
     return module
 
 
-class ZOLinear(nn.Linear):
+class EndsInRelu:
+    """A layer with a context ``zo`` whose kernel can end in a relu: ``forward(x, relu=True)``."""
+
+
+class ZOLinear(EndsInRelu, nn.Linear):
     """nn.Linear whose weight and bias are perturbed inside the matmul during a zeroth-order pass.
 
     Shapes as nn.Linear; in a stacked pass x is [groups * B, ..., in_features], group-major. Outside a pass it is nn.Linear.
@@ -65,7 +69,7 @@ def linear_relu(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     During a zeroth-order pass of a converted ``linear`` it is one kernel; so a forward hook of ``linear`` then sees the result
     of both.
     """
-    if isinstance(linear, ZOLinear) and linear.zo.p is not None:
+    if isinstance(linear, EndsInRelu) and linear.zo.p is not None:
         return linear(x, relu=True)
     return F.relu(linear(x))
 

@@ -63,7 +63,7 @@ def _finish(
         if first == 0:
             leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
     else:
-        leave(acc, acc_ptr + start, out_ptr + start, y_at, inside, peak_ptr + group, WHAT, ROUNDING)
+        leave(acc, acc_ptr + start, out_ptr + start, y_at, inside, peak_ptr + group, WHAT, ROUNDING, False)
 
 
 @jit(do_not_specialize=[

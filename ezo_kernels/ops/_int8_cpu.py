@@ -121,23 +121,23 @@ def align_bias(bias, exponent, x_exponent, w_exponent, out):
 
 
 @_inline()
-def _quantized(v, n_shift, mode):
-    """clamp(round(v / 2^n_shift)) of an int32, by ``nearest`` in 32 bits, so that loops become vectors."""
+def _quantized(v, n_shift, mode, least):
+    """round(v / 2^n_shift) of an int32, from ``least`` (-127 or 0) to 127; ``nearest`` in 32 bits, so that loops become vectors."""
     if mode == NEAREST and n_shift > 0:
         a = abs(v)
         q = min((a >> i32(n_shift)) + ((a >> i32(n_shift - 1)) & i32(1)), i32(127))
-        return i8(-q if v < 0 else q)
-    return i8(clamp8(round_shift(i64(v), n_shift, mode, 0)))
+        return i8(max(-q if v < 0 else q, least))
+    return i8(max(clamp8(round_shift(i64(v), n_shift, mode, 0)), i64(least)))
 
 
 @_jit()
-def finish_linear(sums, bias, what, acc, n_shift, mode, out):
+def finish_linear(sums, bias, what, acc, n_shift, mode, relu, out):
     """What becomes of products ``sums`` [rows, N] that lack the bias [N]; the largest magnitude is returned.
 
     ``acc`` int32 [rows, N] is written by STORE (it may be ``sums``), ``out`` int8 [rows, N] by REQUANTIZE.
     """
     rows, n = sums.shape
-    peak = i32(0)
+    peak, least = i32(0), i32(0) if relu else i32(-127)
     for r in range(rows):
         for i in range(n):
             v = sums[r, i] + bias[i]
@@ -145,23 +145,24 @@ def finish_linear(sums, bias, what, acc, n_shift, mode, out):
             if what == STORE:
                 acc[r, i] = v
             elif what == REQUANTIZE:
-                out[r, i] = _quantized(v, n_shift, mode)
+                out[r, i] = _quantized(v, n_shift, mode, least)
     return peak
 
 
 @_jit()
-def requantize(acc, n_shift, mode, out):
-    """out int8 = clamp(round(acc / 2^n_shift)) of flat arrays, ``mode`` not STOCHASTIC."""
+def requantize(acc, n_shift, mode, relu, out):
+    """out int8 = clamp(round(acc / 2^n_shift)) of flat arrays, or a relu of it; ``mode`` not STOCHASTIC."""
+    least = i32(0) if relu else i32(-127)
     if mode == NEAREST and n_shift > 0:
         down, half = i32(n_shift), i32(n_shift - 1)
         for i in range(acc.size):
             v = acc[i]
             a = abs(v)
             q = min((a >> down) + ((a >> half) & i32(1)), i32(127))
-            out[i] = i8(-q if v < 0 else q)
+            out[i] = i8(max(-q if v < 0 else q, least))
     else:
         for i in range(acc.size):
-            out[i] = i8(clamp8(round_shift(i64(acc[i]), n_shift, mode, 0)))
+            out[i] = i8(max(clamp8(round_shift(i64(acc[i]), n_shift, mode, 0)), i64(least)))
 
 
 @_jit()

@@ -7,7 +7,7 @@
 | b | int8 [N] |
 | acc | int32 [groups, rows, N], contiguous (STORE) |
 | peak | int32 [groups], zero at first: largest |acc| (STORE, PEAK), read by REQUANTIZE |
-| out, exponent | int8 [groups, rows, N], int32 [groups] (REQUANTIZE) |
+| out, exponent | int8 [groups, rows, N], its relu if RELU, int32 [groups] (REQUANTIZE) |
 
 A program makes BM rows of one group (both groups of a pair) by BN outputs: it reads a tile of W once, makes its z once,
 clamps W + z and W - z, and multiplies on the integer matrix unit. SWAP puts W's rows on its long side.
@@ -50,7 +50,7 @@ def _multiply(w, x, acc, SWAP: tl.constexpr):
 def _finish(
     acc, bias, group, own, first_m, first_n, rm, rn, rows, N, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
     acc_ptr, peak_ptr, out_ptr, exponent_ptr,
-    SWAP: tl.constexpr, BIAS: tl.constexpr, WHAT: tl.constexpr, ROUNDING: tl.constexpr,
+    SWAP: tl.constexpr, BIAS: tl.constexpr, WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Bias and epilogue of one group's tile."""
     if SWAP:
@@ -58,9 +58,8 @@ def _finish(
     if BIAS:
         acc += align_bias(bias, b_exponent_ptr, x_exponent_ptr, own, w_exponent_ptr)[None, :]
     at = (group.to(tl.int64) * rows + rm)[:, None] * N + rn[None, :]
-    leave(
-        acc, acc_ptr, out_ptr, at, (rm < rows)[:, None] & (rn < N)[None, :], peak_ptr + group, WHAT, ROUNDING
-    )  # fmt: skip
+    inside = (rm < rows)[:, None] & (rn < N)[None, :]
+    leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr + group, WHAT, ROUNDING, RELU)
     if WHAT == REQUANTIZE:  # noqa: SIM102 - the outer if is the compiler's
         if first_m + first_n == 0:
             leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
@@ -72,7 +71,7 @@ def int8_linear_kernel(
     acc_ptr, peak_ptr, out_ptr, exponent_ptr, site, bias_site, query, packed, rows, N, K,
     x_group, x_row, x_k, w_group, w_n, w_k, b_n,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    WHAT: tl.constexpr, ROUNDING: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else the sign. The grid is (tiles of rows, tiles of N, queries, or groups without a sign).
@@ -137,29 +136,32 @@ def int8_linear_kernel(
     own = group * 0 if SHARED else group
     _finish(
         acc, plus, group, own, first_m, first_n, rm, rn, rows, N, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
-        acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING,
+        acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING, RELU,
     )  # fmt: skip
     if SIGNS == 2:
         own = group * 0 if SHARED else group + 1
         _finish(
             other, minus, group + 1, own, first_m, first_n, rm, rn, rows, N,
             x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
-            acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING,
+            acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING, RELU,
         )  # fmt: skip
 
 
-def constexprs(tile, signs: int, shared: bool, bias: bool, even_k: bool, what: int, rounding: str, rounds: int) -> dict:
+def constexprs(
+    tile, signs: int, shared: bool, bias: bool, even_k: bool, what: int, rounding: str, relu: bool, rounds: int
+) -> dict:
     """Everything that :func:`int8_linear_kernel` is compiled for."""
     return {
         **{"SIGNS": signs, "SHARED": bool(shared), "BIAS": bias, "EVEN_K": even_k, "WHAT": what},
-        **{"ROUNDING": ROUNDINGS.index(rounding), "SWAP": tile.swap, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
+        **{"ROUNDING": ROUNDINGS.index(rounding), "RELU": bool(relu and what == REQUANTIZE), "SWAP": tile.swap},
+        **{"BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
         **{"ROUNDS": rounds, "ASM": ASM},
     }
 
 
 def _launch(
-    name, x, x_strides, w, w_strides, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, query,
-    repeats, signs, rows, noise, acc, peak, out, exponent,
+    name, x, x_strides, w, w_strides, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, relu,
+    query, repeats, signs, rows, noise, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
     """One grid over (tiles of rows, tiles of outputs, ``repeats``); strides are (group, row, column)."""
     n, k = w.shape[-2:]
@@ -174,13 +176,15 @@ def _launch(
             x, w, or_dummy(b, w), x_exponent, w_exponent, or_dummy(b_exponent, w_exponent), key, acc, peak, out, exponent,
             signed32(site), signed32(bias_site), query, noise_args(noise)[0], rows, n, k, *x_strides, *w_strides,
             1 if b is None else b.stride(0),
-            **constexprs(tile, signs, not x_strides[0], b is not None, k % tile.bk == 0, what, rounding, noise.rounds),
+            **constexprs(
+                tile, signs, not x_strides[0], b is not None, k % tile.bk == 0, what, rounding, relu, noise.rounds
+            ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def launch_linear(
-    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding,
+    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, relu,
     query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
     """Write what is asked for of every group; arguments as ``ezo::int8_linear``, x contiguous, all checked there."""
@@ -190,7 +194,7 @@ def launch_linear(
     sign = 2 if len(signs) == 2 else signs[0]
     _launch(
         "int8_linear", x, (rows * k if x_exponent.numel() > 1 else 0, k, 1), w, (0, *w.stride()), b,
-        x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, query,
+        x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, relu, query,
         queries if sign else peak.numel(), sign, rows, Noise("sparse_int8", rounds, p_zero, r_max),
         acc, peak, out, exponent,
     )  # fmt: skip
@@ -204,7 +208,7 @@ def launch_gemm(x, w, acc, peak) -> None:
     w_group = w.stride(0) if len(w) > 1 else 0
     _launch(
         "int8_gemm", x, (x_group, *x.stride()[1:]), w, (w_group, *w.stride()[1:]), None, peak, peak, None, peak, 0, 0, 0,
-        "nearest", 0, groups, 0, rows, Noise("sparse_int8"), acc, peak, acc, peak,
+        "nearest", False, 0, groups, 0, rows, Noise("sparse_int8"), acc, peak, acc, peak,
     )  # fmt: skip
 
 
@@ -218,7 +222,9 @@ _POINTERS = {
 _INTEGERS = ("site", "bias_site", "query", "packed", "rows", "N", "K", "x_group", "x_row", "w_group", "w_n")
 
 
-def _variant(rows: int, how: str, what: int, rounding: str, archs: tuple[int, ...], tested: bool) -> Variant:
+def _variant(
+    rows: int, how: str, what: int, rounding: str, archs: tuple[int, ...], tested: bool, relu: bool = False
+) -> Variant:
     tile = int8_tile(rows, 4096, 4096, how not in ("tail", "gemm"), archs[0])
     signs = {"plus": 1, "plain": 0, "gemm": 0}.get(how, 2)
     ones = ("x_k", "w_k", "b_n")
@@ -227,12 +233,12 @@ def _variant(rows: int, how: str, what: int, rounding: str, archs: tuple[int, ..
     names = [name for name in (*_INTEGERS, "x_k", "w_k") if name not in ones]
     return Variant(
         kernel=int8_linear_kernel,
-        name=f"int8_linear/{rows}/{how}/{('store', 'peak', 'requantize')[what]}/{rounding}"
+        name=f"int8_linear/{rows}/{how}/{('store', 'peak', 'requantize')[what]}/{rounding}{'/relu' if relu else ''}"
         + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
         signature={**_POINTERS, **dict.fromkeys(names, "i32")},
         constexprs={
             **dict.fromkeys(ones, 1),
-            **constexprs(tile, signs, how == "shared", how != "gemm", how not in ("tail", "gemm"), what, rounding, 7),
+            **constexprs(tile, signs, how == "shared", how != "gemm", how not in ("tail", "gemm"), what, rounding, relu, 7),
             "ASM": True,
         },
         num_warps=tile.warps,
@@ -256,6 +262,7 @@ def variants():
             yield _variant(rows, "pair", 2, "nearest", archs, rows != 64)
             yield _variant(rows, "pair", 0, "nearest", archs, False)
             yield _variant(rows, "pair", 2, "pseudo", archs, False)
+            yield _variant(rows, "pair", 2, "nearest", archs, rows == 16, relu=True)
             yield _variant(rows, "shared", 1, "nearest", archs, rows == 16)
             yield _variant(rows, "tail", 1, "nearest", archs, rows == 16)
             yield _variant(rows, "plus", 1, "nearest", archs, False)

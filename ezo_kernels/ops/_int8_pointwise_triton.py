@@ -6,7 +6,7 @@
 | relu | x int8, flat | max(x, 0) |
 | pool | x int8 [planes, H, W] | int8 [planes, H', W'] |
 | add | a, b int8 [groups or 1, size] | peak int32 [groups], or int8 [groups, size] and exponent |
-| requantize | acc int32 [groups, size], peak | int8 [groups, size], exponent int32 [groups] |
+| requantize | acc int32 [groups, size], peak | int8 [groups, size], a relu of it if asked for, exponent int32 [groups] |
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def int8_add_kernel(
     a = tl.load(a_ptr + (i.to(tl.int64) * size + at), mask=inside, other=0).to(tl.int32)
     b = tl.load(b_ptr + (j.to(tl.int64) * size + at), mask=inside, other=0).to(tl.int32)
     v = shifted(a, a_exponent - low, _ADD_SHIFT, 30) + shifted(b, b_exponent - low, _ADD_SHIFT, 30)
-    leave(v, out_ptr, out_ptr, group.to(tl.int64) * size + at, inside, peak_ptr + group, WHAT, 0)
+    leave(v, out_ptr, out_ptr, group.to(tl.int64) * size + at, inside, peak_ptr + group, WHAT, 0, False)
     if WHAT != PEAK:  # noqa: SIM102 - the outer if is the compiler's
         if tl.program_id(0) == 0:
             tl.store(exponent_ptr + group, low + shift_of(peak_ptr + group))
@@ -127,14 +127,14 @@ def int8_add_kernel(
 @jit
 def int8_requantize_kernel(
     acc_ptr, peak_ptr, x_exponent_ptr, w_exponent_ptr, out_ptr, exponent_ptr, size,
-    SHARED: tl.constexpr, ROUNDING: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The grid is (blocks of a group, groups)."""
     group = tl.program_id(1)
     within = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = group.to(tl.int64) * size + within
     acc = tl.load(acc_ptr + at, mask=within < size, other=0)
-    leave(acc, acc_ptr, out_ptr, at, within < size, peak_ptr + group, 2, ROUNDING)
+    leave(acc, acc_ptr, out_ptr, at, within < size, peak_ptr + group, 2, ROUNDING, RELU)
     if tl.program_id(0) == 0:
         own = group * 0 if SHARED else group
         leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
@@ -199,7 +199,7 @@ def launch_add(a, b, a_exponent, b_exponent, what, peak, out, exponent) -> None:
         )  # fmt: skip
 
 
-def launch_requantize(acc, peak, x_exponent, w_exponent, rounding, out, exponent) -> None:
+def launch_requantize(acc, peak, x_exponent, w_exponent, rounding, relu, out, exponent) -> None:
     """Accumulators to int8 by their groups' peaks; arguments as ``ezo::int8_requantize``, contiguous."""
     require()
     groups = peak.numel()
@@ -208,7 +208,7 @@ def launch_requantize(acc, peak, x_exponent, w_exponent, rounding, out, exponent
     with torch.cuda.device_of(acc):
         int8_requantize_kernel[(-(-size // _BLOCK), groups)](
             acc, peak, x_exponent, w_exponent, out, exponent, size, SHARED=x_exponent.numel() == 1,
-            ROUNDING=ROUNDINGS.index(rounding), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
+            ROUNDING=ROUNDINGS.index(rounding), RELU=relu, BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -241,12 +241,13 @@ def variants():
             divisible=("columns",),
         )  # fmt: skip
         if rounding != "stochastic":
-            yield _variant(
-                int8_requantize_kernel, f"int8_requantize/{rounding}",
-                {**dict.fromkeys(("acc_ptr", "peak_ptr", "x_exponent_ptr", "w_exponent_ptr", "exponent_ptr"), "i32"),
-                 "out_ptr": "i8"},
-                ("size",), {"SHARED": False, "ROUNDING": mode, "BLOCK": _BLOCK}, divisible=("size",),
-            )  # fmt: skip
+            for relu in (False, True):
+                yield _variant(
+                    int8_requantize_kernel, f"int8_requantize/{rounding}{'/relu' if relu else ''}",
+                    {**dict.fromkeys(("acc_ptr", "peak_ptr", "x_exponent_ptr", "w_exponent_ptr", "exponent_ptr"), "i32"),
+                     "out_ptr": "i8"},
+                    ("size",), {"SHARED": False, "ROUNDING": mode, "RELU": relu, "BLOCK": _BLOCK}, divisible=("size",),
+                )  # fmt: skip
     yield _variant(
         int8_relu_kernel, "int8_relu", {"x_ptr": "i8", "out_ptr": "i8"}, ("size",), {"BLOCK": _BLOCK},
         divisible=("size",),

@@ -77,7 +77,7 @@ def int8_plain_kernel(
     x_ptr, w_ptr, b_ptr, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr, acc_ptr, peak_ptr, out_ptr, exponent_ptr,
     rows, N, K, x_group, x_row, w_group, w_row, b_group, y_group, y_row,
     SHARED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr, WHAT: tl.constexpr, ROUNDING: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """acc_g = x_g w_g^T + b_g; w [groups, N, K] and b [groups, N] perturbed already. The grid: (rows, outputs, groups)."""
     first_m, first_n = tl.program_id(0) * BM, tl.program_id(1) * BN
@@ -105,7 +105,7 @@ def int8_plain_kernel(
         acc += align_bias(b, b_exponent_ptr, x_exponent_ptr, own, w_exponent_ptr)[None, :]
     at = group.to(tl.int64) * y_group + rm.to(tl.int64)[:, None] * y_row + rn[None, :]
     inside = (rm < rows)[:, None] & (rn < N)[None, :]
-    leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr + group, WHAT, ROUNDING)
+    leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr + group, WHAT, ROUNDING, RELU)
     if WHAT == REQUANTIZE:  # noqa: SIM102 - the outer if is the compiler's
         if first_m + first_n == 0:
             leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
@@ -147,7 +147,7 @@ def _phases(what: int, twice: int) -> tuple[int, ...]:
 
 
 def launch_linear_slab(
-    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding,
+    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, relu,
     query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent, memory,
 ) -> None:  # fmt: skip
     """Write what is asked for of every group; arguments as ``ezo::int8_linear``, then the memory of a slab, int8, flat.
@@ -185,7 +185,8 @@ def launch_linear_slab(
                         to8[..., columns] if to8.numel() else to8, exponent[own], rows, height, k, 0 if shared else rows * k, k,
                         height * pitch, pitch, n, rows * n, n,
                         SHARED=shared, BIAS=b is not None, EVEN_K=k % tile.bk == 0, WHAT=phase,
-                        ROUNDING=ROUNDINGS.index(rounding), BM=tile.bm, BN=tile.bn, BK=tile.bk, num_warps=tile.warps,
+                        ROUNDING=ROUNDINGS.index(rounding), RELU=relu and phase == REQUANTIZE,
+                        BM=tile.bm, BN=tile.bn, BK=tile.bk, num_warps=tile.warps,
                         num_stages=tile.stages, enable_fp_fusion=False,
                     )  # fmt: skip
 

@@ -139,10 +139,13 @@ def requantised(acc, peak_ptr, ROUNDING: tl.constexpr):
 
 
 @jit
-def leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr, WHAT: tl.constexpr, ROUNDING: tl.constexpr):
+def leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr, WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr):
     """What a tile of accumulators leaves behind at ``at``: itself and its peak, its peak, or its requantised values."""
     if WHAT == REQUANTIZE:
-        tl.store(out_ptr + at, requantised(acc, peak_ptr, ROUNDING).to(tl.int8), mask=inside)
+        y = requantised(acc, peak_ptr, ROUNDING)
+        if RELU:
+            y = tl.maximum(y, 0)
+        tl.store(out_ptr + at, y.to(tl.int8), mask=inside)
     else:
         if WHAT == STORE:
             tl.store(acc_ptr + at, acc, mask=inside)

@@ -34,7 +34,7 @@ from .int8_matmul import (
     shift_of,
 )
 from .int8_pass import ROUNDINGS, SCHEMA, IntegerPerturbation, check_terms, pass_groups
-from .int8_pointwise import int8_pool2d, int8_relu
+from .int8_pointwise import int8_pool2d
 from .int8_tensor import Int8Tensor
 from .noise import Noise, check_index
 
@@ -166,7 +166,8 @@ def int8_conv2d(
         weight: int8 [O, C / groups, R, S]. Never written.
         stride, padding, dilation, groups: as torch's conv2d, in integers.
         relu, pool: then a max-pool of ``pool`` by ``pool`` (1 or 2) and a relu, with the bits of the three. With the strategy
-            ``twice`` they are in the kernel that rounds, and what the convolution gives before them is never in memory.
+            ``twice`` they are in the kernel that rounds, and what the convolution gives before them is never in memory;
+            with ``buffer`` the relu is.
         Others as :func:`ezo_kernels.ops.int8_linear`.
 
     Returns:
@@ -190,7 +191,7 @@ def int8_conv2d(
     key = p.key if p is not None else torch.zeros(2, dtype=torch.int32, device=x.device)
     # accumulators in memory are rounded by a kernel of their own, which every layer shares
     fused = strategy == "twice"
-    finish = (relu, pool) if fused else (False, 1)
+    finish = (relu, pool) if fused else (False, 1)  # relu and the largest of a window commute
 
     def run(what, acc, peak, out, exponent):
         _conv2d(
@@ -199,11 +200,8 @@ def int8_conv2d(
         )  # fmt: skip
 
     shape = (own_groups * (x.shape[0] // x.groups), weight.shape[0], *(out_size if fused else size))
-    y = multiply(x, shape, own_groups, strategy, rounding, weight_exponent, run)
-    if not fused:
-        y = int8_pool2d(y, "max", pool) if pool > 1 else y
-        y = int8_relu(y) if relu else y
-    return y
+    y = multiply(x, shape, own_groups, strategy, rounding, relu, weight_exponent, run)
+    return y if fused or pool == 1 else int8_pool2d(y, "max", pool)
 
 
 def int8_conv1d(

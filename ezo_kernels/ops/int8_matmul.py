@@ -5,7 +5,7 @@
 | x | int8 [groups * B, ..., K], or [B, ..., K] of one group shared by all |
 | W, b | int8 [N, K], [N]; one exponent each |
 | acc | int32 [groups * B, ..., N] = x clamp(W + sign z)^T + clamp(b + sign z') 2^(s_b - s_x - s_W) |
-| y | int8 of the same shape: acc / 2^shift of the group, rounded; exponent s_x + s_W + shift |
+| y | int8 of the same shape: acc / 2^shift of the group, rounded, then a relu if asked for; exponent s_x + s_W + shift |
 
 shift = max(0, bits of the largest |acc| of the group - 7), so a group's values are known only when all its accumulators are.
 Strategy ``buffer`` keeps them in an int32 buffer; ``twice`` multiplies twice, first for the maximum alone. Same bits.
@@ -116,7 +116,7 @@ def shift_of(peak: int) -> int:
 
 
 def _linear_cpu(
-    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, weights,
+    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, weights, relu,
     query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
 ) -> None:  # fmt: skip
     import numpy as np
@@ -145,7 +145,7 @@ def _linear_cpu(
                 sums = accs[g] if what == STORE else K.workspace("rows", len(some) * n, np.int32).reshape(-1, n)
                 if phase != REQUANTIZE or rows > most:  # else the sums of the first time are still there
                     product_cpu(some, w_g.t(), torch.from_numpy(sums))
-                top = K.finish_linear(sums, bias, phase, accs[g], shift, mode, outs[g][first : first + most])
+                top = K.finish_linear(sums, bias, phase, accs[g], shift, mode, relu, outs[g][first : first + most])
                 largest = max(largest, int(top))
             shift = shift_of(largest)
         peaks[g] = largest
@@ -162,30 +162,30 @@ def launch_phases(launch, args, at: int) -> None:
 def _linear_cuda(*args) -> None:
     from ._int8_matmul_triton import launch_linear
 
-    (*plain, weights), tail = args[:12], args[12:]
+    (*plain, weights, relu), tail = args[:13], args[13:]
     x, w, x_exponent, signs = args[0], args[1], args[3], tail[2]
     n, k = w.shape
     way = choose(x.numel() // (k * x_exponent.numel()), n, k, tuple(signs), conv=False, asked=weights)
     memory = reserve(way, x, len(signs) * pitch_of(k), "int8_linear") if way.name == "slab" else None
     if memory is None:
-        launch_phases(launch_linear, (*plain, *tail), 9)
+        launch_phases(launch_linear, (*plain, relu, *tail), 9)
         return
     from ._int8_slab_triton import launch_linear_slab
 
-    launch_linear_slab(*plain, *tail, memory)
+    launch_linear_slab(*plain, relu, *tail, memory)
 
 
 _linear = register(
     "int8_linear",
     "(Tensor x, Tensor w, Tensor? b, Tensor x_exponent, Tensor w_exponent, Tensor? b_exponent, Tensor key, int site, "
-    f"int bias_site, int what, str rounding, str weights, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, Tensor(c!) out, "
-    "Tensor(d!) exponent) -> ()",
+    f"int bias_site, int what, str rounding, str weights, bool relu, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, "
+    "Tensor(c!) out, Tensor(d!) exponent) -> ()",
     cpu=_linear_cpu,
     cuda=_linear_cuda,
 )
 
 
-def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, out, exponent) -> None:
+def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, relu, out, exponent) -> None:
     K = _cpu.integers()
 
     groups = peak.numel()
@@ -193,7 +193,7 @@ def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, out, exponent) 
     accs, outs = acc.view(groups, -1).numpy(), out.view(groups, -1).numpy()
     for g, largest in enumerate(peak.tolist()):
         shift = shift_of(largest)
-        K.requantize(accs[g], shift, ROUNDINGS.index(rounding), outs[g])
+        K.requantize(accs[g], shift, ROUNDINGS.index(rounding), relu, outs[g])
         exponents[g] = x_exponents[min(g, len(x_exponents) - 1)] + w_scale + shift
 
 
@@ -205,7 +205,7 @@ def _requantize_cuda(*args) -> None:
 
 _requantize = register(
     "int8_requantize",
-    "(Tensor acc, Tensor peak, Tensor x_exponent, Tensor w_exponent, str rounding, Tensor(a!) out, "
+    "(Tensor acc, Tensor peak, Tensor x_exponent, Tensor w_exponent, str rounding, bool relu, Tensor(a!) out, "
     "Tensor(b!) exponent) -> ()",
     cpu=_requantize_cpu,
     cuda=_requantize_cuda,
@@ -216,16 +216,18 @@ def requantize(acc, peak, x_exponent, w_exponent, rounding: str) -> Int8Tensor:
     """Accumulators [G * rows, ...] int32 of largest magnitudes ``peak`` [G], as int8 with an exponent a group."""
     y = Int8Tensor(torch.empty(acc.shape, dtype=torch.int8, device=acc.device), torch.empty_like(peak))
     if acc.numel():
-        _requantize(acc, peak, x_exponent, w_exponent, _of_activations(rounding), y.values, y.exponent)
+        _requantize(acc, peak, x_exponent, w_exponent, _of_activations(rounding), False, y.values, y.exponent)
     return y
 
 
-def multiply(x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, w_exponent, run) -> Int8Tensor:
+def multiply(
+    x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, relu: bool, w_exponent, run
+) -> Int8Tensor:
     """The two halves of a product: ``run(what, acc, peak, out, exponent)``, once or twice, and the requantisation.
 
     Args:
         x: whose memory the result lives in.
-        shape: of the result.
+        shape: of the result. relu: of what ``buffer`` rounds; ``run`` sees to it otherwise.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -239,7 +241,7 @@ def multiply(x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, w_
     y = new(x, shape, groups)
     if y.values.numel() and not x.values.is_meta:
         run(STORE, acc, peak, y.values, y.exponent)
-        _requantize(acc, peak, x.exponent, w_exponent, rounding, y.values, y.exponent)
+        _requantize(acc, peak, x.exponent, w_exponent, rounding, relu, y.values, y.exponent)
     del acc, block
     return y
 
@@ -278,6 +280,7 @@ def int8_linear(
     rounding: str = "nearest",
     strategy: str = "buffer",
     weights: str = "auto",
+    relu: bool = False,
 ) -> Int8Tensor:
     """Integer linear layer of every group.
 
@@ -292,6 +295,7 @@ def int8_linear(
         strategy: ``buffer`` or ``twice``.
         weights: on a GPU, ``fused`` makes perturbed weights in the tile that multiplies, ``slab`` in memory (32 MB at most) for
             plain products, ``auto`` by :func:`ezo_kernels.ops._int8_slab.choose`. The bits are the same.
+        relu: of the outputs, in the kernel that rounds, with the bits of the two.
 
     Returns:
         [groups * B, ..., N].
@@ -319,11 +323,11 @@ def int8_linear(
     def run(what, acc, peak, out, exponent):
         _linear(
             values, weight, bias, x.exponent, weight_exponent, bias_exponent, key, site, bias_site, what, rounding, weights,
-            *tail, acc, peak, out, exponent,
+            relu, *tail, acc, peak, out, exponent,
         )  # fmt: skip
 
     shape = (groups * rows, *x.shape[1:-1], weight.shape[0])
-    return multiply(x, shape, groups, strategy, rounding, weight_exponent, run)
+    return multiply(x, shape, groups, strategy, rounding, relu, weight_exponent, run)
 
 
 def _of_activations(rounding: str) -> str:

@@ -111,7 +111,8 @@ def test_linear_signs_and_queries(on_cpu, key, signs, shared, strategy):
     x = tensor(groups * 4, 2, 40, groups=groups)
     w = torch.where(ints(9, 40, seed=3) > 100, -128, ints(9, 40, seed=1)).to(torch.int8)
     b = None if (strategy == "twice") == shared else ints(9, seed=2)
-    linear(on_cpu, x, w, b, p, strategy=strategy, rounding="pseudo" if shared else "nearest")
+    for relu in (False, True):
+        linear(on_cpu, x, w, b, p, strategy=strategy, rounding="pseudo" if shared else "nearest", relu=relu)
 
 
 def test_linear_without_a_pass_takes_any_groups(on_cpu):

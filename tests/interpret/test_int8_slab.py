@@ -30,7 +30,10 @@ def test_linear_signs_and_queries(on_cpu, key, signs, shared, strategy):
     x = tensor(groups * 4, 2, 40, groups=groups, low=-128)
     w = torch.where(ints(9, 40, seed=3) > 100, -128, ints(9, 40, seed=1)).to(torch.int8)
     b = None if (strategy == "twice") == shared else ints(9, seed=2)
-    linear(on_cpu, x, w, b, p, strategy=strategy, rounding="pseudo" if shared else "nearest", weights="slab")
+    for relu in (False, True):
+        linear(
+            on_cpu, x, w, b, p, strategy=strategy, rounding="pseudo" if shared else "nearest", weights="slab", relu=relu
+        )
 
 
 @pytest.mark.parametrize("strategy", ["buffer", "twice"])
