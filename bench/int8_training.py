@@ -27,7 +27,14 @@ from ezo_kernels.optim import IntegerSchedule
 from ezo_kernels.optim.baselines import BackpropSGD
 
 #: Passes over the training images of an arm.
-EPOCHS = {"pure": {"mnist": 125, "fashion_mnist": 60}, "fc3": 10, "fc2,fc3": 10, "dense": 10}
+EPOCHS = {
+    "pure": {"mnist": 125, "fashion_mnist": 60},
+    "fc3": {"mnist": 10, "fashion_mnist": 10},
+    "fc2,fc3": {"mnist": 10, "fashion_mnist": 60},
+    "dense": {"mnist": 10, "fashion_mnist": 10},
+}
+#: of backpropagation: more only overfit
+BP_EPOCHS = 10
 #: Arms without a head; ``dense`` perturbs half of all weights at each step, which is where the paper's rule for the sign holds.
 HEADLESS = ("pure", "dense")
 #: data -> arm -> options of ElasticZOInt8, and its schedule by fraction of the run.
@@ -54,13 +61,15 @@ _PURE = {
     ),
 }
 _HEAD = (
-    {"r_max": 15, "p_zero": 0.97, "bits": 0, "head_bits": 3},
+    {"r_max": 15, "p_zero": 0.95, "bits": 0, "head_bits": 2, "head_remainder": True},
     {
-        0.2: {"head_bits": 2},
-        0.3: {"r_max": 31, "p_zero": 0.98},
-        0.4: {"head_bits": 1},
-        0.6: {"r_max": 63, "p_zero": 0.99, "head_bits": 0},
-        0.8: {"r_max": 127, "p_zero": 0.9975, "head_bits": -1},
+        0.1: {"r_max": 31, "p_zero": 0.97},
+        0.2: {"head_bits": 1},
+        0.3: {"p_zero": 0.98},
+        0.4: {"head_bits": 0},
+        0.6: {"r_max": 63, "p_zero": 0.99, "head_bits": -1},
+        0.8: {"r_max": 127, "p_zero": 0.9975, "head_bits": -2},
+        0.92: {"p_zero": 0.9993, "head_bits": -3},
     },
 )
 _DENSE = ({"r_max": 15, "p_zero": 0.5, "bits": -2}, {0.3: {"bits": -3}, 0.7: {"bits": -4}})
@@ -148,8 +157,8 @@ def main() -> None:
     done = {(r["kind"], r["arm"], r["seed"], r["epochs"], r["batch"]) for r in runs}
     for seed in args.seeds:
         for arm in args.arms:
-            epochs = args.epochs or (EPOCHS[arm][args.data] if arm == "pure" else EPOCHS[arm])
             for kind in args.kinds:
+                epochs = args.epochs or (BP_EPOCHS if kind == "bp" else EPOCHS[arm][args.data])
                 # without a head there is nothing to freeze the rest for, and backpropagation has no arms
                 if (kind == "frozen" and arm in HEADLESS) or (kind == "bp" and arm != "fc2,fc3"):
                     continue

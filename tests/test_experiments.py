@@ -348,6 +348,7 @@ def test_pointnet_sees_clouds_and_its_last_two_layers_are_one_head(digits):
     exact = torch.from_numpy(run.data.x_train)
     assert (run.tensors("train")[0].dequantize() - exact).abs().max() <= 2**-7
     assert data_for(Recipe(data="digits"), small) is small
+    assert data_for(replace(recipe, points=16), small).x_train.shape == (40, 3, 16)
 
 
 def test_batches_at_equal_steps_take_the_same_steps():

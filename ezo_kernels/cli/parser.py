@@ -36,6 +36,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
     option("model", "the network", choices=R.MODELS)
     option("hidden", "widths of the MLP's hidden layers", metavar="N,N")
+    option("points", "points that PointNet sees of an image", type=int, metavar="N")
     option("data", "the data set; digits is scikit-learn's, small and offline", choices=R.DATA)
     option("method", "elastic: ZO trunk and BP head; mezo: ZO in place; bp: SGD; frozen: head only", choices=R.METHODS)
     option(

@@ -76,6 +76,7 @@ class Recipe:
 
     model: str = "lenet5"
     hidden: str = "256,128"
+    points: int = 128
     data: str = "mnist"
     method: str = "elastic"
     head: str = ""
@@ -116,9 +117,11 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: there are {', '.join(allowed)}")
         if self.integer and self.method != "elastic":
             raise ValueError(f"precision int8 goes with method elastic, not {self.method}")
-        for name in ("queries", "epochs", "batch"):
+        for name in ("queries", "epochs", "batch", "points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.points != 128 and self.model != "pointnet":
+            raise ValueError(f"points goes with model pointnet, not {self.model}")
         if not self.antithetic and (self.method != "elastic" or self.queries < 2):
             raise ValueError(
                 f"no-antithetic, one forward a query, goes with method elastic and 2 queries or more, not {self.method} "

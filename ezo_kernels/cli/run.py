@@ -42,7 +42,7 @@ def loss_fn(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def data_for(recipe: Recipe, data: Dataset) -> Dataset:
     """The data as the recipe's model takes it: PointNet's as clouds of points drawn from the images, others' as they are."""
-    return point_clouds(data) if recipe.model == "pointnet" else data
+    return point_clouds(data, recipe.points) if recipe.model == "pointnet" else data
 
 
 def inputs(images, name: str, precision: str):

@@ -122,7 +122,7 @@ def align_bias(bias, exponent, x_exponent, w_exponent, out):
 
 @_inline()
 def _quantized(v, n_shift, mode, least):
-    """round(v / 2^n_shift) of an int32, from ``least`` (-127 or 0) to 127; ``nearest`` in 32 bits, so that loops become vectors."""
+    """round(v / 2^n_shift) of an int32, from ``least``, -127 or 0, to 127; ``nearest`` in 32 bits, so loops become vectors."""
     if mode == NEAREST and n_shift > 0:
         a = abs(v)
         q = min((a >> i32(n_shift)) + ((a >> i32(n_shift - 1)) & i32(1)), i32(127))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ezo_kernels.cli import checkpoint as ckpt
-from ezo_kernels.cli.recipe import METHODS
+from ezo_kernels.cli.recipe import METHODS, Recipe
 from ezo_kernels.cli.run import Run
 from tests.cli.outcome import refused, same_state
 
@@ -82,10 +82,23 @@ def test_a_resumed_integer_run_is_the_run(ezo, folder, tmp_path):
         (("--precision", "int8", "--method", "bp"), "method elastic"),
         (("--precision", "int8", "--fraction-bits", 9), "fraction_bits"),
         (("--p-zero", "0,0.5@0.5", "--noise", "sparse"), "needs precision int8"),
+        (("--head-remainder",), "precision int8, and a head other than 0"),
+        (("--precision", "int8", "--head", "0", "--head-remainder"), "precision int8, and a head other than 0"),
+        (("--points", "16"), "points goes with model pointnet, not lenet5"),
+        (("--model", "pointnet", "--points", "0"), "points is 0: at least 1 is needed"),
     ],
 )
 def test_bad_integer_options_are_refused_before_training(ezo, folder, untrained, options, said):
     refused(ezo("train", "--data-dir", folder, *options), said)
+
+
+def test_an_integer_head_keeps_remainders_unless_told_otherwise():
+    """And checkpoints from before there were any go on without."""
+    kept, rough = Recipe(precision="int8"), Recipe(precision="int8", head_remainder=False)
+    assert kept.head_remainder and not rough.head_remainder and kept.head_bits != rough.head_bits
+    assert not Recipe(precision="int8", head="0").head_remainder and not Recipe().head_remainder
+    old = {name: value for name, value in rough.as_dict().items() if name not in ("head_remainder", "points")}
+    assert Recipe.from_dict(old) == rough and Recipe.from_dict(kept.as_dict()) == kept
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
