@@ -34,9 +34,9 @@ MATRIX = re.compile(r"^(?:[HIDQOB]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)$")
 INTEGER_MATRIX = re.compile(r"^(?:IMMA|IGMMA|UTCIMMA)$")
 WIDE = re.compile(r"^U?IMAD\.(?:WIDE|HI)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)([^;]*)")
-#: Opcodes that work on floats, or convert from or to them. FLO, which looks for a leading one, is none.
+#: Opcodes that work on floats, or convert from or to them. FLO, which looks for a leading one, is none, nor I2IP, which packs.
 FLOAT = re.compile(
-    r"^U?(?:[DFH](?:ADD|MUL|FMA|SET|SETP|MNMX|SEL|CHK|SWZADD)[0-9]*|MUFU|FRND|[FI]2[FI]P?|[DH]MMA|[HQ]GMMA|UTC[HQ]MMA)$"
+    r"^U?(?:[DFH](?:ADD|MUL|FMA|SET|SETP|MNMX|SEL|CHK|SWZADD)[0-9]*|MUFU|FRND|F2[FI]P?|I2FP?|[DH]MMA|[HQ]GMMA|UTC[HQ]MMA)$"
 )
 #: A half-precision multiply-add of zeros: how ptxas loads a constant through a unit that has nothing else to do.
 CONSTANT = re.compile(r"\bR[Z0-9]+, -RZ, RZ, ")

@@ -46,6 +46,17 @@ def test_instructions_for_one_weight_at_few_rows(noise, rows, most):
     assert row.instructions_per_z <= most
 
 
+@pytest.mark.parametrize(
+    ("variant", "product"),
+    [("16/pair/peak/nearest", "IMMA"), ("64/pair/peak/nearest/sm_90", "IGMMA"), ("16/tail/peak/nearest", "IMMA")],
+)
+def test_instructions_for_one_integer_weight_at_few_rows(variant, product):
+    """The whole loop on sm_90: loads, 32 bits of noise, both signs clamped and packed, both products."""
+    row = static.measure(static.variants()[f"int8_linear/{variant}"], 90)
+    assert any(name.startswith(product) for name in row.matrix_instructions)
+    assert row.instructions_per_z <= (18 if "tail" not in variant else 34)
+
+
 @gluon
 @pytest.mark.parametrize(
     ("noise", "rows", "most"),
@@ -173,6 +184,17 @@ LISTING = """
         /*00b0*/                   BRA `(.L_x_2);
         /*00c0*/                   NOP;
 """
+
+
+def test_integers_that_are_packed_are_no_floats():
+    for opcode, floats in (
+        ("I2IP.S8.S32.SAT", False),
+        ("I2FP.F32.U32", True),
+        ("F2I.S64", True),
+        ("I2F", True),
+        ("F2FP", True),
+    ):
+        assert static.is_float((opcode, "")) == floats, opcode
 
 
 def test_listing_is_read():

@@ -71,6 +71,21 @@ MUTANTS = (
         "pass",
         "tests/test_int8_remainder.py -k resume",
     ),
+    # PTX that no GPU has run
+    Mutant(
+        "two perturbed bytes in each other's places",
+        _OPS + "_int8_triton.py",
+        "cvt.pack.sat.s8.s32.b32 t, v3, v2, 0;",
+        "cvt.pack.sat.s8.s32.b32 t, v2, v3, 0;",
+        "tests/test_ptx.py",
+    ),
+    Mutant(
+        "a value of sparse_int8 from the wrong unit",
+        _OPS + "_noise_triton.py",
+        "dp2a.lo.u32.u32 $0, $1, $2, $3;",
+        "dp2a.lo.u32.u32 $0, $2, $1, $3;",
+        "tests/test_ptx.py",
+    ),
     # what follows a convolution
     Mutant(
         "the largest of a window's upper half",

@@ -156,9 +156,7 @@ def int8_conv2d_kernel(
             z = sparse_int8_units(
                 k0, k1, site, query + pid_q, rows, columns.to(tl.uint32)[None, :], ROUNDS, ASM, packed
             )  # fmt: skip
-            w_plus, w_minus = perturb_tile(w, z)
-            if SIGNS == -1:
-                w_plus = w_minus
+            w_plus, w_minus = perturb_tile(w, z, SIGNS, ASM)
             plus = tl.dot(w_plus, x_plus, plus, out_dtype=tl.int32)
             if SIGNS == 2:
                 minus = tl.dot(w_minus, x_minus, minus, out_dtype=tl.int32)

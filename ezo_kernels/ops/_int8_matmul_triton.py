@@ -114,7 +114,7 @@ def int8_linear_kernel(
             z = sparse_int8_units(
                 k0, k1, site, query + q, counter_rows, (k + units).to(tl.uint32), ROUNDS, ASM, packed
             )  # fmt: skip
-            plus, minus = perturb_tile(w, z)
+            plus, minus = perturb_tile(w, z, SIGNS, ASM)
             if SIGNS == 2:
                 if SHARED:
                     y = x
@@ -124,10 +124,8 @@ def int8_linear_kernel(
                     y = tl.load(x_at + x_group, mask=inside, other=0)
                 acc = _multiply(plus, x, acc, SWAP)
                 other = _multiply(minus, y, other, SWAP)
-            elif SIGNS == 1:
-                acc = _multiply(plus, x, acc, SWAP)
             else:
-                acc = _multiply(minus, x, acc, SWAP)
+                acc = _multiply(plus, x, acc, SWAP)
     plus, minus = rn, rn
     if BIAS:
         plus, minus = perturbed_bias(
@@ -257,7 +255,7 @@ def variants():
     require()
     small = tuple(arch for arch in ARCHS if arch not in LARGE)
     for rows in (16, 64, 2048):
-        for archs in ((90,), (100,), small) if rows > 64 else (ARCHS,):
+        for archs in ((90,), (100,), small) if rows > 16 else (ARCHS,):
             yield _variant(rows, "pair", 1, "nearest", archs, True)
             yield _variant(rows, "pair", 2, "nearest", archs, rows != 64)
             yield _variant(rows, "pair", 0, "nearest", archs, False)

@@ -63,9 +63,7 @@ def int8_slab_kernel(
         inside = (r < rows) & (c < columns) & (channel < channels)
         w = tl.load(from_row + channel.to(tl.int64) * w_channel + tap.to(tl.int64) * w_tap, mask=inside, other=0)
         to = tap * channels + channel
-    plus, minus = perturb_tile(w, z)
-    if SIGNS == -1:
-        plus = minus
+    plus, minus = perturb_tile(w, z, SIGNS, ASM)
     at = out_ptr + (r.to(tl.int64) * out_row + to)
     tl.store(at, plus, mask=inside)
     if SIGNS == 2:
@@ -263,7 +261,7 @@ def _plain(what: int, archs: tuple[int, ...]) -> Variant:
             **dict.fromkeys(integers, "i32"),
         },
         constexprs={
-            **{"SHARED": False, "BIAS": True, "EVEN_K": True, "WHAT": what, "ROUNDING": 0},
+            **{"SHARED": False, "BIAS": True, "EVEN_K": True, "WHAT": what, "ROUNDING": 0, "RELU": False},
             **{"BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
         },
         num_warps=tile.warps,

@@ -87,11 +87,48 @@ def clamp8(x):
     return tl.minimum(tl.maximum(x, -127), 127)
 
 
+def _four(*signs: str):
+    """PTX of four bytes of $1 (or $2) plus and minus $2.. ($3..): each saturates upwards as it is packed."""
+    first = len(signs) + 1
+    lines = [".reg .b32 t, " + ", ".join(f"v{i}" for i in range(4)) + ";"]
+    for out, sign in enumerate(signs):
+        for i in range(4):
+            # byte i, its sign three times before it
+            lines.append(f"prmt.b32 t, ${first - 1}, 0, {0x8880 + 0x1111 * i:#x}; {sign}.s32 v{i}, t, ${first + i};")
+            lines.append(f"max.s32 v{i}, v{i}, -127;")
+        lines.append("cvt.pack.sat.s8.s32.b32 t, v3, v2, 0;")
+        lines.append(f"cvt.pack.sat.s8.s32.b32 ${out}, v1, v0, t;")
+    return constexpr("{ " + " ".join(lines) + " }")
+
+
+_BOTH, _PLUS, _MINUS = _four("add", "sub"), _four("add"), _four("sub")
+
+
 @jit
-def perturb_tile(w, z):
-    """clamp(w + z) and clamp(w - z) as int8; w int8, z int32."""
-    w = w.to(tl.int32)
-    return clamp8(w + z).to(tl.int8), clamp8(w - z).to(tl.int8)
+def perturb_tile(w, z, SIGNS: tl.constexpr, ASM: tl.constexpr):
+    """clamp(w + z) and clamp(w - z) as int8; w int8, z int32. SIGNS: 2, or the only one that is asked for, given twice.
+
+    In PTX a byte has no upper clamp of its own: two are packed into a register by an instruction that saturates.
+    """
+    if ASM:
+        if SIGNS == 2:
+            plus, minus = tl.inline_asm_elementwise(
+                _BOTH, "=r,=r,r,r,r,r,r", [w, z], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            )
+        elif SIGNS == 1:
+            plus = tl.inline_asm_elementwise(_PLUS, "=r,r,r,r,r,r", [w, z], dtype=tl.int8, is_pure=True, pack=4)
+            minus = plus
+        else:
+            plus = tl.inline_asm_elementwise(_MINUS, "=r,r,r,r,r,r", [w, z], dtype=tl.int8, is_pure=True, pack=4)
+            minus = plus
+    else:
+        w = w.to(tl.int32)
+        plus, minus = clamp8(w + z).to(tl.int8), clamp8(w - z).to(tl.int8)
+        if SIGNS == 1:
+            minus = plus
+        elif SIGNS == -1:
+            plus = minus
+    return plus, minus
 
 
 @jit
@@ -106,10 +143,8 @@ def perturbed_bias(
         units = ((o >> 2) << 2).to(tl.uint32)[:, None]
         z = sparse_int8_units(k0, k1, site, query, units * 0, units, ROUNDS, ASM, packed)
         z = tl.sum(tl.where(tl.arange(0, 4)[None, :] == (o & 3)[:, None], z, 0), axis=1)
-        p, m = perturb_tile(b, z)
+        p, m = perturb_tile(b, z, SIGNS, False)  # a row: nothing to pack
         plus, minus = p.to(tl.int32), m.to(tl.int32)
-    if SIGNS == -1:
-        plus = minus
     return plus, minus
 
 

@@ -180,10 +180,19 @@ def _clt4(word, ASM: tl.constexpr):
 
 
 @jit
-def _sparse_int8(word, packed):
+def _sparse_int8(word, packed, ASM: tl.constexpr):
     r_max = packed >> 16
-    kept = (word >> 16).to(tl.int32) >= (packed & 0xFFFF)
-    value = (((word & 0xFFFF).to(tl.int32) * (2 * r_max + 1)) >> 16) - r_max
+    # the lower half decides nothing: as words, the threshold in the higher one
+    kept = word >= packed.to(tl.uint32) << 16
+    if ASM:
+        # low half times (2 r_max + 1), a byte, less r_max 2^16 is one dot product of two halves, the other byte zero
+        value = tl.inline_asm_elementwise(
+            "dp2a.lo.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [word, 2 * r_max + 1, -(r_max << 16)], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        value >>= 16
+    else:
+        value = (((word & 0xFFFF).to(tl.int32) * (2 * r_max + 1)) >> 16) - r_max
     return tl.where(kept, value, 0)
 
 
@@ -280,8 +289,9 @@ def sparse_int8_units(k0, k1, site, query, rows, units, ROUNDS: tl.constexpr, AS
     counter2 = query.to(tl.uint32) << 8 | _S_SPARSE_INT8
     w0, w1, w2, w3 = philox(site.to(tl.uint32), units >> 2, counter2, rows, k0, k1, ROUNDS, ASM)
     return _interleave4(
-        _sparse_int8(w0, packed), _sparse_int8(w1, packed), _sparse_int8(w2, packed), _sparse_int8(w3, packed)
-    )
+        _sparse_int8(w0, packed, ASM), _sparse_int8(w1, packed, ASM),
+        _sparse_int8(w2, packed, ASM), _sparse_int8(w3, packed, ASM),
+    )  # fmt: skip
 
 
 @jit

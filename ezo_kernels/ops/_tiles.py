@@ -240,7 +240,14 @@ def int8_tile(rows: int, n: int, k: int, aligned: bool, arch: int) -> LinearTile
         # as in the float layer: W's bytes or its noise decide
         few = 16 if rows <= 16 else 32 if rows <= 32 else 64
         bk, stages = (128 if aligned and k >= 512 else bk), 3 if aligned else 1
-        return LinearTile(few, 64 if n >= 8192 else 32, bk, 4, stages, True)
+        # 32 outputs are two matrix instructions high: four warps would do each twice, unless rows of x, or 64 of them
+        # for wgmma, are on the long side
+        wide, wgmma = n >= 8192, aligned and arch == 90
+        if wide:
+            return LinearTile(few, 64, bk, 8 if wgmma else 4, stages, True)
+        if wgmma and few > 16:
+            return LinearTile(64, 32, bk, 4, stages, False)
+        return LinearTile(few, 32, bk, 4, stages, few > 16)
     if arch in LARGE and (aligned or arch == 90):
         return LinearTile(128, 64, bk, 8, stages, False)
     return LinearTile(64, 64, bk, 4 if aligned else 8, stages, False)
