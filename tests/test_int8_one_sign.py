@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ezo_kernels as ezo
-from ezo_kernels.optim.int8_passes import ternary_gradient
+from ezo_kernels.ops.int8_signs import ternary_gradient
 from tests.int8_models import tiny, tiny_batch
 from tests.test_int8_step import HEADS, oracle_of
 

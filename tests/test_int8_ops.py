@@ -340,6 +340,7 @@ def arguments(op):
         "int8_squared_error": (x, two, randint(3, 5), one, 8, empty(2, dtype=torch.int64), empty(6, 5)),
         "int8_update_": ([randint(3, 4), randint(5)], key, exponents(1), one.abs(), empty(0, dtype=torch.int64), [1, 2],
                          [0, 0], 0, "stochastic", 7, 0.3, 40),
+        "int8_signs": (torch.tensor([5, 3]), True, exponents(0), torch.tensor(0), torch.zeros(1, dtype=torch.int64)),
         "int8_sum_groups": (sums.view(2, 3, 4), two, empty(3, 4, dtype=torch.int32), exponents(0)),
         "int8_head_update_": (randint(3, 4), randint(3, 4), torch.full((3, 4), 9, dtype=torch.int32), exponents(9),
                               exponents(1), key, 1, "pseudo", 7),
@@ -349,7 +350,7 @@ def arguments(op):
 OPERATORS = [
     "int8_linear", "int8_conv2d", "int8_requantize", "int8_gemm", "int8_round", "int8_relu", "int8_pool2d", "int8_add",
     "int8_cross_entropy", "int8_cross_entropy_gradient", "int8_squared_error", "int8_update_", "int8_sum_groups",
-    "int8_head_update_",
+    "int8_head_update_", "int8_signs",
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ MUTANTS = (
     # one sign a query, in integers
     Mutant(
         "a query held against the mean, its own loss not multiplied",
-        "ezo_kernels/optim/int8_passes.py",
+        _OPS + "int8_signs.py",
         "own, other = losses * losses.numel(), losses.sum()",
         "own, other = losses, losses.sum() // losses.numel()",
         "tests/test_int8_one_sign.py",
@@ -44,7 +44,7 @@ MUTANTS = (
     ),
     Mutant(
         "ties of floats decided by their rounding",
-        "ezo_kernels/optim/int8_passes.py",
+        _OPS + "int8_signs.py",
         "losses.double() if losses.is_floating_point() else losses.long()",
         "losses",
         "tests/test_int8_one_sign.py",
@@ -70,6 +70,20 @@ MUTANTS = (
         "self._remainders[name].copy_(value)",
         "pass",
         "tests/test_int8_remainder.py -k resume",
+    ),
+    Mutant(
+        "g of one sign against the sum, its own loss once",
+        _OPS + "int8_signs.py",
+        "pairs = [(len(values) * own, sum(values)) for own in values]",
+        "pairs = [(own, sum(values)) for own in values]",
+        "tests/test_int8_signs.py tests/test_int8_one_sign.py",
+    ),
+    Mutant(
+        "zeros of a pass that the next one takes again",
+        "ezo_kernels/nn/arena.py",
+        "self._zeros = torch.zeros(plan.counters, dtype=torch.int32, device=device)",
+        "self._zeros = self.__dict__.setdefault('_kept', torch.zeros(plan.counters, dtype=torch.int32, device=device)).zero_()",
+        "tests/test_int8_signs.py -k kept",
     ),
     # PTX that no GPU has run
     Mutant(
@@ -423,7 +437,7 @@ MUTANTS = (
     ),
     Mutant(
         "g by a difference that wraps",
-        "ezo_kernels/optim/int8_passes.py",
+        _OPS + "int8_signs.py",
         "return (own > other).to(torch.int32) - (own < other).to(torch.int32)",
         "return torch.sign(own - other).to(torch.int32)",
         "tests/test_int8_limits.py -k comparison",

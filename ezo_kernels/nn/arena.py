@@ -42,12 +42,14 @@ class ArenaPlan:
         planned_bytes: size of the buffer.
         all_at_once_bytes: the sum of all intermediates: what they take if none is released.
         live_bytes: the most that live at one time: no plan can do with less.
+        counters: int32 words that start as zeros: peaks and sums, which are not counted among the bytes.
     """
 
     intervals: list[Interval] = field(default_factory=list)
     planned_bytes: int = 0
     all_at_once_bytes: int = 0
     live_bytes: int = 0
+    counters: int = 0
 
     @classmethod
     def of(cls, intervals: list[Interval]) -> ArenaPlan:
@@ -113,7 +115,8 @@ class Arena:
         self._last: ArenaPlan | None = None
         self._places: dict = {}  # tensors over the buffer, by what asked for them: making one costs more than a small kernel
         self._recorded: list[Interval] = []
-        self._clock = self._next = self._outside = 0
+        self._clock = self._next = self._outside = self._counted = 0
+        self._zeros: torch.Tensor | None = None
         self._live: dict[int, tuple[int, int]] = {}
 
     def reset_measured(self) -> None:
@@ -128,7 +131,9 @@ class Arena:
             yield found
         finally:
             self._mode = None
-        found.append(ArenaPlan.of(self._recorded))
+        plan = ArenaPlan.of(self._recorded)
+        plan.counters = self._counted
+        found.append(plan)
 
     @contextlib.contextmanager
     def running(self, plan: ArenaPlan, device: torch.device) -> Iterator[None]:
@@ -141,16 +146,18 @@ class Arena:
             self._places = {}
         self._start("run")
         self._plan = self._last = plan
+        # made anew, in one launch for all: what a user keeps of a pass, such as its losses, is not zeroed by the next one
+        self._zeros = torch.zeros(plan.counters, dtype=torch.int32, device=device)
         try:
             yield
         finally:
-            self._mode = self._plan = None
+            self._mode = self._plan = self._zeros = None
 
     def _start(self, mode: str) -> None:
         if self._mode is not None:
             raise RuntimeError("a pass is already running in this arena")
         self._mode, self._recorded, self._live = mode, [], {}
-        self._clock = self._next = self._outside = 0
+        self._clock = self._next = self._outside = self._counted = 0
         self._pass += 1
 
     def allocate(self, shape, dtype: torch.dtype):
@@ -181,6 +188,18 @@ class Arena:
         if place is None:
             place = self._places[where] = self.buffer[offset : offset + size].view(dtype).view(shape)
         return place, _Block(self, index)
+
+    def counters(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """``count`` zeros, int32 or int64."""
+        words = dtype.itemsize // 4
+        first = -(-self._counted // words) * words
+        self._counted = first + count * words
+        if self._mode == "record":
+            return torch.empty(count, dtype=dtype, device="meta")
+        if self._zeros is None or self._counted > len(self._zeros):
+            device = "cpu" if self.buffer is None else self.buffer.device
+            return torch.zeros(count, dtype=dtype, device=device)
+        return self._zeros[first : self._counted].view(dtype)
 
     def _measure(self, end: int) -> None:
         self.measured_bytes = max(self.measured_bytes, end + self._outside)

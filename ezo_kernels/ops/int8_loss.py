@@ -23,7 +23,7 @@ from ._library import register
 from .int8_matmul import check_input
 from .int8_pass import GRADIENT_SITE
 from .int8_pointwise import rounding_lanes
-from .int8_tensor import Int8Tensor
+from .int8_tensor import Int8Tensor, counters
 from .noise import check_index
 
 #: Fraction bits of the cross-entropy unless said otherwise.
@@ -103,7 +103,7 @@ def int8_cross_entropy(logits: Int8Tensor, labels: torch.Tensor, *, fraction_bit
     _check_logits(logits, labels, "int8_cross_entropy")
     check_sum(logits.shape[0], MOST_ROWS, "int8_cross_entropy: rows")
     fraction_bits = check_index(fraction_bits, "fraction_bits", C.MOST_FRACTION_BITS + 1)
-    losses = torch.zeros(logits.groups, dtype=torch.int64, device=logits.device)
+    losses = counters(logits, logits.groups, torch.int64)
     _cross_entropy(logits.values.contiguous(), logits.exponent, labels.contiguous(), fraction_bits, losses)
     return losses
 
@@ -172,7 +172,7 @@ def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = Fa
             f"int8_squared_error: y {tuple(y.shape)} of {y.groups} groups, target {tuple(target.shape)} of {target.groups}"
         )
     check_sum(y.values.numel(), MOST_SQUARES, "int8_squared_error: values")
-    losses = torch.zeros(y.groups, dtype=torch.int64, device=y.device)
+    losses = counters(y, y.groups, torch.int64)
     error = torch.empty(y.shape if gradient else (0,), dtype=torch.int8, device=y.device)
     args = (y.values.contiguous(), y.exponent, target.values.contiguous(), target.exponent)
     _squared_error(*args, _ERROR_BITS, losses, error)

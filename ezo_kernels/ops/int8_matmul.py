@@ -22,7 +22,7 @@ from ._int8_slab import check_way, choose, pitch_of, reserve
 from ._layout import grid
 from ._library import register
 from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check_rounding, check_terms, pass_groups
-from .int8_tensor import Int8Tensor, new, scratch
+from .int8_tensor import Int8Tensor, counters, new, scratch
 from .noise import Noise, check_index, filler_cpu, row_ids
 
 #: What a product leaves behind: its accumulators, nothing but their largest magnitude, or requantised values; TWICE is the
@@ -231,7 +231,7 @@ def multiply(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    peak = torch.zeros(groups, dtype=torch.int32, device=x.device)
+    peak = counters(x, groups)
     if strategy == "twice":
         y = new(x, shape, groups)
         if y.values.numel() and not x.values.is_meta:

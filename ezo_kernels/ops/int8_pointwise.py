@@ -13,7 +13,7 @@ from . import _cpu
 from ._library import register
 from .int8_matmul import PEAK, REQUANTIZE, check_input, shift_of
 from .int8_pass import ROUNDINGS, check_rounding
-from .int8_tensor import Int8Tensor, new
+from .int8_tensor import Int8Tensor, counters, new
 from .noise import check_index, key_words, row_ids
 
 
@@ -238,8 +238,8 @@ def int8_add(a: Int8Tensor, b: Int8Tensor) -> Int8Tensor:
             f"int8_add: {tuple(a.shape)} of {a.groups} groups and {tuple(b.shape)} of {b.groups} do not go together"
         )
     y = new(a if a.tape is not None else b, (groups * rows[0], *a.shape[1:]), groups)
+    peak = counters(y, groups)
     if y.values.numel() and not a.values.is_meta:
-        peak = torch.zeros(groups, dtype=torch.int32, device=a.device)
         args = (a.values.contiguous(), b.values.contiguous(), a.exponent, b.exponent)
         _add(*args, PEAK, peak, y.values, y.exponent)
         _add(*args, REQUANTIZE, peak, y.values, y.exponent)

@@ -192,6 +192,13 @@ def scratch(like: Int8Tensor, shape, dtype: torch.dtype):
     return like.memory.allocate(shape, dtype)
 
 
+def counters(like: Int8Tensor, count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """``count`` zeros beside ``like``: of a pass with an arena all of them are made in one launch."""
+    if like.memory is None:
+        return torch.zeros(count, dtype=dtype, device=like.device)
+    return like.memory.counters(count, dtype)
+
+
 def quantize(x: torch.Tensor, exponent: int | None = None) -> Int8Tensor:
     """A float tensor as int8 with one exponent: ``clamp(round(x / 2**exponent), -127, 127)``.
 

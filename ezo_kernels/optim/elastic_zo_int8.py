@@ -35,7 +35,7 @@ from ..ops.noise import Noise, check_index, fold_key, rng_version
 from .arguments import check_antithetic
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .int8_memory import Int8Memory
-from .int8_passes import Int8Passes, one_value, ternary_gradient
+from .int8_passes import Int8Passes, one_value
 from .int8_state import Int8State
 from .passes import HEAD_GRADS
 
@@ -340,24 +340,17 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         finally:
             self.zo.visited = None
         self._checked, self._rows = True, rows
-        self.losses = torch.cat(losses)
+        self.losses = losses[0] if len(losses) == 1 else torch.cat(losses)
         self._opt_called = True
-        ok = torch.isfinite(self.losses).all() if self.losses.is_floating_point() else None
+        with self._phase("g"):
+            total, ok = self._judge(closure=sequential)
         if self.trunk:
-            with self._phase("g"):
-                g = ternary_gradient(self.losses, self.antithetic)
-                self.g = g if ok is None else g * ok
             with self._phase("update"):
                 self._update(noise)
         if gradients:
             with self._phase("head update"):
                 self._update_head(gradients, ok)
-        if ok is None:
-            self._step += 1
-        else:
-            self._step += ok
-            self.skipped += ~ok
-        return self.losses.sum()
+        return total
 
     def _check_visits(self) -> None:
         if self._checked or self.zo.visited is None:

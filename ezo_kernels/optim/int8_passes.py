@@ -1,4 +1,4 @@
-"""One pass of an integer step: the forward in the arena, the losses of its groups, and the head's gradients."""
+"""One pass of an integer step: the forward in the arena, its groups' losses, the head's gradients; and g of a step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..ops.int8_loss import (
     int8_cross_entropy_gradient,
     int8_squared_error,
 )
+from ..ops.int8_signs import int8_signs, ternary_gradient
 from ..ops.int8_tensor import Int8Tensor, check_exponent
 
 
@@ -29,23 +30,6 @@ def one_value(loss, whose: str) -> torch.Tensor:
         what = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ValueError(f"{whose} must return a tensor of one element, a real number; got {what}")
     return loss.detach().reshape(1)
-
-
-def ternary_gradient(losses: torch.Tensor, antithetic: bool) -> torch.Tensor:
-    """g [queries], int32 in -1, 0, 1, of losses [groups], integers or floats; NaN gives 0.
-
-    Pairs are compared, not subtracted, for a difference of integers may wrap. Of one sign a query, the own loss is held against
-    the mean over all queries, which is above it where the mean over the others is: times their number, above the lowest, in 64
-    bits, where integers of a closure must lie within 2^63 / queries of one another (those of our losses do) and floats are
-    exact unless they are of very different sizes, so that ties are ties in any order.
-    """
-    if antithetic:
-        own, other = losses[0::2], losses[1::2]
-    else:
-        losses = losses.double() if losses.is_floating_point() else losses.long()
-        losses = losses - losses.min()
-        own, other = losses * losses.numel(), losses.sum()
-    return (own > other).to(torch.int32) - (own < other).to(torch.int32)
 
 
 class Int8Passes:
@@ -130,3 +114,20 @@ class Int8Passes:
             raise ValueError(
                 f"the output does not depend on {', '.join(map(repr, missing))} of the head: freeze or use them"
             )
+
+    def _judge(self, closure: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sets g and counts the step: the losses, summed, and whether those of floats are finite."""
+        losses = self.losses
+        if not losses.is_floating_point() and not closure:  # a closure's may be any integers, whose sum wraps
+            queries = self.queries if self.trunk else 0
+            g, total = int8_signs(losses, queries=queries, antithetic=self.antithetic, step=self._step)
+            self.g = g if self.trunk else self.g
+            return total, None
+        ok = torch.isfinite(losses).all() if losses.is_floating_point() else None
+        if self.trunk:
+            g = ternary_gradient(losses, self.antithetic)
+            self.g = g if ok is None else g * ok
+        self._step += 1 if ok is None else ok
+        if ok is not None:
+            self.skipped += ~ok
+        return losses.sum(), ok

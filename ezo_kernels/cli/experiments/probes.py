@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from ...nn.int8_layers import _Int8Layer
 from ...ops import int8_cross_entropy, materialize
+from ...ops.int8_signs import ternary_gradient
 from ...ops.int8_tensor import Int8Tensor, least_exponent
 from ...optim import ElasticZOInt8
-from ...optim.int8_passes import ternary_gradient
 
 
 class SignCounter(ElasticZOInt8):

@@ -1,0 +1,63 @@
+"""g, the sum of the losses and the count of an integer step on the GPU (:mod:`ezo_kernels.ops.int8_signs`): one program.
+
+With torch's operators the same takes eight launches, of the thirty of a step of a small network.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._triton import jit, require, tl, triton
+from ._variants import Variant
+
+
+@jit(do_not_specialize=["groups"])
+def int8_signs_kernel(losses_ptr, g_ptr, total_ptr, step_ptr, groups, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """FORM: 2 for both signs of a query, 1 for one sign, 0 for losses without a trunk."""
+    i = tl.arange(0, BLOCK)
+    if FORM == 2:
+        inside = i < groups // 2
+        own = tl.load(losses_ptr + 2 * i, mask=inside, other=0)
+        other = tl.load(losses_ptr + 2 * i + 1, mask=inside, other=0)
+        tl.store(g_ptr + i, (own > other).to(tl.int32) - (own < other).to(tl.int32), mask=inside)
+        total = tl.sum(own + other, axis=0)
+    else:
+        inside = i < groups
+        own = tl.load(losses_ptr + i, mask=inside, other=0)
+        total = tl.sum(own, axis=0)
+        if FORM == 1:
+            lowest = tl.min(tl.where(inside, own, 0x7FFFFFFFFFFFFFFF), axis=0)
+            mean = total - groups * lowest
+            own = (own - lowest) * groups
+            tl.store(g_ptr + i, (own > mean).to(tl.int32) - (own < mean).to(tl.int32), mask=inside)
+    tl.store(total_ptr, total)
+    tl.store(step_ptr, tl.load(step_ptr) + 1)
+
+
+def _block(groups: int) -> tuple[int, int]:
+    """Losses of the one program, and its warps."""
+    block = max(32, triton.next_power_of_2(groups))
+    return block, min(8, max(1, block // 256))
+
+
+def launch_signs(losses, antithetic, g, total, step) -> None:
+    """Arguments as in :func:`ezo_kernels.ops.int8_signs.int8_signs`, all checked there."""
+    require()
+    groups = losses.numel()
+    block, warps = _block(groups)
+    form = 0 if not g.numel() else 2 if antithetic else 1
+    with torch.cuda.device_of(losses):
+        int8_signs_kernel[(1,)](
+            losses, g, total, step, groups, FORM=form, BLOCK=block, num_warps=warps, enable_fp_fusion=False
+        )
+
+
+def variants():
+    """A pair, one sign of many queries, and a step without a trunk."""
+    signature = {**dict.fromkeys(("losses_ptr", "total_ptr", "step_ptr"), "*i64"), "g_ptr": "*i32", "groups": "i32"}
+    for form, groups in ((2, 2), (1, 64), (0, 1)):
+        block, warps = _block(groups)
+        yield Variant(
+            int8_signs_kernel, f"int8_signs/{('plain', 'one_sign', 'pair')[form]}/{groups}", signature,
+            {"FORM": form, "BLOCK": block}, warps, 1, expects=("no float",),
+        )  # fmt: skip

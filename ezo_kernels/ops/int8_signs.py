@@ -1,0 +1,87 @@
+"""What an integer step makes of its losses, in one launch: g of each query, the loss that is returned, and the count of steps.
+
+| tensor | shape |
+|---|---|
+| losses | int64 [groups]: [2 queries] of a pass with both signs (+, -, +, -), [queries] of one with one sign, else any |
+| g | int32 [queries], in -1, 0, 1; empty without a trunk |
+| total | int64 []: the sum of the losses |
+| step | int64 [1], one more |
+
+    g of query q, both signs    sign(L(w + z_q) - L(w - z_q)), compared, for a difference may wrap
+    g of query q, one sign      sign(queries L(w + z_q) - sum over p of L(w + z_p)), all less the lowest
+
+:func:`ternary_gradient` is the same in torch's operators, for losses of any dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._library import register
+
+
+def ternary_gradient(losses: torch.Tensor, antithetic: bool) -> torch.Tensor:
+    """g [queries], int32 in -1, 0, 1, of losses [groups], integers or floats; NaN gives 0.
+
+    Pairs are compared, not subtracted, for a difference of integers may wrap. Of one sign a query, the own loss is held against
+    the mean over all queries, which is above it where the mean over the others is: times their number, above the lowest, in 64
+    bits, where integers of a closure must lie within 2^63 / queries of one another (those of our losses do) and floats are
+    exact unless they are of very different sizes, so that ties are ties in any order.
+    """
+    if antithetic:
+        own, other = losses[0::2], losses[1::2]
+    else:
+        losses = losses.double() if losses.is_floating_point() else losses.long()
+        losses = losses - losses.min()
+        own, other = losses * losses.numel(), losses.sum()
+    return (own > other).to(torch.int32) - (own < other).to(torch.int32)
+
+
+def _signs_cpu(losses, antithetic, g, total, step) -> None:
+    values = losses.tolist()
+    if g.numel():
+        if antithetic:
+            pairs = zip(values[0::2], values[1::2], strict=True)
+        else:
+            pairs = [(len(values) * own, sum(values)) for own in values]
+        g.copy_(torch.tensor([(own > other) - (own < other) for own, other in pairs], dtype=torch.int32))
+    total.fill_(sum(values))
+    step += 1
+
+
+def _signs_cuda(*args) -> None:
+    from ._int8_signs_triton import launch_signs
+
+    launch_signs(*args)
+
+
+_signs = register(
+    "int8_signs",
+    "(Tensor losses, bool antithetic, Tensor(a!) g, Tensor(b!) total, Tensor(c!) step) -> ()",
+    cpu=_signs_cpu,
+    cuda=_signs_cuda,
+)
+
+
+def int8_signs(
+    losses: torch.Tensor, *, queries: int, antithetic: bool, step: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """g and the sum of the losses; ``step`` counts one more.
+
+    Args:
+        losses, step: as in the table above. queries: of the pass, 0 without a trunk. antithetic: both signs of each.
+
+    Returns:
+        int32 [queries] and int64 [].
+
+    Raises:
+        TypeError: losses that are not int64. ValueError: losses of another number of queries.
+    """
+    if losses.dtype != torch.int64:
+        raise TypeError(f"int8_signs takes int64 losses, got {losses.dtype}")
+    if queries and losses.numel() != queries * (1 + antithetic):
+        raise ValueError(f"{queries} queries have {queries * (1 + antithetic)} losses, got {losses.numel()}")
+    g = torch.empty(queries, dtype=torch.int32, device=losses.device)
+    total = torch.empty((), dtype=torch.int64, device=losses.device)
+    _signs(losses.contiguous(), antithetic, g, total, step)
+    return g, total

@@ -1,0 +1,73 @@
+"""g, the summed loss and the count of an integer step: one launch with the bits of torch's operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ezo_kernels as ezo
+from ezo_kernels.ops.int8_signs import int8_signs, ternary_gradient
+from tests.int8_models import tiny, tiny_batch
+
+MOST = (1 << 44) - 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "queries", "antithetic"),
+    [
+        ([5, 4, 4, 5, 3, 3], 3, True),
+        ([MOST << 18, 0], 1, True),
+        ([3, 1, 2], 3, False),
+        ([7, 7, 7, 7], 4, False),
+        ([MOST << 18, 0], 2, False),
+        ([MOST << 9] * 300 + [(MOST << 9) - 1] * 201, 501, False),
+        ([0, 9] * 700, 700, True),
+        ([11], 0, True),
+        ([11, 4, 2], 0, False),
+    ],
+    ids=lambda v: f"{len(v)}" if isinstance(v, list) else str(v),
+)
+def test_is_what_operators_give(losses, queries, antithetic, device):
+    losses = torch.tensor(losses, device=device)
+    step = torch.tensor([41], device=device)
+    g, total = int8_signs(losses, queries=queries, antithetic=antithetic, step=step)
+    assert step.item() == 42 and g.dtype == torch.int32 and total.dtype == torch.int64
+    assert total.item() == losses.sum().item() and total.dim() == 0
+    want = ternary_gradient(losses, antithetic).tolist() if queries else []
+    assert g.tolist() == want
+
+
+def test_refusals():
+    step = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(TypeError, match="int8_signs takes int64 losses, got torch.float32"):
+        int8_signs(torch.ones(2), queries=1, antithetic=True, step=step)
+    with pytest.raises(ValueError, match="2 queries have 4 losses, got 3"):
+        int8_signs(torch.ones(3, dtype=torch.int64), queries=2, antithetic=True, step=step)
+    assert step.item() == 0
+
+
+def test_losses_that_are_kept_do_not_change_with_the_next_step():
+    """All zeros of a pass are made at once, and each pass has its own."""
+    opt = ezo.ElasticZOInt8(tiny(), bits=3, r_max=40)
+    kept, totals = [], []
+    for i in range(3):
+        totals.append(opt.train_step(*tiny_batch(i)))
+        kept.append((opt.losses, opt.losses.tolist(), opt.g, opt.g.tolist()))
+    assert all(losses.tolist() == seen and g.tolist() == found for losses, seen, g, found in kept)
+    assert [t.item() for t in totals] == [sum(seen) for _, seen, _, _ in kept] and len({str(k[1]) for k in kept}) == 3
+
+
+def test_zeros_of_a_pass_are_made_at_once():
+    """However many layers: peaks, and the sums of the loss."""
+    made, zeros = [], torch.zeros
+    opt = ezo.ElasticZOInt8(tiny(), strategy="buffer")
+    opt.train_step(*tiny_batch(0))
+
+    def counting(*args, **kwargs):
+        made.append(args)
+        return zeros(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", counting)
+        opt.train_step(*tiny_batch(1))
+    assert len(made) == 1, made
