@@ -8,6 +8,7 @@ import torch
 import ezo_kernels as ezo
 from ezo_kernels.ops.int8_signs import int8_signs, ternary_gradient
 from tests.int8_models import tiny, tiny_batch
+from tests.test_coefficients import Operators
 
 MOST = (1 << 44) - 1
 
@@ -71,3 +72,15 @@ def test_zeros_of_a_pass_are_made_at_once():
         patch.setattr(torch, "zeros", counting)
         opt.train_step(*tiny_batch(1))
     assert len(made) == 1, made
+
+
+@pytest.mark.parametrize(("strategy", "launches"), [("twice", 10), ("buffer", 17)])
+def test_launches_of_a_step(strategy, launches):
+    """LeNet-5 is bound by them. With ``twice`` each of the five products is two on a GPU: 15, as many as in floats."""
+    opt = ezo.ElasticZOInt8(ezo.convert_(ezo.models.LeNet5(), head=0, precision="int8"), strategy=strategy)
+    x, y = ezo.quantize(torch.rand(4, 1, 28, 28)), torch.arange(4)
+    opt.train_step(x, y)
+    with Operators() as seen:
+        opt.train_step(x, y)
+    on_a_gpu = [name for name in seen.names if name != "_local_scalar_dense"]  # looking at the exponent costs no wait here
+    assert len(on_a_gpu) == launches, on_a_gpu
