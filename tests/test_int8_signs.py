@@ -82,5 +82,7 @@ def test_launches_of_a_step(strategy, launches):
     opt.train_step(x, y)
     with Operators() as seen:
         opt.train_step(x, y)
-    on_a_gpu = [name for name in seen.names if name != "_local_scalar_dense"]  # looking at the exponent costs no wait here
+    on_a_gpu = [
+        name for name in seen.names if name != "_local_scalar_dense"
+    ]  # looking at the exponent costs no wait here
     assert len(on_a_gpu) == launches, on_a_gpu

@@ -14,6 +14,7 @@ import ezo_kernels as ezo
 from ezo_kernels import ops
 from ezo_kernels.ops import _strategy
 from ezo_kernels.ops._strategy import choose, choose_conv
+from ezo_kernels.ops._tiles import small_parts, small_tile
 from ezo_kernels.ops.noise import NOISES, key_tensor
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -51,7 +52,9 @@ def test_unseen_shapes_get_a_sound_choice(arch, noise):
     for rows in (1, 7, 63, 100, 1 << 20):
         chosen = choose(rows, (4096, 4096), BF16, BF16, noise, arch=arch, z_dtype="bfloat16")
         assert chosen.name in (("fused", "two_products") if rows < 64 else ("slab",) if rows > 100 else ("fused",))
-        assert chosen.workspace_bytes == (32 << 20 if chosen.name == "slab" else 0)
+        parts = chosen.workspace_bytes / (4 * 2 * rows * 4096)  # of both signs, in fp32
+        of_parts = chosen.name == "two_products" and parts in (0, 2, 3, 4, 5, 6, 7, 8)
+        assert of_parts or chosen.workspace_bytes == (32 << 20 if chosen.name == "slab" else 0)
         with pytest.raises(dataclasses.FrozenInstanceError):
             chosen.name = "other"
 
@@ -346,3 +349,37 @@ def test_summary_of_other_samples_and_refusals():
         ezo.summary(model, noise="normal")
     with pytest.raises(NotImplementedError, match="integer layers"):
         ezo.summary(model, noise="sparse_int8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "arch", "parts"),
+    [
+        (64, 4096, 4096, 90, (4, 16)),  # 64 programs of 64 outputs, two a multiprocessor
+        (1, 4096, 4096, 90, (4, 16)),
+        (16, 8192, 8192, 90, (2, 64)),
+        (16, 16384, 4096, 90, (1, 64)),  # enough programs
+        (32, 120, 784, 90, (1, 13)),  # too short to cut
+        (16, 1024, 1024, 90, (4, 4)),
+        (16, 64, 100_000, 90, (8, 196)),  # no more than eight
+        (16, 4096, 4096, 80, (3, 22)),
+        (16, 4096, 4096, 86, (2, 32)),
+        (16, 4096, 4096, 120, (5, 13)),
+        (16, 4096, 1408, 120, (5, 5)),  # 22 steps, of which the last part has two
+        (16, 1024, 1200, 120, (4, 5)),  # 19 steps by four
+        (16, 2048, 2624, 100, (7, 6)),  # eight parts of 41 steps would leave the last one none
+    ],
+)
+def test_parts_of_k(rows, n, k, arch, parts):
+    tile = small_tile(rows, torch.bfloat16, "clt4", True, arch)
+    assert small_parts(tile, rows, n, k, arch) == parts
+    assert (parts[0] - 1) * parts[1] * tile.bk < k <= parts[0] * parts[1] * tile.bk  # none is empty
+
+
+def test_parts_of_one_group_and_memory_of_a_query():
+    """Of one group's rows alone; both signs of a query are kept in each part, in fp32."""
+    of_pair = choose(16, (4096, 4096), torch.bfloat16, torch.bfloat16, "rademacher", arch=90)
+    assert of_pair.name == "two_products" and of_pair.workspace_bytes == 4 * 4 * 2 * 16 * 4096
+    one = choose(16, (4096, 4096), torch.bfloat16, torch.bfloat16, "rademacher", arch=90, signs=(1,))
+    assert one.workspace_bytes * 2 == of_pair.workspace_bytes
+    wide = choose(16, (32768, 4096), torch.bfloat16, torch.bfloat16, "rademacher", arch=90)
+    assert wide.name == "two_products" and wide.workspace_bytes == 0

@@ -85,6 +85,20 @@ MUTANTS = (
         "self._zeros = self.__dict__.setdefault('_kept', torch.zeros(plan.counters, dtype=torch.int32, device=device)).zero_()",
         "tests/test_int8_signs.py -k kept",
     ),
+    Mutant(
+        "groups of one sign count in the memory of parts as two",
+        _OPS + "_strategy.py",
+        "return 4 * parts * len(signs) * rows * shape[0] if parts > 1 else 0",
+        "return 4 * parts * 2 * rows * shape[0] if parts > 1 else 0",
+        "tests/test_strategy.py -k memory_of_a_query",
+    ),
+    Mutant(
+        "a part of K that is empty",
+        _OPS + "_tiles.py",
+        "return -(-steps // own), own",
+        "return parts, own",
+        "tests/test_strategy.py -k parts_of_k",
+    ),
     # PTX that no GPU has run
     Mutant(
         "two perturbed bytes in each other's places",
@@ -451,8 +465,8 @@ MUTANTS = (
     ),
     Mutant(
         "an integer step whose loss is not finite counts",
-        "ezo_kernels/optim/elastic_zo_int8.py",
-        "self._step += ok",
+        "ezo_kernels/optim/int8_passes.py",
+        "self._step += 1 if ok is None else ok",
         "self._step += 1",
         "tests/test_int8_limits.py -k finite",
     ),

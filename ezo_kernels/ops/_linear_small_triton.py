@@ -11,9 +11,14 @@ A program makes BN outputs of both groups of a pair: HALF columns of its accumul
 (shared rows need only one set). W goes from memory to the tensor core as it is, z is rounded to x's dtype, which must be
 the dtype of the site's z, and eps * z never meets an ulp of W: the sum is made in fp32 in the epilogue. No element of an
 accumulator sees another column, so groups run alike, together or one by one.
+
+Where outputs are so few that their programs would leave multiprocessors idle, K is cut into parts: each leaves its share of y
+in fp32, the first with the bias, and a second kernel adds them up in order.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 
@@ -21,7 +26,7 @@ from ._address import address, strided
 from ._linear_triton import architecture, bias_noise, whole_loads
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, rademacher_words, signed32, z_units
 from ._noise_triton import UNIT as UNITS
-from ._tiles import small_tile
+from ._tiles import small_parts, small_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
 from .noise import Noise
@@ -52,16 +57,21 @@ def _finish(y, dtype: tl.constexpr, RELU: tl.constexpr):
     return y.to(dtype)
 
 
-@jit(do_not_specialize=["site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold"])
+@jit(
+    do_not_specialize=[
+        "site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "queries", "steps", "n1", "n2", "n3", "threshold",
+    ]
+)  # fmt: skip
 def linear_small_kernel(
-    x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
+    x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n, queries, steps,
     n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr, EVEN_K: tl.constexpr,
-    EIGHTS: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    EIGHTS: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
+    HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """SIGNS: 2 for the pair, else 1 or -1. EIGHTS, NEAR: as in ``_linear_triton.linear_kernel``.
+    """SIGNS: 2 for the pair, else 1 or -1. EIGHTS, NEAR: as in ``_linear_triton.linear_kernel``. SPLIT: a program has ``steps``
+    tiles of K, and out is fp32 [parts, all of y].
 
     Programs that share a tile of W are neighbours, so that it stays in L2.
     """
@@ -73,6 +83,10 @@ def linear_small_kernel(
     pid = pid // tiles_m
     first_n = (pid % tiles_n) * BN
     q = pid // tiles_n
+    part = 0
+    if SPLIT:
+        part = q // queries
+        q -= part * queries
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     # columns of the accumulators: HALF rows of the first group, then HALF of the second. A group by itself runs with the
     # same instructions, its rows twice, so that it gets the bits that it gets in a pair
@@ -93,7 +107,14 @@ def linear_small_kernel(
     k0, k1 = load_key(key_ptr)
     acc_w = tl.zeros((BN, M), tl.float32)
     acc_z = tl.zeros((BN, M), tl.float32)
-    for k in range(0, K, BK):
+    begin, end = 0, K
+    if SPLIT:
+        begin = part * (steps * BK)
+        end = tl.minimum(K, begin + steps * BK)
+        x_at += x_step * (part * steps)
+        w_at += w_step * (part * steps)
+        out_ptr += (part * queries).to(tl.int64) * (groups * rows) * N
+    for k in range(begin, end, BK):
         if EVEN_K:
             x = tl.load(x_at)
             w = tl.load(w_at)
@@ -118,6 +139,8 @@ def linear_small_kernel(
     if BIAS:
         b = tl.load(b_ptr + rn.to(tl.int64) * b_stride, mask=rn < N, other=0.0).to(tl.float32)
         z = bias_noise(k0, k1, bias_site, query + q, first_n, BN, NOISE, ROUNDS, BIAS_UNIT, ASM, threshold, scale)
+        if SPLIT:
+            b, z = tl.where(part == 0, b, 0.0), tl.where(part == 0, z, 0.0)
         acc_w += b[:, None]
         step += (z * eps)[:, None]
     inside = (rm < rows)[None, :] & (rn < N)[:, None]
@@ -135,21 +158,34 @@ def linear_small_kernel(
         inside = inside & (second == 0)[None, :]
     if SIGNS == -1:
         step = -step
-    tl.store(at, _finish(acc_w + step, dtype, RELU), mask=inside)
+    kept: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(at, _finish(acc_w + step, kept, RELU), mask=inside)
     if SIGNS == 2 and SHARED:
-        tl.store(at + rows.to(tl.int64) * N, _finish(acc_w - step, dtype, RELU), mask=inside)
+        tl.store(at + rows.to(tl.int64) * N, _finish(acc_w - step, kept, RELU), mask=inside)
+
+
+@jit(do_not_specialize=["parts"])
+def sum_parts_kernel(parts_ptr, out_ptr, size, parts, RELU: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the sum of fp32 [parts, size], in order, rounded once."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(parts_ptr + at, mask=inside, other=0.0)
+    for i in range(1, parts):
+        total += tl.load(parts_ptr + (tl.cast(i, tl.int64) * size + at), mask=inside, other=0.0)
+    tl.store(out_ptr + at, _finish(total, out_ptr.dtype.element_ty, RELU), mask=inside)
 
 
 def constexprs(
     tile, noise, signs: int, shared: bool, bias: bool, x_dims: int, even_k: bool, precision: str, eights: bool = True,
-    near: bool = False, relu: bool = False,
+    near: bool = False, relu: bool = False, split: bool = False,
 ) -> dict:  # fmt: skip
     """Everything that :func:`linear_small_kernel` is compiled for."""
     return {
         **{"SIGNS": signs, "SHARED": bool(shared), "BIAS": bias, "X_DIMS": x_dims, "EVEN_K": even_k},
         "EIGHTS": eights,
         "NEAR": near,
-        "RELU": relu,
+        "RELU": relu and not split,
+        "SPLIT": split,
         **{"PRECISION": precision, "HALF": tile.half, "BN": tile.bn, "BK": tile.bk},
         **noise_constexprs(noise, tile.bk),
         "BIAS_UNIT": min(UNITS[noise.name], tile.bn),
@@ -175,22 +211,49 @@ def launch_linear_small(
         x = x.contiguous()
         place = address(x, "matrix")
     eights = whole_loads(x, w)
-    tile = small_tile(rows, x.dtype, noise.name, eights, architecture(x.device))
+    arch = architecture(x.device)
+    tile = small_tile(rows, x.dtype, noise.name, eights, arch)
+    parts, steps = small_parts(tile, rows, n, k, arch)
+    memory = _room(parts, out) if parts > 1 else None
+    if memory is None:
+        parts, steps = 1, -(-k // tile.bk)
     tiles_m, tiles_n = -(-rows // tile.half), -(-n // tile.bn)
-    if max(n + tile.bn, k + tile.bk, rows + tile.half, tiles_m * tiles_n * queries) >= 1 << 31:
+    if max(n + tile.bn, k + tile.bk, rows + tile.half, tiles_m * tiles_n * queries * parts) >= 1 << 31:
         raise NotImplementedError(f"perturbed_linear: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
     threshold, scale = noise_args(noise)
     sign = 2 if len(signs) == 2 else signs[0]
     near = n % 16 != 0 and 2 * (rows + tile.half) * n < 1 << 31
     with torch.cuda.device_of(x):
-        linear_small_kernel[(tiles_m * tiles_n * queries,)](
-            x, w, b if b is not None else w, out, key, eps, signed32(site), signed32(bias_site), query, rows, n, k,
-            tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=w.stride(0),
+        linear_small_kernel[(tiles_m * tiles_n * queries * parts,)](
+            x, w, b if b is not None else w, out if memory is None else memory, key, eps, signed32(site),
+            signed32(bias_site), query, rows, n, k, tiles_m, tiles_n, queries, steps,
+            **place.index_args(), x_stride=place.channel, w_stride_n=w.stride(0),
             w_stride_k=w.stride(1), b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
-            **constexprs(tile, noise, sign, shared, b is not None, place.dims, k % tile.bk == 0, precision, eights, near, relu),
+            **constexprs(
+                tile, noise, sign, shared, b is not None, place.dims, k % tile.bk == 0, precision, eights, near, relu,
+                memory is not None,
+            ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
+        if memory is not None:
+            sum_parts_kernel[(-(-out.numel() // _BLOCK),)](
+                memory, out, out.numel(), parts, RELU=relu, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False
+            )
 
+
+def _room(parts: int, out: torch.Tensor) -> torch.Tensor | None:
+    """fp32 memory of that many y; None, with a warning, where there is too little."""
+    try:
+        return torch.empty(parts * out.numel(), dtype=torch.float32, device=out.device)
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            f"perturbed_linear: no memory for {4 * parts * out.numel()} bytes of parts; K is not cut", RuntimeWarning, 3
+        )
+        return None
+
+
+#: Outputs of a program that adds parts up.
+_BLOCK = 1024
 
 # ----------------------------------------------------------------------------------------------------------- variants
 
@@ -199,6 +262,7 @@ _TESTED = {
     ("bf16", "gaussian", 64, "pair"), ("bf16", "hadamard", 64, "pair"), ("bf16", "sparse", 16, "pair"),
     ("fp16", "rademacher", 16, "shared"), ("bf16", "uniform", 16, "plus"),
     ("bf16", "gaussian", 64, "eights"), ("bf16", "rademacher", 64, "eights"), ("bf16", "clt4", 64, "ragged"),
+    ("bf16", "clt4", 64, "whole"), ("bf16", "gaussian", 16, "whole"),
 }  # fmt: skip
 
 
@@ -207,8 +271,12 @@ def _variant(dtype: str, name: str, rows: int, how: str, arch: int) -> Variant:
     eights, even = how != "ragged", how not in ("ragged", "eights")
     tile = small_tile(rows, _KINDS[dtype], name, eights, arch)
     archs = tuple(a for a in ARCHS if small_tile(rows, _KINDS[dtype], name, eights, a) == tile)
+    split = how in ("pair", "shared", "plus")  # of 4096 outputs K is cut; the others are of wider layers
     pointers = {"x_ptr": dtype, "w_ptr": dtype, "b_ptr": dtype, "out_ptr": dtype, "key_ptr": "i32", "eps_ptr": "fp32"}
-    integers = ("site", "bias_site", "query", "rows", "N", "K", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold")
+    pointers["out_ptr"] = "fp32" if split else dtype
+    integers = (
+        "site", "bias_site", "query", "rows", "N", "K", "tiles_m", "tiles_n", "queries", "steps", "n1", "n2", "n3", "threshold"
+    )  # fmt: skip
     strides = ("s0", "s1", "s2", "s3", "w_stride_n")
     return Variant(
         kernel=linear_small_kernel,
@@ -221,7 +289,17 @@ def _variant(dtype: str, name: str, rows: int, how: str, arch: int) -> Variant:
         constexprs={
             **{"x_stride": 1, "b_stride": 1, "w_stride_k": 1},
             **constexprs(
-                tile, noise, 1 if how == "plus" else 2, how == "shared", True, 1, even, "ieee", eights, not even
+                tile,
+                noise,
+                1 if how == "plus" else 2,
+                how == "shared",
+                True,
+                1,
+                even,
+                "ieee",
+                eights,
+                not even,
+                split=split,
             ),
             "ASM": True,
         },
@@ -240,5 +318,11 @@ def variants():
     require()
     cases = [(d, n, r, "pair") for d in ("bf16", "fp16") for n in NOISE_ID for r in (16, 64) if n != "sparse_int8"]
     cases += [case for case in sorted(_TESTED) if case not in cases]
+    for relu in (False, True):
+        signature = {"parts_ptr": "*fp32", "out_ptr": "*bf16", "size": "i32", "parts": "i32"}
+        yield Variant(
+            sum_parts_kernel, f"sum_parts/bf16{'/relu' if relu else ''}", signature, {"RELU": relu, "BLOCK": _BLOCK}, 4, 3,
+            expects=(), divisible=("size",),
+        )  # fmt: skip
     for case in cases:
         yield from {v.name: v for v in (_variant(*case, arch) for arch in ARCHS)}.values()

@@ -7,7 +7,8 @@
 | ``slab`` | W + eps z and W - eps z of some outputs go to memory, then torch's batched matmul or convolution; for many rows |
 | ``specialized`` | as fused, warps that make z beside warps that multiply; by name alone, linear layers in 16 bits on sm_90 |
 
-Only ``slab`` needs memory beside inputs and outputs, 32 MB at most. The numbers come from ``strategies.json``, which is shipped
+``slab`` needs memory beside inputs and outputs, 32 MB at most, and ``two_products`` some for each query where K is cut into
+parts (:func:`._tiles.small_parts`). The numbers come from ``strategies.json``, which is shipped
 and never measured on the user's machine: the same run makes the same choices. It holds, by architecture and for noise that is
 dear, plain or cheap to make (:data:`KINDS`): up to how many rows two products are taken, from how many rows slabs are, and from
 how many multiplications convolutions take slabs. Rows are those of one group, so that a pass made one group at a time, or
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ._tiles import conv_slab_plan, slab_bytes, slab_plan
+from ._tiles import conv_slab_plan, slab_bytes, slab_plan, small_parts, small_tile
 
 #: Of the rules below, for :func:`strategy_hash`: a higher one where the same table would be read otherwise.
 VERSION = 3
@@ -43,7 +44,7 @@ class Strategy:
 
     Args:
         name: one of :data:`STRATEGIES`, never ``auto``.
-        workspace_bytes: memory for perturbed weights that it takes, if there is as much.
+        workspace_bytes: memory that it takes, if there is as much: of perturbed weights, or of one query's outputs in parts.
         reason: why, in words.
     """
 
@@ -168,10 +169,17 @@ def choose(
     faults = two_products_faults(x_dtype, w_dtype, noise, z_dtype, precision, transposed)
     if tuple(signs) == (0,):
         return Strategy("fused", reason="no sign is perturbed")
+
+    def in_parts() -> int:
+        tile = small_tile(rows, x_dtype, noise, regular, arch)
+        parts = small_parts(tile, rows, *shape, arch)[0] if arch else 1
+        return 4 * parts * len(signs) * rows * shape[0] if parts > 1 else 0
+
     if asked == "two_products":
         if faults:
             raise NotImplementedError("strategy 'two_products': " + "; ".join(faults))
-        return Strategy("two_products", reason=_ASKED)
+        return Strategy("two_products", in_parts(), _ASKED)
+
     no_slab = slab_faults(transposed, precision, torch_precision)
     held = 0 if no_slab else slab_bytes(slab_plan(*shape, x_dtype.itemsize), shape[1], x_dtype.itemsize)
     if asked == "slab":
@@ -195,7 +203,7 @@ def choose(
     table, kind = _table(), KINDS.get(noise, "plain")
     few, many = (_known(table[name], arch)[kind] for name in ("two_products_rows", "slab_rows"))
     if not faults and rows <= few:
-        return Strategy("two_products", reason=f"{rows} rows a sign, at most {few}")
+        return Strategy("two_products", in_parts(), f"{rows} rows a sign, at most {few}")
     weights, least = shape[0] * shape[1], table["slab_weights"]
     if not no_slab and rows >= many and weights >= least:
         return Strategy("slab", held, f"{rows} rows a sign, at least {many}, and {weights} weights, at least {least}")

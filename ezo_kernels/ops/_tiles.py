@@ -194,6 +194,27 @@ def small_tile(rows: int, dtype: torch.dtype, noise: str, regular: bool, arch: i
     return SmallTile(half, 64, 32 if noise == "sparse" else 64, 4, 4)
 
 
+#: Multiprocessors of the largest GPU of an architecture.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
+#: Values of z that one program makes in the time of the launch that adds parts up, and half as much again.
+SPLIT_LEAST_NOISE = 40_960
+
+
+def small_parts(tile: SmallTile, rows: int, n: int, k: int, arch: int) -> tuple[int, int]:
+    """(parts, steps of BK in each) that K is cut into, so that a layer of few outputs fills the GPU.
+
+    Two programs a multiprocessor is what registers leave room for. A function of one group's rows as all of the tile is: groups
+    are summed alike.
+    """
+    programs, steps = -(-rows // tile.half) * -(-n // tile.bn), -(-k // tile.bk)
+    known = max((a for a in MULTIPROCESSORS if a <= arch), default=min(MULTIPROCESSORS))
+    parts = min(2 * MULTIPROCESSORS[known] // programs, steps // 4, 8)
+    if parts < 2 or (steps - -(-steps // parts)) * tile.bn * tile.bk < SPLIT_LEAST_NOISE:
+        return 1, steps
+    own = -(-steps // parts)
+    return -(-steps // own), own
+
+
 @dataclass(frozen=True)
 class SpecializedTile:
     """Tile of the warp-specialised matmul: BM rows of each group by BN outputs, BK inputs at a time.

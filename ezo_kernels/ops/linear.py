@@ -198,7 +198,8 @@ def perturbed_linear(
     z_dtype: str = "float32",
     relu: bool = False,
 ) -> torch.Tensor:
-    """Linear layer of every group of a pass, in one launch (``slab``: some for each slab of outputs).
+    """Linear layer of every group of a pass, in one launch (``slab``: some for each slab of outputs; ``two_products`` of few
+    outputs: a second, which adds parts of K up).
 
     Args:
         x: [groups * B, ..., K] (group-major), or [B, ..., K] with ``shared``. fp32, fp16 or bf16; autocast is honoured.

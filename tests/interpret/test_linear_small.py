@@ -95,3 +95,64 @@ def test_the_pair_is_its_two_signs(key):
     for sign, part, y in zip((1, -1), x.chunk(2), both, strict=True):
         p = ops.Perturbation(key, eps, noise, signs=(sign,))
         assert torch.equal(ops.perturbed_linear(part, w, b, p, **OPTIONS), y)
+
+
+def parted(monkeypatch, parts: int, steps: int) -> None:
+    monkeypatch.setattr(_linear_small_triton, "small_parts", lambda *_: (parts, steps))
+
+
+@pytest.mark.parametrize(("parts", "steps"), [(2, 3), (3, 1), (5, 1)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
+def test_parts_of_k_add_up(monkeypatch, on_cpu, key, signs, shared, parts, steps):
+    """Whatever the noise reads of rows and columns does not depend on the part; the bias is added once."""
+    tile = dataclasses.replace(small_tile(20, torch.float32, "clt4", True, 90), half=16, bn=32, bk=32)
+    monkeypatch.setattr(_linear_small_triton, "small_tile", lambda *_: tile)
+    summed, launch = [], _linear_small_triton.sum_parts_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *a, **k: (summed.append(a[3]), launch[grid](*a, **k))
+
+    monkeypatch.setattr(_linear_small_triton, "sum_parts_kernel", Counted())
+    parted(monkeypatch, parts, steps)
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"), query=9, queries=2, signs=signs)
+    k = parts * steps * 32 - 7
+    for relu in (False, True):
+        x, w, b = whole(18, 40, k, groups=1 if shared else p.groups)
+        check(on_cpu, x, w, b, p, shared=shared, strategy="two_products", relu=relu)
+    assert summed == [parts] * 2
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_groups_run_alike_in_parts(monkeypatch, key, parts):
+    """eps = 0 leaves equal bits for both signs, and one sign by itself has those of the pair."""
+    parted(monkeypatch, parts, -(-4 // parts))
+    x, w, b = make(9, 40, 256, groups=2)
+    x = torch.cat([x[:9], x[:9]])
+    p = ops.Perturbation(key, torch.tensor([0.0]), Noise("gaussian"))
+    plus, minus = ops.perturbed_linear(x, w, b, p, **OPTIONS).chunk(2)
+    assert torch.equal(plus, minus)
+    pair = ops.perturbed_linear(x, w, b, ops.Perturbation(key, torch.tensor([0.3]), Noise("gaussian")), **OPTIONS)
+    alone = [
+        ops.perturbed_linear(
+            x[:9], w, b, ops.Perturbation(key, torch.tensor([0.3]), Noise("gaussian"), signs=(s,)), **OPTIONS
+        )
+        for s in (1, -1)
+    ]
+    assert torch.equal(pair, torch.cat(alone))
+
+
+def test_without_memory_for_parts_k_is_whole(monkeypatch, on_cpu, key):
+    parted(monkeypatch, 3, 1)
+    empty = torch.empty
+
+    def full(*size, **how):
+        if size == (3 * 2 * 5 * 40,):
+            raise torch.OutOfMemoryError("full")
+        return empty(*size, **how)
+
+    monkeypatch.setattr(torch, "empty", full)
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"))
+    with pytest.warns(RuntimeWarning, match="no memory for 4800 bytes of parts; K is not cut"):
+        check(on_cpu, *make(5, 40, 70, groups=2), p, strategy="two_products")
