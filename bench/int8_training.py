@@ -135,6 +135,11 @@ def run_bp(splits: dict, seed: int, epochs: int, batch: int, lr: float = 0.05) -
     }  # fmt: skip
 
 
+def _said(run: dict) -> str:
+    """The recipe of an integer run as text: a run of another one is another run."""
+    return json.dumps([run["recipe"], run["schedule"]], sort_keys=True) if run["kind"] == "int8" else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=sorted(FP32), required=True)
@@ -154,7 +159,7 @@ def main() -> None:
     splits = {k: (standardize(getattr(data, f"x_{k}"), args.data), y) for k, y in labels.items()}
     images = {k: (quantize_images(getattr(data, f"x_{k}"), args.data), y) for k, y in labels.items()}
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-    done = {(r["kind"], r["arm"], r["seed"], r["epochs"], r["batch"]) for r in runs}
+    done = {(r["kind"], r["arm"], r["seed"], r["epochs"], r["batch"], _said(r)) for r in runs}
     for seed in args.seeds:
         for arm in args.arms:
             for kind in args.kinds:
@@ -164,7 +169,9 @@ def main() -> None:
                     continue
                 if arm == "dense" and kind != "int8":
                     continue
-                if (kind, arm, seed, epochs, args.batch) in done:
+                options, schedule = INT8[args.data][arm] if kind == "int8" else (None, {})
+                recipe = _said({"kind": kind, "recipe": options, "schedule": {str(k): v for k, v in schedule.items()}})
+                if (kind, arm, seed, epochs, args.batch, recipe) in done:
                     continue
                 if kind == "int8":
                     result = run_int8(images, args.data, arm, seed, epochs, args.batch)

@@ -298,13 +298,22 @@ def test_batch_norm_dropout_and_keyword_arguments():
     assert runs[0].model.norm.num_batches_tracked.item() == 7
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "float_cross_entropy"])
-@pytest.mark.parametrize("head", [0, ["fc3"]])
-def test_integer_steps(head, loss):
+@pytest.mark.parametrize(
+    ("head", "loss", "how"),
+    [
+        (0, "cross_entropy", {}),
+        (["fc3"], "cross_entropy", {}),
+        (0, "float_cross_entropy", {}),
+        (["fc3"], "float_cross_entropy", {"head_remainder": True}),
+        (["fc3"], "cross_entropy", {"head_remainder": True, "mode": "sequential", "head_grad": "plus"}),
+        (["fc2", "fc3"], "cross_entropy", {"head_remainder": True, "queries": 2, "antithetic": False}),
+    ],
+)
+def test_integer_steps(head, loss, how):
     runs = []
     for on in (True, False):
         model = ezo.convert_(lenet(), head=head, precision="int8")
-        runs.append(ezo.ElasticZOInt8(model, loss=loss, capture=on, seed=1))
+        runs.append(ezo.ElasticZOInt8(model, loss=loss, capture=on, seed=1, **how))
     for i in range(9):
         x, y = batch(4 if i != 6 else 3, i)
         for opt in runs:
@@ -313,8 +322,21 @@ def test_integer_steps(head, loss):
         assert torch.equal(a, b) and a.dtype == b.dtype and torch.equal(runs[0].g, runs[1].g)
         assert torch.equal(runs[0].mean_loss, runs[1].mean_loss)
     assert same(bits(runs[0].model), bits(runs[1].model))
+    ours, theirs = (opt.state_dict()["head_remainder"] for opt in runs)
+    assert same(ours, theirs) and bool(ours) == ("head_remainder" in how)
     assert runs[0].capture_counters == {
         "captures": 1,
         "replays": 4,
         "eager_steps": 5,
     }  # the arena comes with the first step
+
+
+def test_a_remainder_that_moved_is_captured_again():
+    opt = ezo.ElasticZOInt8(
+        ezo.convert_(lenet(), head=["fc3"], precision="int8"), capture=True, seed=1, head_remainder=True
+    )
+    for i in range(10):
+        if i == 6:
+            opt._remainders = {name: r.clone() for name, r in opt._remainders.items()}
+        opt.train_step(ezo.quantize(batch(4, i)[0]), batch(4, i)[1])
+    assert opt.capture_counters["captures"] == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from ezo_kernels import ops
 from tests import int8_oracle as oracle
 from tests.int8_models import exponents, randint, same, state
 from tests.test_int8_arithmetic import SEED, SITE, STEP, key_tensor
-from tests.test_int8_step import HEADS, lenet, oracle_of, steps, tiny, tiny_batch
+from tests.test_int8_step import HEADS, lenet, lenet_batch, oracle_of, steps, tiny, tiny_batch
 
 HOW = dict(r_max=40, p_zero=0.3, head_remainder=True)
 
@@ -122,6 +124,9 @@ def test_states_of_the_other_kind_and_bad_remainders_are_refused():
         with_it.load_state_dict({k: v for k, v in without.state_dict().items() if k != "head_remainder"})
     assert without.step_count == step
     kept = good["head_remainder"]
+    for bad in (None, True, [kept]):
+        with pytest.raises(ValueError, match="head_remainder of the state must be a dict of tensors"):
+            with_it.load_state_dict({**good, "head_remainder": bad})
     for bad in (kept["fc3.weight"].float(), kept["fc3.weight"][:2], [0]):
         with pytest.raises(ValueError, match="fc3.weight must be an int8 tensor of shape"):
             with_it.load_state_dict({**good, "head_remainder": {**kept, "fc3.weight": bad}, "step": step + 7})
@@ -142,3 +147,47 @@ def test_bad_arguments():
         with pytest.raises(error, match=match):
             ops.int8_head_update_(w, grad, remainder=bad, **how)
     assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+@pytest.mark.parametrize("head_grad", ["mean", "plus", "minus"])
+def test_modes_give_the_same_bits(mode, head_grad):
+    how = dict(HOW, queries=2, seed=9, head_grad=head_grad)
+    found = []
+    for of in (mode, "stacked"):
+        model = lenet(("fc2", "fc3"))
+        opt = ezo.ElasticZOInt8(model, mode=of, **how)
+        steps(opt, 3)
+        found.append((state(model), opt.state_dict()["head_remainder"]))
+    assert same(found[0][0], found[1][0]) and same(found[0][1], found[1][1])
+
+
+def test_a_copy_has_remainders_of_its_own():
+    opt = ezo.ElasticZOInt8(lenet(("fc3",)), **HOW)
+    steps(opt, 2)
+    other = copy.deepcopy(opt)
+    assert same(opt.state_dict()["head_remainder"], other.state_dict()["head_remainder"])
+    assert steps(opt, 2, first=2) == steps(other, 2, first=2) and same(state(opt.model), state(other.model))
+    before = other.state_dict()["head_remainder"]
+    steps(opt, 1, first=4)
+    assert same(before, other.state_dict()["head_remainder"])
+
+
+def test_a_float_loss_that_is_not_finite_changes_no_remainder():
+    opt = ezo.ElasticZOInt8(lenet(("fc3",)), loss="float_cross_entropy", **HOW)
+    x, y = lenet_batch(8)
+    opt.train_step(x, y)
+    before = opt.state_dict()["head_remainder"]
+    opt.train_step(x, y, loss_fn=lambda logits, y: logits.sum() * float("nan"))
+    assert opt.skipped == 1 and same(before, opt.state_dict()["head_remainder"]) and before["fc3.weight"].any()
+
+
+def test_a_head_that_is_not_contiguous_is_refused_before_anything_is_written():
+    """It moved after the optimizer was made."""
+    model = lenet(("fc3",))
+    opt = ezo.ElasticZOInt8(model, **HOW)
+    model.fc3.weight.data = model.fc3.weight.data.t().contiguous().t()
+    before = state(model)
+    with pytest.raises(ValueError, match="fc3.weight of the head, of shape .10, 84., is not contiguous"):
+        opt.train_step(*lenet_batch(8))
+    assert same(before, state(model)) and opt.step_count == 0 and not opt.g.any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -44,7 +46,12 @@ def test_refusals():
         int8_signs(torch.ones(2), queries=1, antithetic=True, step=step)
     with pytest.raises(ValueError, match="2 queries have 4 losses, got 3"):
         int8_signs(torch.ones(3, dtype=torch.int64), queries=2, antithetic=True, step=step)
+    for bad in (step.int(), step.float(), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"step must be int64 \[1\]"):
+            int8_signs(torch.ones(2, dtype=torch.int64), queries=1, antithetic=True, step=bad)
     assert step.item() == 0
+    most = torch.tensor([2**63 - 1, 3])
+    assert int8_signs(most, queries=1, antithetic=True, step=step)[1] == most.sum()  # both wrap
 
 
 def test_losses_that_are_kept_do_not_change_with_the_next_step():
@@ -72,6 +79,23 @@ def test_zeros_of_a_pass_are_made_at_once():
         patch.setattr(torch, "zeros", counting)
         opt.train_step(*tiny_batch(1))
     assert len(made) == 1, made
+    assert {t.data_ptr() % 16 for t in (opt.losses, opt.g)} == {0}  # as kernels are compiled for
+
+
+@pytest.mark.parametrize("head_grad", ["plus", "minus"])
+def test_sequential_passes_leave_nothing_behind(head_grad):
+    """Of a pass that the head does not learn from, the notes for its backward would hold the arena until gc came by."""
+    opt = ezo.ElasticZOInt8(tiny(("fc2",)), mode="sequential", head_grad=head_grad)
+    gc.collect()
+    gc.disable()
+    try:
+        buffers = set()
+        for i in range(4):
+            opt.train_step(*tiny_batch(i))
+            buffers.add(opt.arena.buffer.data_ptr())
+    finally:
+        gc.enable()
+    assert len(buffers) == 1
 
 
 @pytest.mark.parametrize(("strategy", "launches"), [("twice", 10), ("buffer", 17)])

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import ezo_kernels as ezo  # noqa: E402
 from ezo_kernels import ops  # noqa: E402
 from ezo_kernels.ops import Int8Tensor, Int8UpdatePlan, IntegerPerturbation, Noise  # noqa: E402
 from ezo_kernels.ops._int8_update_triton import update_table  # noqa: E402
@@ -62,6 +63,20 @@ def test_pooled_convolutions(launches, weights):  # noqa: F811
         assert [launch.name for launch in launches][-2:] == ["int8_requantize_kernel", "int8_pool2d_kernel"]
         assert len(launches) == (3 if weights == "fused" else 6)
         launches.clear()
+
+
+@pytest.mark.parametrize("head", [0, ["fc2", "fc3"]], ids=str)
+@pytest.mark.parametrize("strategy", ["buffer", "twice"])
+def test_a_whole_step(launches, head, strategy):  # noqa: F811
+    """LeNet-5 with remainders; but for the trunk's update, whose table holds addresses of a GPU."""
+    opt = ezo.ElasticZOInt8(
+        ezo.convert_(ezo.models.LeNet5(), head=head, precision="int8"), head_remainder=True, strategy=strategy
+    )
+    opt.train_step(Int8Tensor(int8(4, 1, 28, 28), int32(-5)), torch.arange(4))
+    names = [launch.name for launch in launches]
+    assert names.count("int8_signs_kernel") == 1
+    assert names.count("int8_head_update_kernel") == (4 if head else 0)  # weight and bias of each layer
+    assert names.count("int8_relu_kernel") == (1 if head else 0)  # the head's own
 
 
 @pytest.mark.parametrize(("signs", "groups"), [((1, -1), 2), ((1, -1), 1), ((0,), 1)])

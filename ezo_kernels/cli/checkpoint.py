@@ -61,7 +61,14 @@ def merge(given: dict, checkpoint: dict | None, path: Path | None) -> Recipe:
     if checkpoint is None:
         return Recipe(**given)
     theirs: Recipe = checkpoint["recipe"]
-    asked = Recipe(**{**theirs.as_dict(), **given})
+    own = theirs.as_dict()
+    # one option may decide what another must be: first each by itself, so that it is told what was given
+    other = {name: value for name, value in given.items() if value != own[name]}
+    try:
+        asked = Recipe(**{**own, **given})
+    except ValueError:
+        found = ", ".join(f"{name} {own[name]} is not {value}" for name, value in other.items())
+        raise ValueError(f"{path}: a checkpoint of another run: {found}") from None
     if asked != theirs:
         raise ValueError(f"{path}: a checkpoint of another run: {asked.difference(theirs)}")
     return theirs

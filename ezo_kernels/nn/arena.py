@@ -16,6 +16,8 @@ import torch
 
 #: Offsets are multiples of this many bytes: what vector loads and GPU transactions like.
 ALIGNMENT = 64
+#: Counters begin at multiples of this many int32: 16 bytes, as kernels are compiled for.
+_WORDS = 4
 
 
 @dataclass
@@ -191,9 +193,8 @@ class Arena:
 
     def counters(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """``count`` zeros, int32 or int64."""
-        words = dtype.itemsize // 4
-        first = -(-self._counted // words) * words
-        self._counted = first + count * words
+        first = -(-self._counted // _WORDS) * _WORDS
+        self._counted = first + count * (dtype.itemsize // 4)
         if self._mode == "record":
             return torch.empty(count, dtype=dtype, device="meta")
         if self._zeros is None or self._counted > len(self._zeros):

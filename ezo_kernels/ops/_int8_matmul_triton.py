@@ -221,9 +221,10 @@ _INTEGERS = ("site", "bias_site", "query", "packed", "rows", "N", "K", "x_group"
 
 
 def _variant(
-    rows: int, how: str, what: int, rounding: str, archs: tuple[int, ...], tested: bool, relu: bool = False
-) -> Variant:
-    tile = int8_tile(rows, 4096, 4096, how not in ("tail", "gemm"), archs[0])
+    rows: int, how: str, what: int, rounding: str, archs: tuple[int, ...], tested: bool, relu: bool = False,
+    n: int = 4096,
+) -> Variant:  # fmt: skip
+    tile = int8_tile(rows, n, 4096, how not in ("tail", "gemm"), archs[0])
     signs = {"plus": 1, "plain": 0, "gemm": 0}.get(how, 2)
     ones = ("x_k", "w_k", "b_n")
     if how == "gemm":  # both operands transposed, as in the gradient of a weight
@@ -232,6 +233,7 @@ def _variant(
     return Variant(
         kernel=int8_linear_kernel,
         name=f"int8_linear/{rows}/{how}/{('store', 'peak', 'requantize')[what]}/{rounding}{'/relu' if relu else ''}"
+        + ("" if n == 4096 else f"/{n}")
         + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
         signature={**_POINTERS, **dict.fromkeys(names, "i32")},
         constexprs={
@@ -266,3 +268,6 @@ def variants():
             yield _variant(rows, "plus", 1, "nearest", archs, False)
             yield _variant(rows, "plain", 2, "nearest", archs, rows == 2048)
             yield _variant(rows, "gemm", 0, "nearest", archs, rows == 64)
+    for rows in (16, 64):
+        for archs in ((90,), (100,), small):
+            yield _variant(rows, "pair", 1, "nearest", archs, True, n=8192)

@@ -113,7 +113,13 @@ def perturb_tile(w, z, SIGNS: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         if SIGNS == 2:
             plus, minus = tl.inline_asm_elementwise(
-                _BOTH, "=r,=r,r,r,r,r,r", [w, z], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+                # the first output is written before the second has read its inputs
+                _BOTH,
+                "=&r,=&r,r,r,r,r,r",
+                [w, z],
+                dtype=(tl.int8, tl.int8),
+                is_pure=True,
+                pack=4,
             )
         elif SIGNS == 1:
             plus = tl.inline_asm_elementwise(_PLUS, "=r,r,r,r,r,r", [w, z], dtype=tl.int8, is_pure=True, pack=4)

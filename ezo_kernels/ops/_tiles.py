@@ -264,7 +264,7 @@ def int8_tile(rows: int, n: int, k: int, aligned: bool, arch: int) -> LinearTile
         # 32 outputs are two matrix instructions high: four warps would do each twice, unless rows of x, or 64 of them
         # for wgmma, are on the long side
         wide, wgmma = n >= 8192, aligned and arch == 90
-        if wide:
+        if wide and (wgmma or few < 64):  # 64 rows of both signs would spill elsewhere
             return LinearTile(few, 64, bk, 8 if wgmma else 4, stages, True)
         if wgmma and few > 16:
             return LinearTile(64, 32, bk, 4, stages, False)

@@ -45,7 +45,7 @@ def _signs_cpu(losses, antithetic, g, total, step) -> None:
         else:
             pairs = [(len(values) * own, sum(values)) for own in values]
         g.copy_(torch.tensor([(own > other) - (own < other) for own, other in pairs], dtype=torch.int32))
-    total.fill_(sum(values))
+    total.fill_((sum(values) + (1 << 63)) % (1 << 64) - (1 << 63))  # wraps, as the GPU's does
     step += 1
 
 
@@ -75,10 +75,12 @@ def int8_signs(
         int32 [queries] and int64 [].
 
     Raises:
-        TypeError: losses that are not int64. ValueError: losses of another number of queries.
+        TypeError: losses or a step that are not int64. ValueError: losses of another number of queries.
     """
     if losses.dtype != torch.int64:
         raise TypeError(f"int8_signs takes int64 losses, got {losses.dtype}")
+    if step.dtype != torch.int64 or step.shape != (1,):
+        raise TypeError(f"int8_signs: step must be int64 [1], got {step.dtype} {tuple(step.shape)}")
     if queries and losses.numel() != queries * (1 + antithetic):
         raise ValueError(f"{queries} queries have {queries * (1 + antithetic)} losses, got {losses.numel()}")
     g = torch.empty(queries, dtype=torch.int32, device=losses.device)

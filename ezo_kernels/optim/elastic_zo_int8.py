@@ -172,7 +172,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         plan = plan_of(model)
         names = [n for n, _ in model.named_parameters() if in_head(n, plan.head) and n not in plan.frozen]
         self._head = dict(zip(names, self.head, strict=True))
-        self._remainders = {n: torch.zeros_like(w.detach()) for n, w in self._head.items()} if head_remainder else {}
+        kept = self._head if head_remainder else {}
+        self._remainders = {n: torch.zeros(w.shape, dtype=w.dtype, device=w.device) for n, w in kept.items()}
         self._phase = Ranges(nvtx)
         self._update_plan: Int8UpdatePlan | None = None
         self._sites = tuple(s.site for s in self.zo.manifest)
@@ -251,6 +252,10 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
             with self.zo.running(p) if p is not None else contextlib.nullcontext():
                 yield self.zo.tape
         finally:
+            if (
+                self.zo.tape is not None
+            ):  # of a pass that the head does not learn from: notes hold what they are of, in a circle
+                self.zo.tape.notes.clear()
             self.zo.tape = None
 
     # --------------------------------------------------------------------------------------------------------- steps
@@ -342,6 +347,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         self._checked, self._rows = True, rows
         self.losses = losses[0] if len(losses) == 1 else torch.cat(losses)
         self._opt_called = True
+        self._check_places()
         with self._phase("g"):
             total, ok = self._judge(closure=sequential)
         if self.trunk:
@@ -362,9 +368,15 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
                 "(requires_grad_(False) before convert_), put them in the head, or call their module"
             )
 
-    def _update(self, noise: Noise) -> None:
-        if self._update_plan is None or not self._update_plan.fits(self.trunk):
+    def _check_places(self) -> None:
+        """Before anything is written: where the parameters of the updates lie, or ValueError."""
+        if self.trunk and (self._update_plan is None or not self._update_plan.fits(self.trunk)):
             self._update_plan = Int8UpdatePlan.build(self.trunk, self._sites, self._layouts)
+        for name, w in self._head.items():
+            if not w.is_contiguous():
+                raise ValueError(f"{name} of the head, of shape {tuple(w.shape)}, is not contiguous")
+
+    def _update(self, noise: Noise) -> None:
         int8_update_(
             self.trunk, self._key, self.g, self._shift, sites=self._sites, layouts=self._layouts, noise=noise,
             rounding=self.rounding, plan=self._update_plan,

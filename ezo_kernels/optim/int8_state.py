@@ -70,6 +70,8 @@ class Int8State(Copies):
             check_bits(group["bits"], "bits")
         sparse_noise(self.rounds, groups[0]["p_zero"], groups[0]["r_max"])
         remainders = state_dict["head_remainder"]
+        if not isinstance(remainders, Mapping):
+            raise ValueError(f"head_remainder of the state must be a dict of tensors, got {type(remainders).__name__}")
         if set(remainders) != set(self._remainders):
             kept = ["with" if kept else "without" for kept in (remainders, self._remainders)]
             raise ValueError(

@@ -101,6 +101,23 @@ def test_an_integer_head_keeps_remainders_unless_told_otherwise():
     assert Recipe.from_dict(old) == rough and Recipe.from_dict(kept.as_dict()) == kept
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"head": "0"}, "another run: head fc2,fc3 is not 0"),
+        ({"precision": "fp32"}, "another run: precision int8 is not fp32"),
+        ({"seed": 4}, "another run: seed 0 is not 4"),
+    ],
+)
+def test_an_option_of_another_run_is_named_as_it_was_given(given, said):
+    """Also where it would not go together with what the checkpoint has."""
+    with pytest.raises(ValueError, match=f"c.pt: a checkpoint of {said}$"):
+        ckpt.merge(given, {"recipe": Recipe(precision="int8")}, "c.pt")
+    clouds = {"recipe": Recipe(model="pointnet", points=16)}
+    with pytest.raises(ValueError, match="another run: model pointnet is not lenet5$"):
+        ckpt.merge({"model": "lenet5"}, clouds, "c.pt")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(train, tmp_path, monkeypatch, number):
     whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
