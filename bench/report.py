@@ -7,11 +7,14 @@ python -m bench report --check    exit status 1 if a table is not what the files
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from pathlib import Path
 
 from bench import plots, targets
+from ezo_kernels.cli.experiments.catalogue import EXPERIMENTS
+from ezo_kernels.cli.experiments.summary import text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -226,6 +229,18 @@ def baseline() -> str:
     return "\n".join(lines)
 
 
+def experiment(file: str, name: str) -> str:
+    """The table of an experiment as its last run printed it, and what follows from it; no times, which ran beside other work."""
+    record = _read(f"experiments/{file}.json")
+    if not record:
+        return f"`ezo experiment {name}` has not been run in full."
+    columns = tuple(c for c in EXPERIMENTS[name].columns if c.name not in ("seconds", "step_ms"))
+    recipes = [t["specification"]["recipe"] for t in record["trials"].values()]
+    epochs = sorted({r["epochs"] for r in recipes})
+    lasted = f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}"
+    return "\n\n".join([text(record["table"], columns), f"Epochs: {lasted}.", *record["notes"]])
+
+
 def gpu_records() -> list[dict]:
     """What ``python -m bench gpu`` has written, a record a suite."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
@@ -325,15 +340,19 @@ def ladder() -> str:
 TABLES = {
     "README.md": {"results": training, "baseline": baseline, "integers": integers, "bytes": memory_experiment},
     "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
+    "docs/experiments.md": {
+        file: functools.partial(experiment, file, file.partition("_")[0])
+        for file in ("partition_mnist", "epsilon", "finetune", "sign", "noise", "regression")
+    },
 }
 
 
-def between(text: str, name: str, table: str) -> str:
-    """``text`` with ``table`` between its markers ``<!-- name -->`` and ``<!-- /name -->``."""
+def between(page: str, name: str, table: str) -> str:
+    """``page`` with ``table`` between its markers ``<!-- name -->`` and ``<!-- /name -->``."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(start) != 1 or text.count(end) != 1:
+    if page.count(start) != 1 or page.count(end) != 1:
         raise ValueError(f"the markers {start} and {end} are not there once each")
-    head, _, rest = text.partition(start)
+    head, _, rest = page.partition(start)
     return f"{head}{start}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
