@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ._triton import jit, require, tl, triton
+from ._tiles import one_program
+from ._triton import jit, require, tl
 from ._variants import Variant
 
 
@@ -54,17 +55,11 @@ def coefficients_kernel(
     tl.store(skipped_ptr, tl.load(skipped_ptr) + (1 - fine).to(tl.int64))
 
 
-def _block(groups: int) -> tuple[int, int]:
-    """Losses of the one program, and its warps."""
-    block = max(32, triton.next_power_of_2(groups))
-    return block, min(8, max(1, block // 256))
-
-
 def launch_coefficients(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip, step, skipped) -> None:
     """Arguments as in :func:`ezo_kernels.ops.coefficients.coefficients`, all checked there."""
     require()
     groups = losses.numel()
-    block, warps = _block(groups)
+    block, warps = one_program(groups)
     form = 0 if not g.numel() else 2 if antithetic else 1
     with torch.cuda.device_of(losses):
         coefficients_kernel[(1,)](
@@ -82,7 +77,7 @@ def variants():
         "groups": "i32", "clip": "fp32", "factor": "fp32",
     }  # fmt: skip
     for form, groups in ((2, 2), (1, 64), (0, 1)):
-        block, warps = _block(groups)
+        block, warps = one_program(groups)
         constexprs = {"FORM": form, "BAD": True, "BLOCK": block}
         yield Variant(
             coefficients_kernel, f"coefficients/{('plain', 'one_sign', 'pair')[form]}/{groups}", signature, constexprs,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ._triton import jit, require, tl, triton
+from ._tiles import one_program
+from ._triton import jit, require, tl
 from ._variants import Variant
 
 
@@ -34,17 +35,11 @@ def int8_signs_kernel(losses_ptr, g_ptr, total_ptr, step_ptr, groups, FORM: tl.c
     tl.store(step_ptr, tl.load(step_ptr) + 1)
 
 
-def _block(groups: int) -> tuple[int, int]:
-    """Losses of the one program, and its warps."""
-    block = max(32, triton.next_power_of_2(groups))
-    return block, min(8, max(1, block // 256))
-
-
 def launch_signs(losses, antithetic, g, total, step) -> None:
     """Arguments as in :func:`ezo_kernels.ops.int8_signs.int8_signs`, all checked there."""
     require()
     groups = losses.numel()
-    block, warps = _block(groups)
+    block, warps = one_program(groups)
     form = 0 if not g.numel() else 2 if antithetic else 1
     with torch.cuda.device_of(losses):
         int8_signs_kernel[(1,)](
@@ -56,7 +51,7 @@ def variants():
     """A pair, one sign of many queries, and a step without a trunk."""
     signature = {**dict.fromkeys(("losses_ptr", "total_ptr", "step_ptr"), "*i64"), "g_ptr": "*i32", "groups": "i32"}
     for form, groups in ((2, 2), (1, 64), (0, 1)):
-        block, warps = _block(groups)
+        block, warps = one_program(groups)
         yield Variant(
             int8_signs_kernel, f"int8_signs/{('plain', 'one_sign', 'pair')[form]}/{groups}", signature,
             {"FORM": form, "BLOCK": block}, warps, 1, expects=("no float",),

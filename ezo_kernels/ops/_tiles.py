@@ -24,6 +24,12 @@ class ElementTile:
     warps: int = 4
 
 
+def one_program(count: int) -> tuple[int, int]:
+    """(values, warps) of a kernel whose only program takes ``count`` values."""
+    block = max(32, 1 << (count - 1).bit_length())
+    return block, min(8, max(1, block // 256))
+
+
 def element_tile(rows: int, noise: str, scattered: bool = False) -> ElementTile:
     """Tile of the kernels that write z or perturbed copies of a parameter with ``rows`` logical rows.
 
