@@ -230,7 +230,7 @@ def baseline() -> str:
 
 
 def experiment(file: str, name: str) -> str:
-    """The table of an experiment as its last run printed it, and what follows from it; no times, which ran beside other work."""
+    """The table of an experiment as its last run printed it, and what follows; no times, which ran beside other work."""
     record = _read(f"experiments/{file}.json")
     if not record:
         return f"`ezo experiment {name}` has not been run in full."
