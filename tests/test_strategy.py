@@ -14,7 +14,7 @@ import ezo_kernels as ezo
 from ezo_kernels import ops
 from ezo_kernels.ops import _strategy
 from ezo_kernels.ops._strategy import choose, choose_conv
-from ezo_kernels.ops._tiles import small_parts, small_tile
+from ezo_kernels.ops._tiles import int8_parts, int8_tile, small_parts, small_tile
 from ezo_kernels.ops.noise import NOISES, key_tensor
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -383,3 +383,19 @@ def test_parts_of_one_group_and_memory_of_a_query():
     assert one.workspace_bytes * 2 == of_pair.workspace_bytes
     wide = choose(16, (32768, 4096), torch.bfloat16, torch.bfloat16, "rademacher", arch=90)
     assert wide.name == "two_products" and wide.workspace_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "arch", "parts"),
+    [
+        (16, 4096, 4096, 90, (2, 16)),  # 128 programs of four warps
+        (64, 4096, 4096, 90, (2, 16)),
+        (16, 8192, 8192, 90, (1, 64)),  # 128 of eight
+        (1, 1024, 4096, 90, (8, 4)),
+        (32, 120, 784, 90, (1, 7)),
+        (2048, 4096, 4096, 90, (1, 64)),
+        (16, 4096, 4096, 80, (1, 32)),
+    ],
+)
+def test_parts_of_k_of_integers(rows, n, k, arch, parts):
+    assert int8_parts(int8_tile(rows, n, k, True, arch), rows, n, k, arch) == parts

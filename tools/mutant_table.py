@@ -99,6 +99,13 @@ MUTANTS = (
         "return parts, own",
         "tests/test_strategy.py -k parts_of_k",
     ),
+    Mutant(
+        "more parts of K than a multiprocessor has warps for",
+        _OPS + "_tiles.py",
+        "tile.bn * tile.bk, 8 // tile.warps, arch)",
+        "tile.bn * tile.bk, 2, arch)",
+        "tests/test_strategy.py -k parts_of_k_of_integers",
+    ),
     # PTX that no GPU has run
     Mutant(
         "two perturbed bytes in each other's places",

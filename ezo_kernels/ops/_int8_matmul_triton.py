@@ -11,25 +11,34 @@
 
 A program makes BM rows of one group (both groups of a pair) by BN outputs: it reads a tile of W once, makes its z once,
 clamps W + z and W - z, and multiplies on the integer matrix unit. SWAP puts W's rows on its long side.
+
+Where accumulators go to memory and programs are few, K is cut into parts as in :mod:`._linear_small_triton`: each leaves its
+own, the first with the bias, and a second kernel adds them up and takes their peak.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ._int8_triton import (
+    PART,
     REQUANTIZE,
     align_bias,
     check_grid,
+    divide,
     leave,
     leave_exponent,
+    magic,
     or_dummy,
     perturb_tile,
     perturbed_bias,
+    raise_peak,
 )
 from ._linear_triton import architecture
 from ._noise_triton import ASM, load_key, noise_args, signed32, sparse_int8_units
-from ._tiles import LARGE, int8_tile
+from ._tiles import LARGE, int8_parts, int8_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
 from .int8_pass import ROUNDINGS
@@ -65,21 +74,30 @@ def _finish(
             leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
 
 
-@jit(do_not_specialize=["site", "bias_site", "query", "packed", "rows"])
+@jit(
+    do_not_specialize=["site", "bias_site", "query", "packed", "rows", "repeats", "repeats_mul", "repeats_div", "steps"]
+)
 def int8_linear_kernel(
     x_ptr, w_ptr, b_ptr, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr, key_ptr,
-    acc_ptr, peak_ptr, out_ptr, exponent_ptr, site, bias_site, query, packed, rows, N, K,
-    x_group, x_row, x_k, w_group, w_n, w_k, b_n,
+    acc_ptr, peak_ptr, out_ptr, exponent_ptr, site, bias_site, query, packed, rows, N, K, repeats, repeats_mul,
+    repeats_div, steps, x_group, x_row, x_k, w_group, w_n, w_k, b_n,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else the sign. The grid is (tiles of rows, tiles of N, queries, or groups without a sign).
 
-    Programs that share a tile of W are neighbours, so that it stays in L2.
+    Programs that share a tile of W are neighbours, so that it stays in L2. WHAT == PART: the third axis is repeated for each
+    part of ``steps`` tiles of K, and acc is [parts, all of it].
     """
     first_m, first_n = tl.program_id(0) * BM, tl.program_id(1) * BN
     q = tl.program_id(2)
+    part, begin, end = 0, 0, K
+    if WHAT == PART:
+        part = divide(q, repeats_mul, repeats_div)
+        q -= part * repeats
+        begin = part * (steps * BK)
+        end = tl.minimum(K, begin + steps * BK)
     rm, rn, rk = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
     # rows beyond the end are read again from the last one and never stored: no mask in the loop
     xm, wn = tl.minimum(rm, rows - 1).to(tl.int64), tl.minimum(rn, N - 1).to(tl.int64)
@@ -96,7 +114,7 @@ def int8_linear_kernel(
     else:
         acc = tl.zeros((BM, BN), tl.int32)
         other = tl.zeros((BM, BN), tl.int32)
-    for k in range(0, K, BK):
+    for k in range(begin, end, BK):
         column = (k + rk).to(tl.int64)
         x_at = x_rows[:, None] + (column * x_k)[None, :]
         w_at = w_rows[:, None] + (column * w_k)[None, :]
@@ -131,6 +149,10 @@ def int8_linear_kernel(
         plus, minus = perturbed_bias(
             b_ptr, b_n, rn, rn < N, k0, k1, bias_site, query + q, packed, SIGNS, ROUNDS, ASM
         )  # fmt: skip
+        if WHAT == PART:
+            plus, minus = tl.where(part == 0, plus, 0), tl.where(part == 0, minus, 0)
+    if WHAT == PART:
+        acc_ptr += (part * repeats).to(tl.int64) * ((2 if SIGNS == 2 else 1) * rows) * N
     own = group * 0 if SHARED else group
     _finish(
         acc, plus, group, own, first_m, first_n, rm, rn, rows, N, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
@@ -143,6 +165,19 @@ def int8_linear_kernel(
             x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
             acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING, RELU,
         )  # fmt: skip
+
+
+@jit(do_not_specialize=["parts"])
+def int8_sum_parts_kernel(parts_ptr, acc_ptr, peak_ptr, size, whole, parts, BLOCK: tl.constexpr):
+    """acc = the sum of int32 [parts, whole], and the largest magnitude of each group of ``size``: the second axis."""
+    group = tl.program_id(1)
+    within = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at, inside = group.to(tl.int64) * size + within, within < size
+    acc = tl.load(parts_ptr + at, mask=inside, other=0)
+    for i in range(1, parts):
+        acc += tl.load(parts_ptr + (tl.cast(i, tl.int64) * whole + at), mask=inside, other=0)
+    tl.store(acc_ptr + at, acc, mask=inside)
+    raise_peak(peak_ptr + group, tl.where(inside, tl.abs(acc), 0))
 
 
 def constexprs(
@@ -164,21 +199,46 @@ def _launch(
     """One grid over (tiles of rows, tiles of outputs, ``repeats``); strides are (group, row, column)."""
     n, k = w.shape[-2:]
     aligned = k % 16 == 0 and x_strides[2] == w_strides[2] == 1 and x_strides[1] % 16 == w_strides[1] % 16 == 0
-    tile = int8_tile(rows, n, k, aligned, architecture(x.device))
+    arch = architecture(x.device)
+    tile = int8_tile(rows, n, k, aligned, arch)
+    parts, steps = int8_parts(tile, rows, n, k, arch) if signs and what == 0 else (1, 0)
+    memory = _room(parts, acc, name) if parts > 1 else None
+    if memory is None:
+        parts = 1
     tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
     if max(n + tile.bn, k + tile.bk, rows + tile.bm) >= 1 << 31:
         raise NotImplementedError(f"{name}: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
-    check_grid(name, tiles_n, repeats)
+    check_grid(name, tiles_n, repeats * parts)
+    if memory is not None:
+        what = PART.value
     with torch.cuda.device_of(x):
-        int8_linear_kernel[(tiles_m, tiles_n, repeats)](
-            x, w, or_dummy(b, w), x_exponent, w_exponent, or_dummy(b_exponent, w_exponent), key, acc, peak, out, exponent,
-            signed32(site), signed32(bias_site), query, noise_args(noise)[0], rows, n, k, *x_strides, *w_strides,
+        int8_linear_kernel[(tiles_m, tiles_n, repeats * parts)](
+            x, w, or_dummy(b, w), x_exponent, w_exponent, or_dummy(b_exponent, w_exponent), key,
+            acc if memory is None else memory, peak, out, exponent, signed32(site), signed32(bias_site), query,
+            noise_args(noise)[0], rows, n, k, repeats, *magic(repeats), steps, *x_strides, *w_strides,
             1 if b is None else b.stride(0),
             **constexprs(
                 tile, signs, not x_strides[0], b is not None, k % tile.bk == 0, what, rounding, relu, noise.rounds
             ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
+        if memory is not None:
+            groups = peak.numel()
+            size = acc.numel() // groups
+            int8_sum_parts_kernel[(-(-size // _BLOCK), groups)](
+                memory, acc, peak, size, acc.numel(), parts, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False
+            )
+
+
+def _room(parts: int, acc: torch.Tensor, name: str) -> torch.Tensor | None:
+    """int32 memory of that many acc; None, with a warning, where there is too little."""
+    try:
+        return torch.empty(parts * acc.numel(), dtype=torch.int32, device=acc.device)
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            f"{name}: no memory for {4 * parts * acc.numel()} bytes of parts; K is not cut", RuntimeWarning, 3
+        )
+        return None
 
 
 def launch_linear(
@@ -212,12 +272,20 @@ def launch_gemm(x, w, acc, peak) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- variants
 
+#: Accumulators of a program that adds parts up.
+_BLOCK = 1024
+
 _POINTERS = {
     **dict.fromkeys(("x_ptr", "w_ptr", "b_ptr", "out_ptr"), "*i8"),
     **dict.fromkeys(("x_exponent_ptr", "w_exponent_ptr", "b_exponent_ptr", "key_ptr"), "*i32"),
     **dict.fromkeys(("acc_ptr", "peak_ptr", "exponent_ptr"), "*i32"),
 }
-_INTEGERS = ("site", "bias_site", "query", "packed", "rows", "N", "K", "x_group", "x_row", "w_group", "w_n")
+_INTEGERS = (
+    "site", "bias_site", "query", "packed", "rows", "N", "K", "repeats", "repeats_mul", "repeats_div", "steps",
+    "x_group", "x_row", "w_group", "w_n",
+)  # fmt: skip
+#: Of these those that may be any number.
+_NUMBERS = ("site", "bias_site", "query", "packed", "rows", "repeats", "repeats_mul", "repeats_div", "steps")
 
 
 def _variant(
@@ -232,7 +300,7 @@ def _variant(
     names = [name for name in (*_INTEGERS, "x_k", "w_k") if name not in ones]
     return Variant(
         kernel=int8_linear_kernel,
-        name=f"int8_linear/{rows}/{how}/{('store', 'peak', 'requantize')[what]}/{rounding}{'/relu' if relu else ''}"
+        name=f"int8_linear/{rows}/{how}/{('store', 'peak', 'requantize', '', 'part')[what]}/{rounding}{'/relu' if relu else ''}"
         + ("" if n == 4096 else f"/{n}")
         + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
         signature={**_POINTERS, **dict.fromkeys(names, "i32")},
@@ -246,8 +314,7 @@ def _variant(
         archs=archs,
         expects=("integer mma", "no float", *(("multiply",) if signs else ())),
         z_per_loop=tile.bn * tile.bk if signs else 0,
-        divisible=tuple(name for name in names if name not in ("site", "bias_site", "query", "packed", "rows"))
-        if how not in ("tail", "gemm") else (),
+        divisible=tuple(n for n in names if n not in _NUMBERS) if how not in ("tail", "gemm") else (),
         representative=tested,
     )  # fmt: skip
 
@@ -261,6 +328,8 @@ def variants():
             yield _variant(rows, "pair", 1, "nearest", archs, True)
             yield _variant(rows, "pair", 2, "nearest", archs, rows != 64)
             yield _variant(rows, "pair", 0, "nearest", archs, False)
+            if rows <= 64:
+                yield _variant(rows, "pair", PART.value, "nearest", archs, True)
             yield _variant(rows, "pair", 2, "pseudo", archs, False)
             yield _variant(rows, "pair", 2, "nearest", archs, rows == 16, relu=True)
             yield _variant(rows, "shared", 1, "nearest", archs, rows == 16)
@@ -271,3 +340,8 @@ def variants():
     for rows in (16, 64):
         for archs in ((90,), (100,), small):
             yield _variant(rows, "pair", 1, "nearest", archs, True, n=8192)
+    pointers = dict.fromkeys(("parts_ptr", "acc_ptr", "peak_ptr"), "*i32")
+    yield Variant(
+        int8_sum_parts_kernel, "int8_sum_parts", {**pointers, **dict.fromkeys(("size", "whole", "parts"), "i32")},
+        {"BLOCK": _BLOCK}, 4, 3, expects=("no float",), divisible=("size", "whole"),
+    )  # fmt: skip

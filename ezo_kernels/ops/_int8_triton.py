@@ -21,7 +21,7 @@ from ._noise_triton import signed32, sparse_int8_units
 from ._triton import constexpr, jit, tl
 
 NEAREST, PSEUDO, STOCHASTIC = constexpr(0), constexpr(1), constexpr(2)
-STORE, PEAK, REQUANTIZE = constexpr(0), constexpr(1), constexpr(2)
+STORE, PEAK, REQUANTIZE, PART = constexpr(0), constexpr(1), constexpr(2), constexpr(4)
 _BIAS_SHIFT = constexpr(C.BIAS_SHIFT)
 
 #: Programs along the second and third axis of a grid.
@@ -181,16 +181,17 @@ def requantised(acc, peak_ptr, ROUNDING: tl.constexpr):
 
 @jit
 def leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr, WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr):
-    """What a tile of accumulators leaves behind at ``at``: itself and its peak, its peak, or its requantised values."""
+    """What a tile of accumulators leaves at ``at``: itself and its peak, its peak, its requantised values; PART: itself."""
     if WHAT == REQUANTIZE:
         y = requantised(acc, peak_ptr, ROUNDING)
         if RELU:
             y = tl.maximum(y, 0)
         tl.store(out_ptr + at, y.to(tl.int8), mask=inside)
     else:
-        if WHAT == STORE:
+        if WHAT != PEAK:
             tl.store(acc_ptr + at, acc, mask=inside)
-        raise_peak(peak_ptr, tl.where(inside, tl.abs(acc), 0))
+        if WHAT != PART:
+            raise_peak(peak_ptr, tl.where(inside, tl.abs(acc), 0))
 
 
 @jit

@@ -212,10 +212,19 @@ def small_parts(tile: SmallTile, rows: int, n: int, k: int, arch: int) -> tuple[
     Two programs a multiprocessor is what registers leave room for. A function of one group's rows as all of the tile is: groups
     are summed alike.
     """
-    programs, steps = -(-rows // tile.half) * -(-n // tile.bn), -(-k // tile.bk)
+    return _parts(-(-rows // tile.half) * -(-n // tile.bn), -(-k // tile.bk), tile.bn * tile.bk, 2, arch)
+
+
+def int8_parts(tile: LinearTile, rows: int, n: int, k: int, arch: int) -> tuple[int, int]:
+    """The same of an integer product whose accumulators go to memory: eight warps a multiprocessor."""
+    return _parts(-(-rows // tile.bm) * -(-n // tile.bn), -(-k // tile.bk), tile.bn * tile.bk, 8 // tile.warps, arch)
+
+
+def _parts(programs: int, steps: int, noise: int, each: int, arch: int) -> tuple[int, int]:
+    """``programs`` of ``steps`` steps, of so many z each, cut until there are ``each`` a multiprocessor."""
     known = max((a for a in MULTIPROCESSORS if a <= arch), default=min(MULTIPROCESSORS))
-    parts = min(2 * MULTIPROCESSORS[known] // programs, steps // 4, 8)
-    if parts < 2 or (steps - -(-steps // parts)) * tile.bn * tile.bk < SPLIT_LEAST_NOISE:
+    parts = min(each * MULTIPROCESSORS[known] // programs, steps // 4, 8)
+    if parts < 2 or (steps - -(-steps // parts)) * noise < SPLIT_LEAST_NOISE:
         return 1, steps
     own = -(-steps // parts)
     return -(-steps // own), own

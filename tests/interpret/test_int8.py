@@ -115,6 +115,33 @@ def test_linear_signs_and_queries(on_cpu, key, signs, shared, strategy):
         linear(on_cpu, x, w, b, p, strategy=strategy, rounding="pseudo" if shared else "nearest", relu=relu)
 
 
+@pytest.mark.parametrize(("parts", "steps"), [(2, 3), (5, 1)])
+@pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_parts_of_k_add_up(monkeypatch, on_cpu, key, signs, shared, parts, steps):
+    """Accumulators, their peak and the bias, which is added once; K need not fill the last part."""
+    p = make_pass(key, signs, queries=2)
+    groups = 1 if shared else p.groups
+    k = parts * steps * 32 - 9
+    x, w, b = tensor(groups * 4, k, groups=groups), ints(40, k, seed=1), ints(40, seed=2)
+    module, summed = _int8_matmul_triton, []
+    tile = dataclasses.replace(module.int8_tile(4, 40, k, False, 90), bm=16, bn=32, bk=32)
+    monkeypatch.setattr(module, "int8_tile", lambda *_: tile)
+    monkeypatch.setattr(module, "int8_parts", lambda *_: (parts, steps))
+    launch = module.int8_sum_parts_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *a, **how: (summed.append(a[5]), launch[grid](*a, **how))
+
+    monkeypatch.setattr(module, "int8_sum_parts_kernel", Counted())
+    linear(on_cpu, x, w, b, p, strategy="buffer")
+    linear(on_cpu, x, w, None, p, strategy="buffer", relu=True)
+    assert summed == [parts] * 2
+    linear(on_cpu, x, w, b, p, strategy="twice")  # of its first pass nothing is kept that could be added up
+    assert summed == [parts] * 2
+
+
 def test_linear_without_a_pass_takes_any_groups(on_cpu):
     linear(on_cpu, tensor(15, 25, groups=5), ints(6, 25), ints(6), None)
 
