@@ -328,7 +328,7 @@ def test_summary_shows_what_a_pass_takes(noise, monkeypatch):
     assert list(shown) == names and len(taken) == 5
     assert {t.name for t in taken} == {"fused", "slab", "two_products"} or noise == "gaussian"
     text = str(table)
-    assert f"workspace of perturbed weights: {table.workspace_bytes:,} bytes at most" in text
+    assert f"workspace of perturbed weights, or of a query's parts: {table.workspace_bytes:,} bytes at most" in text
     assert "rows a sign" in text and "products a sign" in text
     assert table.workspace_bytes == max(held for _, held in shown.values())
 
@@ -386,16 +386,24 @@ def test_parts_of_one_group_and_memory_of_a_query():
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "arch", "parts"),
+    ("rows", "n", "k", "repeats", "arch", "parts"),
     [
-        (16, 4096, 4096, 90, (2, 16)),  # 128 programs of four warps
-        (64, 4096, 4096, 90, (2, 16)),
-        (16, 8192, 8192, 90, (1, 64)),  # 128 of eight
-        (1, 1024, 4096, 90, (8, 4)),
-        (32, 120, 784, 90, (1, 7)),
-        (2048, 4096, 4096, 90, (1, 64)),
-        (16, 4096, 4096, 80, (1, 32)),
+        (16, 4096, 4096, 1, 90, (2, 16)),  # 128 programs of four warps
+        (64, 4096, 4096, 1, 90, (2, 16)),
+        (16, 4096, 4096, 2, 90, (1, 32)),
+        (16, 8192, 8192, 1, 90, (1, 64)),  # 128 of eight
+        (1, 1024, 4096, 1, 90, (8, 4)),
+        (1, 64, 4096, 9000, 90, (1, 32)),
+        (1, 64, (1 << 31) - 200, 1, 90, (1, (1 << 24) - 1)),
+        (32, 120, 784, 1, 90, (1, 7)),
+        (2048, 4096, 4096, 1, 90, (1, 64)),
+        (16, 4096, 4096, 1, 80, (1, 32)),
     ],
 )
-def test_parts_of_k_of_integers(rows, n, k, arch, parts):
-    assert int8_parts(int8_tile(rows, n, k, True, arch), rows, n, k, arch) == parts
+def test_parts_of_k_of_integers(rows, n, k, repeats, arch, parts):
+    """And queries, for integers add up alike in any parts."""
+    assert int8_parts(int8_tile(rows, n, k, True, arch), rows, n, k, repeats, arch) == parts
+
+
+def test_no_rows_have_no_parts():
+    assert choose(0, (4096, 4096), BF16, BF16, "rademacher", arch=90).workspace_bytes == 0

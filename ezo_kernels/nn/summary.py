@@ -72,7 +72,9 @@ class Summary:
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append(", ".join(f"{t}: {self.total(t):,}" for t in ("ZO", "BP", "frozen")))
         if chosen:
-            lines.append(f"workspace of perturbed weights: {self.workspace_bytes:,} bytes at most")
+            lines.append(
+                f"workspace of perturbed weights, or of a query's parts: {self.workspace_bytes:,} bytes at most"
+            )
         return "\n".join(lines)
 
 

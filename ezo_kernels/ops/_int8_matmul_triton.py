@@ -201,7 +201,7 @@ def _launch(
     aligned = k % 16 == 0 and x_strides[2] == w_strides[2] == 1 and x_strides[1] % 16 == w_strides[1] % 16 == 0
     arch = architecture(x.device)
     tile = int8_tile(rows, n, k, aligned, arch)
-    parts, steps = int8_parts(tile, rows, n, k, arch) if signs and what == 0 else (1, 0)
+    parts, steps = int8_parts(tile, rows, n, k, repeats, arch) if signs and what == 0 else (1, 0)
     memory = _room(parts, acc, name) if parts > 1 else None
     if memory is None:
         parts = 1

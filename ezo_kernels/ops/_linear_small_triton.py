@@ -247,7 +247,10 @@ def _room(parts: int, out: torch.Tensor) -> torch.Tensor | None:
         return torch.empty(parts * out.numel(), dtype=torch.float32, device=out.device)
     except torch.OutOfMemoryError:
         warnings.warn(
-            f"perturbed_linear: no memory for {4 * parts * out.numel()} bytes of parts; K is not cut", RuntimeWarning, 3
+            f"perturbed_linear: no memory for {4 * parts * out.numel()} bytes of parts; K is not cut, "
+            "and a sign made alone may differ from one made before in its last bits",
+            RuntimeWarning,
+            3,
         )
         return None
 

@@ -215,15 +215,22 @@ def small_parts(tile: SmallTile, rows: int, n: int, k: int, arch: int) -> tuple[
     return _parts(-(-rows // tile.half) * -(-n // tile.bn), -(-k // tile.bk), tile.bn * tile.bk, 2, arch)
 
 
-def int8_parts(tile: LinearTile, rows: int, n: int, k: int, arch: int) -> tuple[int, int]:
-    """The same of an integer product whose accumulators go to memory: eight warps a multiprocessor."""
-    return _parts(-(-rows // tile.bm) * -(-n // tile.bn), -(-k // tile.bk), tile.bn * tile.bk, 8 // tile.warps, arch)
+def int8_parts(tile: LinearTile, rows: int, n: int, k: int, repeats: int, arch: int) -> tuple[int, int]:
+    """The same of an integer product whose accumulators go to memory: eight warps a multiprocessor.
+
+    Integers add up alike in any parts, so ``repeats``, the queries of a launch, count.
+    """
+    return _parts(
+        repeats * -(-rows // tile.bm) * -(-n // tile.bn), -(-k // tile.bk), tile.bn * tile.bk, 8 // tile.warps, arch
+    )
 
 
 def _parts(programs: int, steps: int, noise: int, each: int, arch: int) -> tuple[int, int]:
     """``programs`` of ``steps`` steps, of so many z each, cut until there are ``each`` a multiprocessor."""
     known = max((a for a in MULTIPROCESSORS if a <= arch), default=min(MULTIPROCESSORS))
-    parts = min(each * MULTIPROCESSORS[known] // programs, steps // 4, 8)
+    parts = min(each * MULTIPROCESSORS[known] // max(programs, 1), steps // 4, 8)
+    if steps > (1 << 24) - 8:  # the end of the last part would be no int32
+        parts = 1
     if parts < 2 or (steps - -(-steps // parts)) * noise < SPLIT_LEAST_NOISE:
         return 1, steps
     own = -(-steps // parts)
