@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "more parts of K than a multiprocessor has warps for",
         _OPS + "_tiles.py",
-        "tile.bn * tile.bk, 8 // tile.warps, arch)",
-        "tile.bn * tile.bk, 2, arch)",
+        "tile.bn * tile.bk, 8 // tile.warps, arch",
+        "tile.bn * tile.bk, 2, arch",
         "tests/test_strategy.py -k parts_of_k_of_integers",
     ),
     # PTX that no GPU has run
