@@ -230,15 +230,20 @@ def baseline() -> str:
 
 
 def experiment(file: str, name: str) -> str:
-    """The table of an experiment as its last run printed it, and what follows; no times, which ran beside other work."""
+    """The table of an experiment as its last run printed it, and what follows.
+
+    No times but those of the experiment that is of them: the others ran beside one another.
+    """
     record = _read(f"experiments/{file}.json")
     if not record:
         return f"`ezo experiment {name}` has not been run in full."
-    columns = tuple(c for c in EXPERIMENTS[name].columns if c.name not in ("seconds", "step_ms"))
+    times = () if name == "time" else ("seconds", "step_ms")
+    columns = tuple(c for c in EXPERIMENTS[name].columns if c.name not in times)
     recipes = [t["specification"]["recipe"] for t in record["trials"].values()]
     epochs = sorted({r["epochs"] for r in recipes})
     lasted = f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}"
-    return "\n\n".join([text(record["table"], columns), f"Epochs: {lasted}.", *record["notes"]])
+    lasted = [] if name == "time" else [f"Epochs: {lasted}."]
+    return "\n\n".join([text(record["table"], columns), *lasted, *record["notes"]])
 
 
 def gpu_records() -> list[dict]:
@@ -342,7 +347,7 @@ TABLES = {
     "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
     "docs/experiments.md": {
         file: functools.partial(experiment, file, file.partition("_")[0])
-        for file in ("partition_mnist", "epsilon", "finetune", "sign", "noise", "regression")
+        for file in ("partition_mnist", "epsilon", "finetune", "sign", "noise", "regression", "time")
     },
 }
 
