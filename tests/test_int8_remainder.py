@@ -12,7 +12,7 @@ from ezo_kernels import ops
 from tests import int8_oracle as oracle
 from tests.int8_models import exponents, randint, same, state
 from tests.test_int8_arithmetic import SEED, SITE, STEP, key_tensor
-from tests.test_int8_step import HEADS, lenet, lenet_batch, oracle_of, steps, tiny, tiny_batch
+from tests.test_int8_step import HEADS, lenet, lenet_batch, oracle_of, step_as_the_oracle, steps, tiny
 
 HOW = dict(r_max=40, p_zero=0.3, head_remainder=True)
 
@@ -76,12 +76,7 @@ def test_steps_are_the_oracles(head, head_rounding, width):
     opt = ezo.ElasticZOInt8(model, seed=17, **how)
     run = oracle_of(model, opt, 17, **how)
     for i in range(4):
-        x, y = tiny_batch(i)
-        opt.train_step(x, y)
-        run.train_step([row.flatten().tolist() for row in x.values], -5, y.tolist())
-        assert opt.losses.tolist() == run.losses and opt.g.tolist() == run.g
-        for name, p in model.named_parameters():
-            assert p.flatten().tolist() == run.parameters[name].values, f"{name} after step {i}"
+        step_as_the_oracle(opt, run, i)
     kept = opt.state_dict()["head_remainder"]
     assert {name: r.flatten().tolist() for name, r in kept.items()} == run.remainders
     assert all(r.any() for r in kept.values())

@@ -13,7 +13,6 @@ from torch import nn
 
 import ezo_kernels as ezo
 from ezo_kernels.ops import Int8Tensor
-from ezo_kernels.optim import IntegerSchedule
 from tests import int8_oracle as oracle
 from tests.int8_models import (
     LENET_HEADS,
@@ -54,6 +53,17 @@ def oracle_of(model: nn.Module, opt, seed: int, **how) -> oracle.Run:
             rounding_site, conv=p.dim() == 4,
         )  # fmt: skip
     return oracle.Run(TINY_LAYERS, parameters, (2, 6, 6), seed, **how)
+
+
+def step_as_the_oracle(opt, run, i: int) -> None:
+    """The i-th batch for both: losses, g and every weight, bit for bit."""
+    x, y = tiny_batch(i)
+    total = opt.train_step(x, y)
+    run.train_step([row.flatten().tolist() for row in x.values], -5, y.tolist())
+    assert opt.losses.tolist() == run.losses and total.item() == sum(run.losses), f"losses of step {i}"
+    assert opt.g.tolist() == run.g, f"g of step {i}"
+    for name, p in opt.model.named_parameters():
+        assert p.flatten().tolist() == run.parameters[name].values, f"{name} after step {i}"
 
 
 #: head, queries, mode, strategy, head_grad, rounding, head_rounding, activation_rounding, bits, head_bits, F, rounds
@@ -98,13 +108,7 @@ def test_steps_are_the_oracles(recipe):
     run = oracle_of(model, opt, seed, fraction=fraction, **shared)
     before = state(model)
     for i in range(3):
-        x, y = tiny_batch(i)
-        total = opt.train_step(x, y)
-        run.train_step([row.flatten().tolist() for row in x.values], -5, y.tolist())
-        assert opt.losses.tolist() == run.losses and total.item() == sum(run.losses), f"losses of step {i}"
-        assert opt.g.tolist() == run.g, f"g of step {i}"
-        for name, p in model.named_parameters():
-            assert p.flatten().tolist() == run.parameters[name].values, f"{name} after step {i}"
+        step_as_the_oracle(opt, run, i)
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert len(moved) >= (4 if width > -8 and head_width > 0 else 2), moved
 
@@ -119,11 +123,7 @@ def test_a_frozen_parameter_is_neither_perturbed_nor_updated():
     opt = ezo.ElasticZOInt8(model, seed=5, **how)
     run = oracle_of(model, opt, 5, **how)
     for i in range(2):
-        x, y = tiny_batch(i)
-        opt.train_step(x, y)
-        run.train_step([row.flatten().tolist() for row in x.values], -5, y.tolist())
-        assert opt.losses.tolist() == run.losses
-        assert all(p.flatten().tolist() == run.parameters[name].values for name, p in model.named_parameters())
+        step_as_the_oracle(opt, run, i)
     assert torch.equal(model.fc1.weight, frozen[0]) and torch.equal(model.fc1.bias, frozen[1])
 
 
@@ -326,72 +326,6 @@ def test_weights_stay_off_minus_128():
     steps(ezo.ElasticZOInt8(model, r_max=127, p_zero=0.0, bits=7, head_bits=7), 6)
     values = torch.cat([p.flatten() for p in model.parameters()])
     assert values.min() == -127 and values.max() == 127
-
-
-# ---- saving, schedules
-
-
-@pytest.mark.parametrize("head", LENET_HEADS, ids=str)
-def test_resume_equals_the_uninterrupted_run(head, tmp_path):
-    how = dict(queries=2, seed=2**64 - 1, p_zero=0.5)
-    model = lenet(head)
-    opt = ezo.ElasticZOInt8(model, **how)
-    opt.param_groups[0]["bits"] = 2
-    steps(opt, 3)
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, tmp_path / "checkpoint")
-    losses = steps(opt, 3, first=3)
-    saved = torch.load(tmp_path / "checkpoint", weights_only=True)
-    fresh = lenet(head)
-    fresh.conv1.weight.data.zero_()
-    fresh.load_state_dict(saved["model"])
-    other = ezo.ElasticZOInt8(fresh, **{**how, "seed": 0})
-    other.load_state_dict(saved["opt"])
-    assert steps(other, 3, first=3) == losses
-    assert same(state(fresh), state(model)) and other.step_count.item() == 6
-
-
-CHANGES = {"bits": 3, "r_max": 50, "p_zero": 0.25, "head_bits": 4}
-
-
-def test_the_loss_for_people_is_the_mean_over_rows_whatever_the_loss():
-    """The float loss of the same logits is a mean already: dividing by the rows again would make it 8 times too small."""
-    means = []
-    for loss in ("cross_entropy", "float_cross_entropy"):
-        opt = ezo.ElasticZOInt8(lenet(("fc3",)), seed=1, loss=loss)
-        opt.train_step(*lenet_batch(8))
-        assert opt.group_losses.shape == (2,) and opt.mean_loss == opt.group_losses.mean()
-        means.append(opt.mean_loss.item())
-    assert means[0] == pytest.approx(means[1], rel=0.01) and means[0] > 1
-
-
-def test_a_schedule_changes_what_it_says_when_it_says():
-    def run(by_hand):
-        model = tiny(("fc2",))
-        opt = ezo.ElasticZOInt8(model)
-        schedule = IntegerSchedule(opt, {0: {"bits": 2}, 2: CHANGES} if not by_hand else {})
-        for i in range(4):
-            if by_hand and i in (0, 2):
-                trunk = {"bits": 2} if i == 0 else {k: CHANGES[k] for k in ("bits", "r_max", "p_zero")}
-                opt.param_groups[0].update(trunk)
-                opt.param_groups[1]["bits"] = 1 if i == 0 else 4
-            opt.train_step(*tiny_batch(i))
-            schedule.step()
-        return state(model), opt
-
-    (ours, opt), (by_hand, _) = run(False), run(True)
-    assert same(ours, by_hand)
-    assert {k: opt.param_groups[0][k] for k in ("bits", "r_max", "p_zero")} == {"bits": 3, "r_max": 50, "p_zero": 0.25}
-    assert opt.param_groups[1]["bits"] == 4
-    assert opt._shift.item() == 3 and opt._head_bits.item() == 4
-
-
-def test_a_schedule_goes_on_from_its_state():
-    opt = ezo.ElasticZOInt8(tiny(("fc2",)))
-    schedule = IntegerSchedule(opt, {2: CHANGES})
-    saved = {"last_step": 2}
-    assert opt.param_groups[0]["bits"] == 1
-    schedule.load_state_dict(saved)
-    assert opt.param_groups[0]["bits"] == 3 and schedule.state_dict() == saved
 
 
 def main() -> int:

@@ -90,21 +90,21 @@ MUTANTS = (
         _OPS + "_strategy.py",
         "return 4 * parts * len(signs) * rows * shape[0] if parts > 1 else 0",
         "return 4 * parts * 2 * rows * shape[0] if parts > 1 else 0",
-        "tests/test_strategy.py -k memory_of_a_query",
+        "tests/test_parts.py -k memory_of_a_query",
     ),
     Mutant(
         "a part of K that is empty",
         _OPS + "_tiles.py",
         "return -(-steps // own), own",
         "return parts, own",
-        "tests/test_strategy.py -k parts_of_k",
+        "tests/test_parts.py -k parts_of_k",
     ),
     Mutant(
         "more parts of K than a multiprocessor has warps for",
         _OPS + "_tiles.py",
         "tile.bn * tile.bk, 8 // tile.warps, arch",
         "tile.bn * tile.bk, 2, arch",
-        "tests/test_strategy.py -k parts_of_k_of_integers",
+        "tests/test_parts.py -k parts_of_k_of_integers",
     ),
     # PTX that no GPU has run
     Mutant(
@@ -569,7 +569,7 @@ MUTANTS = (
         _DATA + "pointcloud.py",
         'words(1, seed, "turn", epoch, index)',
         'words(1, seed, "turn", 0, index)',
-        "tests/test_pointcloud.py -k rotation",
+        "tests/test_cloud_augmentation.py -k rotation",
     ),
     Mutant(
         "standardised by all rows",

@@ -75,6 +75,27 @@ def write_json(path: Path, record: dict) -> None:
         temporary.write_text(json.dumps(jsonable(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_lines(path: Path, record: dict) -> None:
+    """The same with a line for each entry of the record's own lists and dicts: long files stay small, and differ by entries."""
+
+    def block(value) -> str:
+        if isinstance(value, dict) and value:
+            entries, ends = [f"{json.dumps(key)}: {_line(item)}" for key, item in value.items()], "{}"
+        elif isinstance(value, list) and value:
+            entries, ends = [_line(item) for item in value], "[]"
+        else:
+            return _line(value)
+        return ends[0] + "\n  " + ",\n  ".join(entries) + "\n " + ends[1]
+
+    body = ",\n ".join(f"{json.dumps(key)}: {block(value)}" for key, value in jsonable(record).items())
+    with replacing(path) as temporary:
+        temporary.write_text("{\n " + body + "\n}\n", encoding="utf-8")
+
+
+def _line(value) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
 def write_plot(path: Path, record: dict) -> None:
     """Draw loss and validation accuracy by epoch."""
     # The figure by itself, without pyplot: no window system, no global state.

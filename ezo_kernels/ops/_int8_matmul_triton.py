@@ -18,8 +18,6 @@ own, the first with the bias, and a second kernel adds them up and takes their p
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from ._int8_triton import (
@@ -36,6 +34,7 @@ from ._int8_triton import (
     perturbed_bias,
     raise_peak,
 )
+from ._linear_small_triton import room_for_parts
 from ._linear_triton import architecture
 from ._noise_triton import ASM, load_key, noise_args, signed32, sparse_int8_units
 from ._tiles import LARGE, int8_parts, int8_tile
@@ -202,7 +201,7 @@ def _launch(
     arch = architecture(x.device)
     tile = int8_tile(rows, n, k, aligned, arch)
     parts, steps = int8_parts(tile, rows, n, k, repeats, arch) if signs and what == 0 else (1, 0)
-    memory = _room(parts, acc, name) if parts > 1 else None
+    memory = room_for_parts(name, parts, acc, torch.int32) if parts > 1 else None
     if memory is None:
         parts = 1
     tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
@@ -228,17 +227,6 @@ def _launch(
             int8_sum_parts_kernel[(-(-size // _BLOCK), groups)](
                 memory, acc, peak, size, acc.numel(), parts, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False
             )
-
-
-def _room(parts: int, acc: torch.Tensor, name: str) -> torch.Tensor | None:
-    """int32 memory of that many acc; None, with a warning, where there is too little."""
-    try:
-        return torch.empty(parts * acc.numel(), dtype=torch.int32, device=acc.device)
-    except torch.OutOfMemoryError:
-        warnings.warn(
-            f"{name}: no memory for {4 * parts * acc.numel()} bytes of parts; K is not cut", RuntimeWarning, 3
-        )
-        return None
 
 
 def launch_linear(

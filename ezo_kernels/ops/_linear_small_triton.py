@@ -214,7 +214,7 @@ def launch_linear_small(
     arch = architecture(x.device)
     tile = small_tile(rows, x.dtype, noise.name, eights, arch)
     parts, steps = small_parts(tile, rows, n, k, arch)
-    memory = _room(parts, out) if parts > 1 else None
+    memory = room_for_parts("perturbed_linear", parts, out, torch.float32) if parts > 1 else None
     if memory is None:
         parts, steps = 1, -(-k // tile.bk)
     tiles_m, tiles_n = -(-rows // tile.half), -(-n // tile.bn)
@@ -241,17 +241,16 @@ def launch_linear_small(
             )
 
 
-def _room(parts: int, out: torch.Tensor) -> torch.Tensor | None:
-    """fp32 memory of that many y; None, with a warning, where there is too little."""
+def room_for_parts(name: str, parts: int, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Memory of that many ``out``; None, with a warning, where there is too little."""
     try:
-        return torch.empty(parts * out.numel(), dtype=torch.float32, device=out.device)
+        return torch.empty(parts * out.numel(), dtype=dtype, device=out.device)
     except torch.OutOfMemoryError:
-        warnings.warn(
-            f"perturbed_linear: no memory for {4 * parts * out.numel()} bytes of parts; K is not cut, "
-            "and a sign made alone may differ from one made before in its last bits",
-            RuntimeWarning,
-            3,
+        more = (
+            "" if dtype == torch.int32 else ", and a sign made alone may differ from one made before in its last bits"
         )
+        size = parts * out.numel() * dtype.itemsize
+        warnings.warn(f"{name}: no memory for {size} bytes of parts; K is not cut{more}", RuntimeWarning, 3)
         return None
 
 

@@ -65,7 +65,7 @@ class Store:
         self.write()
 
     def write(self) -> None:
-        outputs.write_json(
+        outputs.write_lines(
             self.path,
             {
                 "format": FORMAT,
