@@ -60,6 +60,19 @@ def test_g_b_is_the_squared_norm_of_the_whole_batchs_gradient():
         torch.testing.assert_close(moments.G_B, exact, rtol=1e-4, atol=0)
 
 
+def test_g_b_and_h_are_those_of_the_batch_they_are_asked_for():
+    """At micro-batches as large as a step's: the means over them, of |g|^2 and of (g'd)^2."""
+    model, (x, y) = mlp(4 * MICRO_BATCHES)
+    cuts = all_cuts(model, x)
+    wholes = measure(model, x, y, F.cross_entropy, cuts)
+    for whole, small in zip(wholes, measure(model, x, y, F.cross_entropy, cuts, batch=4), strict=True):
+        assert torch.equal(whole.cross, small.cross)
+        large, moments = whole.moments(), small.moments()
+        assert (moments.G, moments.T) == (large.G, large.T) and large.G_B < moments.G_B and large.h < moments.h
+        assert pytest.approx(float(small.true.diagonal().mean())) == moments.G_B
+        assert moments.h == pytest.approx(4 * float((small.cross**2).mean()))
+
+
 def test_the_curvature_of_a_regression_is_its_hessians():
     """Mean squared error of a linear model: the Fisher matrix is the Hessian, whatever the targets."""
     generator = torch.Generator().manual_seed(3)
@@ -293,6 +306,24 @@ def test_a_loss_of_ones_own_with_its_draw():
     assert own.rows == choose_cut(model, (x, y), time_step=fixed()).rows
 
 
+def test_gains_of_more_rows_than_a_batch():
+    model, (x, y) = mlp(256)
+    sample, rows = (x[:16], y[:16]), (x, y)
+    choice = choose_cut(model, sample, signal_sample=rows, time_step=fixed())
+    products = measure(model, x, y, F.cross_entropy, all_cuts(model, x), batch=16)
+    assert [row.gain for row in choice.rows] == gains(products, 1)
+    alone = choose_cut(model, sample, time_step=fixed())
+    assert [row.bytes for row in choice.rows] == [row.bytes for row in alone.rows]
+    assert [row.gain for row in choice.rows] != [row.gain for row in alone.rows]
+    for bad, said in (
+        (x, "signal_sample as the pair"),
+        ((x[:1], y[:1]), "the sample has 1 rows"),
+        ((x,), "got 1 items"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            choose_cut(model, sample, signal_sample=bad)
+
+
 # ---- ezo cut
 
 
@@ -315,7 +346,8 @@ def test_ezo_cut(cut, tmp_path):
     code, out, _ = cut(*MLP, "--json", tmp_path / "cut.json", "--plot", tmp_path / "cut.png")
     assert code == 0 and "of the best allowed gain" in out
     record = json.loads((tmp_path / "cut.json").read_text())
-    assert record["batch"] == 16 and len(record["rows"]) == 3 and (tmp_path / "cut.png").exists()
+    assert len(record["rows"]) == 3 and (tmp_path / "cut.png").exists()
+    assert record["batch"] == 16 and record["signal_rows"] == 117  # all there are: 16 batches would be 256
     assert record["precision"] == "fp32" and record["mode"] == "stacked"
 
 

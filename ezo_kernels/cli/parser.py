@@ -230,7 +230,7 @@ def build() -> Parser:
     cut = commands.add_parser(
         "cut",
         help="which layers to give to backpropagation: bytes, time and predicted gain of every cut, and a choice",
-        description="Choose the head of a model with its initial weights, from the first batch of the training images.",
+        description="Choose the head of a model with its initial weights, from the first 16 batches of the training images.",
     )
     cut.add_argument("--model", choices=R.MODELS, default="lenet5", help="(default: lenet5)")
     cut.add_argument("--hidden", default="256,128", metavar="N,N", help="widths of the MLP's hidden layers")

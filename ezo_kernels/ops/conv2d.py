@@ -50,12 +50,32 @@ def _conv2d_cpu(
         _slab(x, w, biases, out, how, shared, queries, len(signs), False, fill, relu, pool)
         return
     weights = perturbed_cpu(w, key, eps, site, "conv", *tail)
+    pointwise = _is_pointwise(x, w, out, how)
     for x_g, y_g, w_g, b_g in zip(group_slices(x, groups, shared), out.chunk(groups), weights, biases, strict=True):
+        if pointwise:
+            _pointwise(x_g, w_g, b_g, y_g)
+            _finish(y_g, relu, pool, y_g)
+            continue
         y = F.conv2d(x_g, w_g, b_g, *how)
         if pool == 2 and y.dtype == torch.float32 and y.is_contiguous() and y_g.is_contiguous():
             _cpu.convolutions().pool_2x2(y.flatten(0, 1).numpy(), relu, y_g.flatten(0, 1).numpy())
             continue
         _finish(y, relu, pool, y_g)
+
+
+def _is_pointwise(x, w, out, how) -> bool:
+    """Whether a convolution is one product of matrices an image, which torch's takes two and a half times as long for."""
+    plain = how == ([1, 1], [0, 0], [1, 1], 1) and tuple(w.shape[2:]) == (1, 1) and out.shape[2:] == x.shape[2:]
+    return plain and x.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous()
+
+
+def _pointwise(x, w, b, out) -> None:
+    """out [B, O, H, W] = w [O, C, 1, 1] x [B, C, H, W] + b."""
+    w, x, out = w.flatten(1).expand(len(x), -1, -1), x.flatten(2), out.view(*out.shape[:2], -1)
+    if b is None:
+        torch.bmm(w, x, out=out)
+    else:
+        torch.baddbmm(b[:, None], w, x, out=out)
 
 
 def _finish(y, relu: bool, pool: int, out) -> None:

@@ -18,13 +18,14 @@ from torch import nn
 from ..nn.convert import convert_
 from ..nn.cut import all_cuts
 from ..optim import ElasticZO
+from ..optim.batches import rows_of
 from .fake import fake_batch, fake_mode, fake_model
 from .memory import MODES, OPTIMIZERS, MemoryPlan, batch_of, check_model, memory_plan, new_optimizer, shown
 from .signal import Products, draw_for, measure, micro_batches, segments
 from .table import size, table
 
 #: Share of the best allowed cut's gain that is enough: of the cuts that reach it, the one of fewest bytes is taken. Set by
-#: hand before any sweep over cuts was run: a gain is an estimate at one state from one batch, and a tenth is no more than its
+#: hand before any sweep over cuts was run: a gain is an estimate at one state from few rows, and a tenth is no more than its
 #: error. No accuracy, of a validation or of a test split, has entered it.
 ENOUGH = 0.9
 #: Steps timed a cut after one that is not; their median counts.
@@ -215,6 +216,7 @@ def choose_cut(
     *,
     memory_budget: int | None = None,
     time_budget: float | None = None,
+    signal_sample=None,
     loss_fn=F.cross_entropy,
     draw_target=None,
     mode: str = "auto",
@@ -226,9 +228,9 @@ def choose_cut(
     """Choose the head of :func:`ezo_kernels.convert_`, before training.
 
     Three things of every cut: bytes (:func:`ezo_kernels.memory_plan`), seconds of a step (measured on a copy), and the fall of
-    the loss that a step is predicted to bring (:mod:`ezo_kernels.planning.signal`, from a few micro-batches of the sample). Of
-    the cuts that both budgets allow and that reach ENOUGH of the best gain among them, the one of fewest bytes is taken. The
-    gain is of the state the model is in, estimated from one batch: an order of magnitude, not a law (docs/cut.md).
+    the loss that a step is predicted to bring (:mod:`ezo_kernels.planning.signal`, from a few micro-batches of training rows).
+    Of the cuts that both budgets allow and that reach ENOUGH of the best gain among them, the one of fewest bytes is taken. The
+    gain is of the state the model is in and an order of magnitude, not a law (docs/cut.md).
 
     The model is left as it is, every bit of it. A gradient of the whole model is taken for micro-batches, so a machine that
     cannot hold one with its copy cannot run this; :func:`ezo_kernels.memory_plan` can. All but the times is deterministic.
@@ -238,6 +240,8 @@ def choose_cut(
         sample: one batch, the pair (x, y), as large as those of the training (at least two rows); training data, never test
             data.
         memory_budget: bytes at the peak of a step. time_budget: seconds a step.
+        signal_sample: the training rows that gains are estimated from, a pair like ``sample``; that one if None. One batch
+            of 32 leaves much of the choice to chance, 16 such batches do not (docs/cut.md). Memory is that of a sixteenth.
         loss_fn: ``loss_fn(output, y)`` -> scalar, a mean over rows.
         draw_target: for a loss other than F.cross_entropy and F.mse_loss: see :func:`ezo_kernels.planning.signal.measure`.
         mode: ``stacked``, ``sequential``, or ``auto``: stacked where the model and the memory budget allow it.
@@ -261,15 +265,19 @@ def choose_cut(
     if y is None:
         raise ValueError("a choice needs targets: give the sample as the pair (x, y)")
     draw_for(loss_fn, draw_target)
-    micro_batches(model, x)
+    rows_x, rows_y = batch_of(sample if signal_sample is None else signal_sample)
+    if rows_y is None:
+        raise ValueError("gains need targets: give signal_sample as the pair (x, y)")
+    micro_batches(model, rows_x)
     with torch.random.fork_rng():  # random layers of a timed head draw from torch's global state
         return _choose(
-            model, sample, memory_budget, time_budget, loss_fn, draw_target, mode, optimizer, queries, seed, time_step
-        )
+            model, sample, memory_budget, time_budget, (rows_x, rows_y), loss_fn, draw_target, mode, optimizer, queries,
+            seed, time_step,
+        )  # fmt: skip
 
 
 def _choose(
-    model, sample, memory_budget, time_budget, loss_fn, draw_target, mode, optimizer, queries, seed, time_step
+    model, sample, memory_budget, time_budget, rows, loss_fn, draw_target, mode, optimizer, queries, seed, time_step
 ) -> CutChoice:
     """:func:`choose_cut` of checked arguments."""
     x, y = sample
@@ -293,9 +301,9 @@ def _choose(
     fake = fake_mode()
     with fake:
         cuts = all_cuts(fake_model(model, fake), fake_batch(x, fake))
-    products = measure(model, x, y, loss_fn, cuts, draw_target=draw_target, seed=seed)
+    products = measure(model, *rows, loss_fn, cuts, draw_target=draw_target, batch=rows_of(x), seed=seed)
     gain = gains(products, queries)
-    rows = []
+    found = []
     for n, (head, how, total) in planned.items():
         fits = memory_budget is None or total <= memory_budget
         row = CutRow(n, head, how, total, None, gain[n], fits)
@@ -303,16 +311,16 @@ def _choose(
             seconds = float(time_step(_stepper(model, x, y, loss_fn, row, optimizer, queries, seed)))
             in_time = time_budget is None or seconds <= time_budget
             row = CutRow(n, head, how, total, seconds, gain[n], in_time)
-        rows.append(row)
-    if not any(row.allowed for row in rows):
-        least = min(row.seconds for row in rows if row.seconds is not None)
+        found.append(row)
+    if not any(row.allowed for row in found):
+        least = min(row.seconds for row in found if row.seconds is not None)
         also = "" if memory_budget is None else f" and memory_budget={memory_budget:,} bytes"
         raise ValueError(
             f"no cut meets time_budget={time_budget} seconds a step{also}: the smallest that one does is {least:.6g}"
         )
-    chosen = pick(rows)
+    chosen = pick(found)
     signals = _signals(model, cuts, products, queries)
-    return CutChoice(chosen.layers, chosen.head, tuple(rows), signals, plan, memory_budget, time_budget)
+    return CutChoice(chosen.layers, chosen.head, tuple(found), signals, plan, memory_budget, time_budget)
 
 
 @dataclass(frozen=True)

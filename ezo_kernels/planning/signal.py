@@ -1,4 +1,4 @@
-"""Signal and noise of the gradient, a layer: from a few micro-batches of one batch, on a copy of the model.
+"""Signal and noise of the gradient, a layer: from a few micro-batches, on a copy of the model.
 
 With g the gradient of a set of weights over the data, Sigma its covariance over rows, F the Fisher matrix (the Gauss-Newton
 form of the curvature), B rows a batch and q queries, in expectation over zeroth-order noise and batches:
@@ -59,7 +59,7 @@ class Products:
     """Inner products of the gradients of one layer; those of several layers are their sums.
 
     ``true`` [K, K] between gradients of true targets, ``drawn`` [K] squared norms with drawn ones, ``cross`` [K, K] true by
-    drawn, all fp64; K micro-batches of ``rows`` rows and ``targets`` targets each.
+    drawn, all fp64; K micro-batches of ``rows`` rows and ``targets`` targets each. ``batch``: rows of a step.
     """
 
     true: torch.Tensor
@@ -67,11 +67,11 @@ class Products:
     cross: torch.Tensor
     rows: int
     targets: int
+    batch: int
 
     def __add__(self, other: Products) -> Products:
-        return Products(
-            self.true + other.true, self.drawn + other.drawn, self.cross + other.cross, self.rows, self.targets
-        )
+        own = (self.rows, self.targets, self.batch)
+        return Products(self.true + other.true, self.drawn + other.drawn, self.cross + other.cross, *own)
 
     def moments(self) -> Moments:
         """The estimates; G below zero (noise larger than any signal) is zero."""
@@ -80,8 +80,11 @@ class Products:
         pairs = float((self.true.sum() - norms.sum()) / (k * (k - 1)))
         of_rows = max(self.rows * (float(norms.mean()) - pairs), 0.0)
         G = max(pairs, 0.0)
-        h = self.targets * float((self.cross.mean(0) ** 2).mean())
-        return Moments(G, G + of_rows / (k * self.rows), self.targets * float(self.drawn.mean()), h)
+        # g'Fg + tr(F Sigma) / B of all the rows and of those of one micro-batch: a line through both, in 1 / B
+        of_all, of_one = float((self.cross.mean(0) ** 2).mean()), float((self.cross**2).mean())
+        share = (k * self.rows / self.batch - 1) / (k - 1)
+        h = self.targets * max(of_all + share * (of_one - of_all), 0.0)
+        return Moments(G, G + of_rows / self.batch, self.targets * float(self.drawn.mean()), h)
 
 
 def segments(model: nn.Module, cuts: list[tuple[str, ...]]) -> list[tuple[str, list[str]]]:
@@ -159,16 +162,19 @@ def micro_batches(model: nn.Module, x) -> tuple[int, int]:
     return k, rows // k
 
 
-def measure(model: nn.Module, x, y, loss_fn, cuts, *, draw_target=None, seed: int = 0) -> list[Products]:
+def measure(
+    model: nn.Module, x, y, loss_fn, cuts, *, draw_target=None, batch: int | None = None, seed: int = 0
+) -> list[Products]:
     """Inner products a weight layer, in the order of :func:`segments`.
 
     Args:
         model: a plain torch model; a copy of it runs, in the model's own mode, two backward passes a micro-batch.
-        x, y: one batch; rows beyond a multiple of the micro-batches are left out.
+        x, y: training rows; those beyond a multiple of the micro-batches are left out.
         loss_fn: a mean over rows.
         cuts: of :func:`ezo_kernels.nn.cut.all_cuts`.
         draw_target: ``draw_target(output, y, generator)`` -> targets from the model's own distribution, every element drawn on
             its own. Known for F.cross_entropy and F.mse_loss.
+        batch: rows of a step, for G_B and h; those of x if None.
         seed: of drawn targets, of folds and of random layers; torch's global state is left alone.
     """
     draw = draw_for(loss_fn, draw_target)
@@ -197,5 +203,5 @@ def measure(model: nn.Module, x, y, loss_fn, cuts, *, draw_target=None, seed: in
     found = []
     for true, drawn in vectors:
         a, s = torch.stack(true).double(), torch.stack(drawn).double()
-        found.append(Products(a @ a.T, (s * s).sum(1), a @ s.T, size, targets // count))
+        found.append(Products(a @ a.T, (s * s).sum(1), a @ s.T, size, targets // count, batch or count * size))
     return found

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from . import regression
 from .findings import CHOICE, against_full_zo, judge_cuts, place_computed, say_cuts, say_planned, say_rank
-from .recipes import FROZEN_LRS, GRID, HEADS
+from .recipes import CLOUD_BP_LRS, CLOUD_EPOCHS, CLOUD_FROZEN_LRS, CLOUDS, FROZEN_LRS, GRID, HEADS
 from .scope import Experiment, Scope
 from .summary import Column
 from .trial import Trial
@@ -144,6 +144,11 @@ def time(scope: Scope) -> list[Trial]:
     return [*out, scope.trial("full BP, fp32", scope.other("bp"), task="phases")]
 
 
+def _clouds(scope: Scope) -> dict:
+    """What every recipe of PointNet has of its own."""
+    return CLOUDS | {"batch": 8 if scope.quick else 32, "epochs": min(CLOUD_EPOCHS, scope.epochs)}
+
+
 #: weight layers of each model, so heads of 0 to as many
 LAYERS = {"lenet5": 5, "mlp": 3, "pointnet": 8}
 
@@ -153,11 +158,11 @@ def partition(scope: Scope) -> list[Trial]:
     out = []
     for model in scope.models:
         layers = LAYERS[model]
-        batch = 8 if scope.quick and model == "pointnet" else 32
+        common = _clouds(scope) if model == "pointnet" else {"model": model}
         for n in range(layers + 1):
-            own = scope.elastic("all" if n == layers else str(n), model=model, batch=batch)
+            own = scope.elastic("all" if n == layers else str(n), **common)
             out.append(scope.trial(model, own, x=n))
-        out.append(scope.trial(f"{model}, {CHOICE}", scope.elastic("0", model=model, batch=batch), task="choice"))
+        out.append(scope.trial(f"{model}, {CHOICE}", scope.elastic("0", **common), task="choice"))
     return out
 
 
@@ -178,16 +183,16 @@ def finetune(scope: Scope) -> list[Trial]:
 
 
 def pointcloud(scope: Scope) -> list[Trial]:
-    """PointNet on clouds drawn from the images' pixels; its recipes are LeNet-5's and have not been searched for."""
-    # On a CPU a step of 32 clouds takes about half a second.
-    common = {"model": "pointnet", "batch": 8 if scope.quick else 32}
+    """PointNet on clouds drawn from the images' pixels."""
+    common = _clouds(scope)
+    plain = {name: value for name, value in common.items() if name not in ("lr", "head_lr")}
     out = []
     for head, name in zip(("0", "1", "2"), HEADS.values(), strict=True):
         out.append(scope.trial(name, scope.elastic(head, **common)))
-    out.append(scope.trial("full BP", scope.other("bp", **common), head_lrs=scope.ends(FROZEN_LRS)))
+    out.append(scope.trial("full BP", scope.other("bp", **plain), head_lrs=scope.ends(CLOUD_BP_LRS)))
     for head in ("1", "2"):
-        own = scope.other("frozen", head, **common)
-        out.append(scope.trial(f"frozen trunk, last {head} by BP", own, head_lrs=scope.ends(FROZEN_LRS)))
+        own = scope.other("frozen", head, **plain)
+        out.append(scope.trial(f"frozen trunk, last {head} by BP", own, head_lrs=scope.ends(CLOUD_FROZEN_LRS)))
     return out
 
 

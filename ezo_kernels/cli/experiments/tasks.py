@@ -14,7 +14,7 @@ from ...planning import choose_cut, int8_step_bytes, plan_int8_step
 from ...planning.live import LiveBytes
 from ...planning.memory import plan_step
 from ...planning.tally import paper_bytes
-from ..cut import first_batch
+from ..cut import first_batch, signal_rows
 from ..methods import make_optimizer
 from ..recipe import Recipe
 from ..run import Run, build_model, data_for, inputs, loss_fn
@@ -164,7 +164,10 @@ def choose(trial: Trial, data: Dataset, device: torch.device, after_step: Callab
     """The cut that :func:`ezo_kernels.choose_cut` takes, from the initial weights and the first training images."""
     recipe = trial.recipe
     sample = first_batch(recipe, data, device)
-    choice = choose_cut(build_model(recipe, device), sample, mode=recipe.mode, queries=recipe.queries, seed=recipe.seed)
+    choice = choose_cut(
+        build_model(recipe, device), sample, signal_sample=signal_rows(recipe, data, device), mode=recipe.mode,
+        queries=recipe.queries, seed=recipe.seed,
+    )  # fmt: skip
     rows = [{"layers": r.layers, "bytes": r.bytes, "gain": r.gain} for r in choice.rows]
     after_step()
     # Times do not enter it: there is no time budget.
