@@ -94,6 +94,9 @@ CONVS = [
     dict(c=10, o=10, kernel=(3, 3), size=(6, 6), groups=10, padding=1),  # depthwise
     dict(c=5, o=10, kernel=(3, 3), size=(6, 6), groups=5, stride=2, dilation=(1, 2), padding=(0, 3)),
     dict(c=37, o=9, kernel=(1, 1), size=(4, 5)),
+    dict(c=8, o=6, kernel=(1, 1), size=(4, 5), stride=2),
+    dict(c=8, o=6, kernel=(1, 1), size=(4, 5), padding=1),
+    dict(c=8, o=6, kernel=(1, 1), size=(4, 5), groups=2),
     dict(c=2, o=3, kernel=(4, 7), size=(4, 7)),
 ]
 

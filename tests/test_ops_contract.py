@@ -71,6 +71,20 @@ def test_eps_zero_whatever_the_memory_of_x(rows, k):
             assert_groups_equal(ops.perturbed_linear(x, w, None, zero.p, site=1), 2)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (4, 4), (7, 7), (5, 13)])
+@pytest.mark.parametrize(("c", "o"), [(3, 5), (5, 17), (16, 1), (33, 64), (64, 100)])
+def test_eps_zero_gives_equal_groups_of_pointwise_convolutions(c, o, size, device):
+    """On the CPU these are products of matrices, whose last bit depends on where a group's rows begin."""
+    zero, plain = Pass(device, eps=0.0, queries=2), Pass(device, signs=(0,))
+    w, b = randn(o, c, 1, 1, seed=1, device=device), randn(o, seed=2, device=device)
+    for rows in (1, 3, 8):
+        x = randn(rows, c, *size, device=device)
+        for bias in (b, None):
+            y = ops.perturbed_conv2d(torch.cat([x] * 4), w, bias, zero.p, site=1, bias_site=2)
+            assert_groups_equal(y, 4)
+            assert_bitwise_equal(groups_of(y, 4)[0], ops.perturbed_conv2d(x, w, bias, plain.p, site=1, bias_site=2))
+
+
 def test_both_signs_are_opposite_and_queries_are_consecutive(device):
     """One pass of three queries is three passes of one, and the mean of a pair is the plain layer."""
     w = randn(8, 40, device=device)

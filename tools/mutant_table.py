@@ -621,6 +621,20 @@ MUTANTS = (
         "tests/test_choose_cut.py -k one_by_one",
     ),
     Mutant(
+        "gains of a batch of the wrong size",
+        "ezo_kernels/planning/signal.py",
+        "G + of_rows / self.batch",
+        "G + of_rows / (k * self.rows)",
+        "tests/test_choose_cut.py -k asked_for",
+    ),
+    Mutant(
+        "a group's pointwise convolution where its rows lie",
+        _OPS + "conv2d.py",
+        "y if y.data_ptr() % 64 == 0 else torch.empty_like(y)",
+        "y",
+        "tests/test_ops_contract.py -k pointwise",
+    ),
+    Mutant(
         "bytes of a first integer step, with its arena's making",
         "ezo_kernels/planning/integers.py",
         "        live.restart()\n        optimizer.train_step(x, y)\n",

@@ -71,11 +71,14 @@ def _is_pointwise(x, w, out, how) -> bool:
 
 def _pointwise(x, w, b, out) -> None:
     """out [B, O, H, W] = w [O, C, 1, 1] x [B, C, H, W] + b."""
-    w, x, out = w.flatten(1).expand(len(x), -1, -1), x.flatten(2), out.view(*out.shape[:2], -1)
+    w, x, y = w.flatten(1).expand(len(x), -1, -1), x.flatten(2), out.view(*out.shape[:2], -1)
+    to = y if y.data_ptr() % 64 == 0 else torch.empty_like(y)  # MKL's bits depend on it, and groups must not
     if b is None:
-        torch.bmm(w, x, out=out)
+        torch.bmm(w, x, out=to)
     else:
-        torch.baddbmm(b[:, None], w, x, out=out)
+        torch.baddbmm(b[:, None], w, x, out=to)
+    if to is not y:
+        y.copy_(to)
 
 
 def _finish(y, relu: bool, pool: int, out) -> None:

@@ -6,8 +6,9 @@ from ..recipe import Recipe
 
 #: rates of a frozen trunk's head, of which the validation split takes the best, each seed on its own
 FROZEN_LRS = (0.02, 0.05, 0.1, 0.2, 0.4)
-#: PointNet's clouds of 64 points for one epoch, with rates of its own: a step of 32 clouds takes a core of a CPU 50 ms, 140 with
-#: most layers by backpropagation. lr is what ``choose_cut`` says of the trunk (G over G_B T), head_lr of the validation split.
+#: PointNet's clouds of 64 points for one epoch, with rates of its own: a step of 32 clouds takes a core of a CPU 50 ms, 140
+#: with most layers by backpropagation. lr is what ``choose_cut`` says of the trunk (G over G_B T); head_lr is of the validation
+#: split.
 CLOUDS = {"model": "pointnet", "points": 64, "lr": 5e-5, "head_lr": 0.2}
 CLOUD_EPOCHS = 1
 #: its rates of a frozen trunk's head, and of full BP
