@@ -347,7 +347,18 @@ TABLES = {
     "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
     "docs/experiments.md": {
         file: functools.partial(experiment, file, file.partition("_")[0])
-        for file in ("partition_mnist", "epsilon", "finetune", "sign", "noise", "regression", "time")
+        for file in (
+            "partition_mnist",
+            "partition_pointnet",
+            "pointcloud",
+            "epsilon",
+            "batch",
+            "finetune",
+            "sign",
+            "noise",
+            "regression",
+            "time",
+        )  # fmt: skip
     },
 }
 
