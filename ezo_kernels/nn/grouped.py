@@ -122,10 +122,8 @@ def _run(module: Grouped, forward, args, kwargs):
         with swapped(module, {path: t[0] for path, t in spread.items()}):
             return forward(*args, **kwargs)
     if not module.owned and not module._modules and len(args) == 1 and not kwargs and zo.is_stacked(args[0]):
-        outputs = [forward(own) for own in zo.parts(args[0])]
-        if isinstance(outputs[0], torch.Tensor) and outputs[0].dim():
-            return torch.cat(outputs)  # most heads: nothing to swap or narrow
-        return _joined(module, outputs)
+        # nothing to swap or to narrow
+        return _joined(module, (forward(own) for own in zo.parts(args[0])))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not any(zo.is_stacked(leaf) for leaf in leaves):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -134,18 +132,29 @@ def _run(module: Grouped, forward, args, kwargs):
             f"(shapes {shapes}); run them one by one (mode='sequential')",
             module.owned[0][1] if module.owned else None,
         )
-    groups, outputs = zo.p.groups, []
-    split = [zo.parts(leaf) if zo.is_stacked(leaf) else itertools.repeat(leaf, groups) for leaf in leaves]
-    for g, mine in enumerate(zip(*split, strict=True)):
-        with swapped(module, {path: t[g] for path, t in spread.items()}), zo.one_group(g):
-            a, k = pytree.tree_unflatten(list(mine), spec)
-            outputs.append(forward(*a, **k))
-    return _joined(module, outputs)
+    split = [zo.parts(leaf) if zo.is_stacked(leaf) else itertools.repeat(leaf, zo.p.groups) for leaf in leaves]
+
+    def one_by_one():
+        for g, mine in enumerate(zip(*split, strict=True)):
+            with swapped(module, {path: t[g] for path, t in spread.items()}), zo.one_group(g):
+                a, k = pytree.tree_unflatten(list(mine), spec)
+                out = forward(*a, **k)
+            yield out
+            del out
+
+    return _joined(module, one_by_one())
 
 
-def _joined(module: Grouped, outputs: list):
-    """What a module gave for each group as one output, its tensors stacked along dimension 0."""
-    flat = [pytree.tree_flatten(out) for out in outputs]
+def _joined(module: Grouped, outputs):
+    """What a module gives for each group (an iterator) as one output, its tensors stacked along dimension 0."""
+    first = next(outputs)
+    if isinstance(first, torch.Tensor) and first.dim():
+        if first.requires_grad or torch.compiler.is_compiling():
+            return torch.cat([first, *outputs])  # most heads
+        held = [first]
+        del first
+        return _filled(module.zo.p.groups, held, outputs)
+    flat = [pytree.tree_flatten(out) for out in (first, *outputs)]
     joined = []
     for parts in zip(*(leaves for leaves, _ in flat), strict=True):
         if isinstance(parts[0], torch.Tensor) and not parts[0].dim():
@@ -156,6 +165,23 @@ def _joined(module: Grouped, outputs: list):
             )
         joined.append(torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0])
     return pytree.tree_unflatten(joined, flat[0][1])
+
+
+def _filled(groups: int, held: list, outputs) -> torch.Tensor:
+    """``torch.cat`` of what ``held`` has and ``outputs`` give, that holds no more than one of them beside the whole."""
+    y = held.pop()
+    shape, rows = y.shape, y.shape[0]
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(y.dim(), torch.contiguous_format)
+    if y.is_contiguous() or not y.is_contiguous(memory_format=layout):
+        layout = torch.contiguous_format
+    whole = torch.empty((groups * rows, *shape[1:]), dtype=y.dtype, device=y.device, memory_format=layout)
+    for g in range(groups):
+        y = next(outputs) if y is None else y
+        if y.shape != shape or y.dtype != whole.dtype or y.requires_grad:
+            return torch.cat([whole[: g * rows], y, *outputs])
+        whole[g * rows : (g + 1) * rows].copy_(y)
+        y = None  # before the next group runs
+    return whole
 
 
 @torch.no_grad()
