@@ -254,7 +254,8 @@ def launch_linear(
         x = x.contiguous()
         place = address(x, "matrix")
     eights = whole_loads(x, w)
-    tile = linear_tile(rows, n, k, x.dtype, noise.name, precision, transposed, architecture(x.device), eights)
+    arch, mixed = architecture(x.device), w.dtype != x.dtype
+    tile = linear_tile(rows, n, k, x.dtype, noise.name, precision, transposed, arch, eights, mixed)
     tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
     if max(n + tile.bn, k + tile.bk, rows + tile.bm, tiles_m * tiles_n * queries) >= 1 << 31:
         raise NotImplementedError(f"perturbed_linear: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
@@ -292,7 +293,7 @@ _TESTED = {
     ("bf16", "gaussian", 16, "shared"), ("fp32", "gaussian", 32, "tail"), ("bf16", "gaussian", 2048, "plus"),
     ("bf16", "gaussian", 2048, "plain"), ("bf16", "clt4", 64, "rounded"), ("bf16", "clt4", 64, "ragged"),
     ("bf16", "clt4", 64, "eights"), ("bf16", "gaussian", 2048, "eights"), ("bf16", "hadamard", 32, "ragged"),
-    ("mixed", "gaussian", 2048, "ragged"), ("tf32", "rademacher", 2048, "ragged"),
+    ("mixed", "clt4", 2048, "pair"), ("mixed", "gaussian", 2048, "ragged"), ("tf32", "rademacher", 2048, "ragged"),
 }  # fmt: skip
 
 
@@ -301,7 +302,8 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
     noise = Noise(name, p_zero=0.5 if name == "sparse" else 0.0)
     transposed = how == "transposed"
     odd = how in ("ragged", "eights")
-    tile = linear_tile(rows, n + 4 * odd, 4096, kind, name, precision, transposed, archs[0], how != "ragged")
+    regular = how != "ragged"
+    tile = linear_tile(rows, n + 4 * odd, 4096, kind, name, precision, transposed, archs[0], regular, dtype == "mixed")
     pointers = {"x_ptr": x, "w_ptr": w, "b_ptr": w, "out_ptr": x, "key_ptr": "i32", "eps_ptr": "fp32"}
     integers = ("site", "bias_site", "query", "rows", "N", "K", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold")
     along, across = ("w_stride_n", "w_stride_k") if transposed else ("w_stride_k", "w_stride_n")

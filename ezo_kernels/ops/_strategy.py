@@ -29,7 +29,7 @@ import torch
 from ._tiles import conv_slab_plan, slab_bytes, slab_plan, small_parts, small_tile
 
 #: Of the rules below, for :func:`strategy_hash`: a higher one where the same table would be read otherwise, or give other bits.
-VERSION = 4
+VERSION = 5
 STRATEGIES = ("auto", "fused", "two_products", "slab", "specialized")
 _TABLE = pathlib.Path(__file__).with_name("strategies.json")
 #: What a value of each noise costs; others are ``plain``.

@@ -66,7 +66,7 @@ class LinearTile:
 
 def linear_tile(
     rows: int, n: int, k: int, dtype: torch.dtype, noise: str, precision: str, transposed: bool, arch: int,
-    regular: bool = True,
+    regular: bool = True, mixed: bool = False,
 ) -> LinearTile:  # fmt: skip
     """Tile of a perturbed linear layer of ``rows`` rows a group, ``n`` outputs and ``k`` inputs.
 
@@ -74,6 +74,7 @@ def linear_tile(
         dtype: of x. precision: ``ieee`` or ``tf32``, of fp32.
         arch: compute capability, 90 for an H100.
         regular: rows of x and of W are contiguous, and begin at multiples of 8 elements.
+        mixed: W is of fp32, x of 16 bits.
     """
     dear = noise in ("gaussian", "sparse")  # many live registers a z
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
@@ -92,8 +93,9 @@ def linear_tile(
         return LinearTile(64, 64, 32, 8, 2, False)
     if arch in LARGE:
         wide = dtype != torch.float32 and not transposed
-        # outputs that are stored one by one need registers for their addresses
-        bk = 64 if wide and noise not in ("sparse", "hadamard") and n % 16 == 0 else 32
+        # outputs that are stored one by one need registers for their addresses, a wide W for its elements
+        tight = noise in ("sparse", "hadamard") or n % 16 or (mixed and noise in ("clt4", "gaussian_fast"))
+        bk = 64 if wide and not tight else 32
         return LinearTile(128, 128 if wide else 64, bk, 8, 2, False)
     return LinearTile(64, 64, 32, 4, 2, False)
 
