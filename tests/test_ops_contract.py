@@ -71,7 +71,7 @@ def test_eps_zero_whatever_the_memory_of_x(rows, k):
             assert_groups_equal(ops.perturbed_linear(x, w, None, zero.p, site=1), 2)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (4, 4), (7, 7), (5, 13)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 33), (4, 9), (7, 7), (5, 13)])
 @pytest.mark.parametrize(("c", "o"), [(3, 5), (5, 17), (16, 1), (33, 64), (64, 100)])
 def test_eps_zero_gives_equal_groups_of_pointwise_convolutions(c, o, size, device):
     """On the CPU these are products of matrices, whose last bit depends on where a group's rows begin."""
@@ -83,6 +83,13 @@ def test_eps_zero_gives_equal_groups_of_pointwise_convolutions(c, o, size, devic
             y = ops.perturbed_conv2d(torch.cat([x] * 4), w, bias, zero.p, site=1, bias_site=2)
             assert_groups_equal(y, 4)
             assert_bitwise_equal(groups_of(y, 4)[0], ops.perturbed_conv2d(x, w, bias, plain.p, site=1, bias_site=2))
+    wide = randn(8, c + 1, *size, seed=3, device=device)
+    for x in (
+        randn(6, c, *size, device=device)[::2],
+        wide[:, :c],
+    ):  # a group that runs alone may be a view, stacked ones are not
+        y = ops.perturbed_conv2d(torch.cat([x] * 4), w, b, zero.p, site=1, bias_site=2)
+        assert_bitwise_equal(groups_of(y, 4)[0], ops.perturbed_conv2d(x, w, b, plain.p, site=1, bias_site=2))
 
 
 def test_both_signs_are_opposite_and_queries_are_consecutive(device):
