@@ -61,16 +61,37 @@ def test_g_b_is_the_squared_norm_of_the_whole_batchs_gradient():
 
 
 def test_g_b_and_h_are_those_of_the_batch_they_are_asked_for():
-    """At micro-batches as large as a step's: the means over them, of |g|^2 and of (g'd)^2."""
+    """At micro-batches as large as a step's: the means over them, of |g|^2 and of (g'd)^2. Between, a line in 1 / batch."""
     model, (x, y) = mlp(4 * MICRO_BATCHES)
-    cuts = all_cuts(model, x)
-    wholes = measure(model, x, y, F.cross_entropy, cuts)
-    for whole, small in zip(wholes, measure(model, x, y, F.cross_entropy, cuts, batch=4), strict=True):
-        assert torch.equal(whole.cross, small.cross)
-        large, moments = whole.moments(), small.moments()
-        assert (moments.G, moments.T) == (large.G, large.T) and large.G_B < moments.G_B and large.h < moments.h
-        assert pytest.approx(float(small.true.diagonal().mean())) == moments.G_B
-        assert moments.h == pytest.approx(4 * float((small.cross**2).mean()))
+    cuts, k = all_cuts(model, x), MICRO_BATCHES
+    by_batch = {n: measure(model, x, y, F.cross_entropy, cuts, batch=n) for n in (4, 16, 4 * (k - 1))}
+    for small, middle, large in zip(*by_batch.values(), strict=True):
+        one, some, all_others = small.moments(), middle.moments(), large.moments()
+        assert torch.equal(small.cross, large.cross) and (one.G, one.T) == (some.G, some.T) == (
+            all_others.G,
+            all_others.T,
+        )
+        assert pytest.approx(float(small.true.diagonal().mean())) == one.G_B
+        apart = small.cross[~torch.eye(k, dtype=torch.bool)].view(k, k - 1)
+        assert one.h == pytest.approx(4 * float((apart**2).mean()))
+        columns = small.cross.T[~torch.eye(k, dtype=torch.bool)].view(
+            k, k - 1
+        )  # a drawn gradient's with all others' rows
+        assert all_others.h == pytest.approx(4 * float((columns.mean(1) ** 2).mean()))
+        share = (1 / 16 - 1 / 60) / (1 / 4 - 1 / 60)
+        assert some.h == pytest.approx(all_others.h + share * (one.h - all_others.h))
+        assert one.G_B > some.G_B > all_others.G_B > one.G
+
+
+@pytest.mark.parametrize("rows", [32, 512])
+def test_h_does_not_count_a_rows_noise_twice(rows):
+    """Of a linear regression on many independent inputs the curvature is the same everywhere: h = 2 G_B."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(rows, 512, generator=generator), torch.randn(rows, 1, generator=generator)
+    model = nn.Linear(512, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    (found,) = measure(model, x, y, F.mse_loss, [(), ("",)], batch=32)
+    assert found.moments().h == pytest.approx(2 * found.moments().G_B, rel=0.5)
 
 
 def test_the_curvature_of_a_regression_is_its_hessians():
@@ -317,11 +338,13 @@ def test_gains_of_more_rows_than_a_batch():
     assert [row.gain for row in choice.rows] != [row.gain for row in alone.rows]
     for bad, said in (
         (x, "signal_sample as the pair"),
-        ((x[:1], y[:1]), "the sample has 1 rows"),
-        ((x,), "got 1 items"),
+        ((x[:15], y[:15]), "signal_sample has 15 rows, fewer than the 16"),
+        ((x,), "signal_sample: .* got 1 items"),
     ):
         with pytest.raises(ValueError, match=said):
             choose_cut(model, sample, signal_sample=bad)
+    with pytest.raises(ValueError, match="the sample has 1 rows"):
+        choose_cut(model, (x[:1], y[:1]), signal_sample=rows)
 
 
 # ---- ezo cut

@@ -120,6 +120,15 @@ def test_the_sweep_is_of_every_cut_of_every_model():
         assert sum(isinstance(m, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)) for m in modules) == layers
 
 
+def test_epochs_are_those_asked_for():
+    def epochs(name, n):
+        scope = Scope("mnist", "", 55_000, 0, n, False, ("mlp", "pointnet"))
+        return {(t.recipe.model, t.recipe.epochs) for t in EXPERIMENTS[name].trials(scope)}
+
+    assert EXPERIMENTS["pointcloud"].epochs == 1 and epochs("pointcloud", 5) == {("pointnet", 5)}
+    assert epochs("partition", 25) == {("mlp", 25), ("pointnet", 3)}
+
+
 def test_the_choice_is_that_of_choose_cut_on_the_first_batches():
     data = load("digits")
     recipe = Recipe(data="digits", model="mlp", hidden="16", head="0", seed=3)
@@ -127,6 +136,9 @@ def test_the_choice_is_that_of_choose_cut_on_the_first_batches():
     x, y = ezo.data.standardize(data.x_train[:32], "digits"), torch.from_numpy(data.y_train[:32])
     rows = ezo.data.standardize(data.x_train[:512], "digits"), torch.from_numpy(data.y_train[:512])
     own = choose_cut(build_model(recipe, CPU), (x, y), signal_sample=rows, seed=3, time_step=lambda step: 0.1)
+    assert (
+        result["signal_rows"] == 512 and Trial("a", recipe, "", task="choice").specification()["signal_batches"] == 16
+    )
     assert result["chosen_layers"] == own.layers and [c["gain"] for c in result["cuts"]] == [r.gain for r in own.rows]
     assert (
         len(timings["step_ms_of_cuts"]) == 3

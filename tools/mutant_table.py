@@ -628,6 +628,20 @@ MUTANTS = (
         "tests/test_choose_cut.py -k asked_for",
     ),
     Mutant(
+        "a curvature at the ends of its line alone",
+        "ezo_kernels/planning/signal.py",
+        "share = max((k - 1) * self.rows / self.batch - 1, 0.0) / max(k - 2, 1)",
+        "share = float((k - 1) * self.rows > self.batch)",
+        "tests/test_choose_cut.py -k asked_for",
+    ),
+    Mutant(
+        "the first group's output kept beside the whole",
+        "ezo_kernels/nn/grouped.py",
+        "        del first\n",
+        "",
+        "tests/test_grouped_memory.py -k beside",
+    ),
+    Mutant(
         "a group's pointwise convolution where its rows lie",
         _OPS + "conv2d.py",
         "y if y.data_ptr() % 64 == 0 else torch.empty_like(y)",

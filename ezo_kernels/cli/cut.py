@@ -9,15 +9,15 @@ import torch
 
 from ..data import Dataset, load
 from ..planning import choose_cut
-from ..planning.signal import draw_classes
+from ..planning.signal import MICRO_BATCHES, draw_classes
 from . import outputs, system
 from .recipe import Recipe
 from .run import build_model, data_for, inputs, loss_fn
 
 SPLITS = ("train", "valid", "test")
-#: Batches of training images that ``ezo cut`` and the experiment ``partition`` estimate gains from, as many as there are
-#: micro-batches, so that each is one. Raised from 1 after the sweeps of LeNet-5 and the MLP, before PointNet's (docs/cut.md).
-SIGNAL_BATCHES = 16
+#: Batches of training images that ``ezo cut`` and the experiment ``partition`` estimate gains from, so that each micro-batch is
+#: one. Raised from 1 after the sweeps of LeNet-5 and the MLP, before PointNet's (docs/cut.md).
+SIGNAL_BATCHES = MICRO_BATCHES
 
 
 def first_batch(recipe: Recipe, data: Dataset, device: torch.device):
@@ -56,9 +56,10 @@ def cut(args: argparse.Namespace) -> int:
         )
     torch.set_num_threads(1)
     device = system.pick_device(args.device)
-    recipe = Recipe(model=args.model, hidden=args.hidden, data=args.data, precision=args.precision, seed=args.seed)
+    recipe = Recipe(
+        model=args.model, hidden=args.hidden, data=args.data, precision=args.precision, seed=args.seed, batch=args.batch
+    )  # fmt: skip
     data = load(recipe.data, args.data_dir)
-    recipe = replace(recipe, batch=args.batch)
     x, y = first_batch(recipe, data, device)
     rows = signal_rows(recipe, data, device)
     choice = choose_cut(

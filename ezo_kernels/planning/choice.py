@@ -240,8 +240,9 @@ def choose_cut(
         sample: one batch, the pair (x, y), as large as those of the training (at least two rows); training data, never test
             data.
         memory_budget: bytes at the peak of a step. time_budget: seconds a step.
-        signal_sample: the training rows that gains are estimated from, a pair like ``sample``; that one if None. One batch
-            of 32 leaves much of the choice to chance, 16 such batches do not (docs/cut.md). Memory is that of a sixteenth.
+        signal_sample: training rows that gains are estimated from, a pair like ``sample`` with at least as many rows;
+            ``sample`` itself if None. A batch of 32 says little; 16 of them are what ``ezo cut`` takes (docs/cut.md). Each
+            pass holds one micro-batch, a sixteenth of them.
         loss_fn: ``loss_fn(output, y)`` -> scalar, a mean over rows.
         draw_target: for a loss other than F.cross_entropy and F.mse_loss: see :func:`ezo_kernels.planning.signal.measure`.
         mode: ``stacked``, ``sequential``, or ``auto``: stacked where the model and the memory budget allow it.
@@ -252,7 +253,8 @@ def choose_cut(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a budget that no cut can meet, with the smallest that can; a sample without y or of one row; what
+        ValueError: a budget that no cut can meet, with the smallest that can; a sample without y or of one row (of fewer
+            than four, with batch norm); a signal_sample without y or of fewer rows; what
             :func:`ezo_kernels.memory_plan` refuses.
     """
     memory_budget, time_budget = _budget(memory_budget, "memory_budget"), _budget(time_budget, "time_budget")
@@ -265,10 +267,17 @@ def choose_cut(
     if y is None:
         raise ValueError("a choice needs targets: give the sample as the pair (x, y)")
     draw_for(loss_fn, draw_target)
-    rows_x, rows_y = batch_of(sample if signal_sample is None else signal_sample)
-    if rows_y is None:
-        raise ValueError("gains need targets: give signal_sample as the pair (x, y)")
-    micro_batches(model, rows_x)
+    micro_batches(model, x)
+    rows_x, rows_y = x, y
+    if signal_sample is not None:
+        try:
+            rows_x, rows_y = batch_of(signal_sample)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"signal_sample: {error}") from error
+        if rows_y is None:
+            raise ValueError("gains need targets: give signal_sample as the pair (x, y)")
+        if rows_of(rows_x) < rows_of(x):
+            raise ValueError(f"signal_sample has {rows_of(rows_x)} rows, fewer than the {rows_of(x)} of the sample")
     with torch.random.fork_rng():  # random layers of a timed head draw from torch's global state
         return _choose(
             model, sample, memory_budget, time_budget, (rows_x, rows_y), loss_fn, draw_target, mode, optimizer, queries,

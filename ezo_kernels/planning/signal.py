@@ -80,10 +80,13 @@ class Products:
         pairs = float((self.true.sum() - norms.sum()) / (k * (k - 1)))
         of_rows = max(self.rows * (float(norms.mean()) - pairs), 0.0)
         G = max(pairs, 0.0)
-        # g'Fg + tr(F Sigma) / B of all the rows and of those of one micro-batch: a line through both, in 1 / B
-        of_all, of_one = float((self.cross.mean(0) ** 2).mean()), float((self.cross**2).mean())
-        share = (k * self.rows / self.batch - 1) / (k - 1)
-        h = self.targets * max(of_all + share * (of_one - of_all), 0.0)
+        # g'Fg + tr(F Sigma) / B, from the true gradients of one micro-batch, and of all but the drawn one's own, whose rows
+        # would count twice; from these two a line in 1 / B
+        others = self.cross - torch.diag(self.cross.diagonal())
+        of_one = float((others**2).sum() / (k * (k - 1)))
+        of_all = float(((others.sum(0) / (k - 1)) ** 2).mean())
+        share = max((k - 1) * self.rows / self.batch - 1, 0.0) / max(k - 2, 1)
+        h = self.targets * (of_all + share * (of_one - of_all))
         return Moments(G, G + of_rows / self.batch, self.targets * float(self.drawn.mean()), h)
 
 
@@ -174,7 +177,7 @@ def measure(
         cuts: of :func:`ezo_kernels.nn.cut.all_cuts`.
         draw_target: ``draw_target(output, y, generator)`` -> targets from the model's own distribution, every element drawn on
             its own. Known for F.cross_entropy and F.mse_loss.
-        batch: rows of a step, for G_B and h; those of x if None.
+        batch: rows of a step, for G_B and h, not more than those of x; all that are used if None.
         seed: of drawn targets, of folds and of random layers; torch's global state is left alone.
     """
     draw = draw_for(loss_fn, draw_target)
@@ -203,5 +206,7 @@ def measure(
     found = []
     for true, drawn in vectors:
         a, s = torch.stack(true).double(), torch.stack(drawn).double()
-        found.append(Products(a @ a.T, (s * s).sum(1), a @ s.T, size, targets // count, batch or count * size))
+        found.append(
+            Products(a @ a.T, (s * s).sum(1), a @ s.T, size, targets // count, count * size if batch is None else batch)
+        )
     return found

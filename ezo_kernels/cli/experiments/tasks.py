@@ -163,15 +163,20 @@ def count_bytes(trial: Trial, data: Dataset, device: torch.device, after_step: C
 def choose(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:
     """The cut that :func:`ezo_kernels.choose_cut` takes, from the initial weights and the first training images."""
     recipe = trial.recipe
-    sample = first_batch(recipe, data, device)
+    sample, more = first_batch(recipe, data, device), signal_rows(recipe, data, device)
     choice = choose_cut(
-        build_model(recipe, device), sample, signal_sample=signal_rows(recipe, data, device), mode=recipe.mode,
-        queries=recipe.queries, seed=recipe.seed,
-    )  # fmt: skip
+        build_model(recipe, device),
+        sample,
+        signal_sample=more,
+        mode=recipe.mode,
+        queries=recipe.queries,
+        seed=recipe.seed,
+    )
     rows = [{"layers": r.layers, "bytes": r.bytes, "gain": r.gain} for r in choice.rows]
     after_step()
     # Times do not enter it: there is no time budget.
-    return {"chosen_layers": choice.layers, "cuts": rows}, {"step_ms_of_cuts": [1000 * r.seconds for r in choice.rows]}
+    result = {"chosen_layers": choice.layers, "signal_rows": len(more[0]), "cuts": rows}
+    return result, {"step_ms_of_cuts": [1000 * r.seconds for r in choice.rows]}
 
 
 def phases(trial: Trial, data: Dataset, device: torch.device, after_step: Callable[[], None]) -> tuple[dict, dict]:

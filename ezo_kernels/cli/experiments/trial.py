@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from ...ops._constants import INT8_VERSION
 from ...ops.noise import rng_version
+from ..cut import SIGNAL_BATCHES
 from ..recipe import Recipe
 
 #: what a trial does with its recipe: :mod:`.tasks` has a function of each name
@@ -68,6 +69,8 @@ class Trial:
             for name, value in LATER.items():
                 if recipe.get(name) == value:
                     del recipe[name]
+        if self.task == "choice":
+            values["signal_batches"] = SIGNAL_BATCHES
         values["rng_version"] = rng_version(self.recipe.rounds)
         values["numerics_version"] = INT8_VERSION if self.recipe.integer else None
         return json.loads(json.dumps(values))
