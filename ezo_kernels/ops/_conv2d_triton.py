@@ -195,7 +195,8 @@ def conv_tiles(
         noise: name.
         precision: of the products: ``16`` (bits), ``tf32`` or ``ieee``. Those in ieee run on the CUDA cores, which keep
             a tile's whole K in registers.
-        arch: compute capability, 90 for an H100. Where the tensor core reads registers a second stage makes tiles spill.
+        arch: compute capability, 90 for an H100. Where the tensor core reads registers a second stage makes tiles spill, and
+            on sm_100 one of tf32 and hadamard does.
     """
     unit, bk = UNIT[noise], 32
     if precision == "ieee" and noise != "hadamard":
@@ -210,7 +211,8 @@ def conv_tiles(
         bm //= 2
     bm = 16 if positions <= 16 else bm  # fewer positions make the noise of a tile no cheaper
     warps = 8 if bm == 128 or bm * bn >= (2048 if precision == "ieee" else 4096) else 4
-    return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps, 2 if arch // 10 in (9, 10) else 1)
+    stages = 2 if arch // 10 in (9, 10) and (precision, noise) != ("tf32", "hadamard") else 1
+    return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps, stages)
 
 
 # ----------------------------------------------------------------------------------------------------------- launcher
