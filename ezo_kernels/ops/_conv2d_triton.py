@@ -206,7 +206,8 @@ def conv_tiles(
     bn = min(64, max(16, _pow2(outputs)))
     if precision == "ieee" and noise == "hadamard":
         bn = min(bn, 32)
-    bm = 128 if precision == "16" else 64
+    ampere = arch // 10 not in (9, 10)
+    bm = 128 if precision == "16" else 32 if (precision, noise, ampere) == ("ieee", "hadamard", True) else 64
     while bm > 32 and -(-positions // bm) * -(-outputs // bn) * conv_groups < 132:  # an H100 has 132 multiprocessors
         bm //= 2
     bm = 16 if positions <= 16 else bm  # fewer positions make the noise of a tile no cheaper
