@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from . import regression
 from .findings import CHOICE, against_full_zo, judge_cuts, place_computed, say_cuts, say_planned, say_rank
-from .recipes import CLOUD_BP_LRS, CLOUD_FROZEN_LRS, CLOUD_HEAD_LR, CLOUDS, FROZEN_LRS, GRID, HEADS
+from .recipes import CLOUD_BP_LRS, CLOUD_FROZEN_LRS, CLOUD_HEAD_LR, CLOUD_RATES, CLOUDS, FROZEN_LRS, GRID, HEADS
 from .scope import Experiment, Scope
 from .summary import Column
 from .trial import Trial
@@ -163,7 +163,7 @@ def partition(scope: Scope) -> list[Trial]:
         layers = LAYERS[model]
         common = {"model": model}
         if model == "pointnet":  # its steps take ten times as long
-            common = _clouds(scope) | {"epochs": -(-scope.epochs // 10)}
+            common = _clouds(scope) | CLOUD_RATES | {"epochs": -(-scope.epochs // 10)}
         for n in range(layers + 1):
             own = scope.elastic("all" if n == layers else str(n), **common)
             out.append(scope.trial(model, own, x=n))
@@ -190,13 +190,12 @@ def finetune(scope: Scope) -> list[Trial]:
 def pointcloud(scope: Scope) -> list[Trial]:
     """PointNet on clouds drawn from the images' pixels."""
     common = _clouds(scope)
-    plain = {name: value for name, value in common.items() if name not in ("lr", "head_lr")}
     out = []
     for head, name in zip(("0", "1", "2"), HEADS.values(), strict=True):
-        out.append(scope.trial(name, scope.elastic(head, **common | {"head_lr": CLOUD_HEAD_LR})))
-    out.append(scope.trial("full BP", scope.other("bp", **plain), head_lrs=scope.ends(CLOUD_BP_LRS)))
+        out.append(scope.trial(name, scope.elastic(head, **common | CLOUD_RATES | {"head_lr": CLOUD_HEAD_LR})))
+    out.append(scope.trial("full BP", scope.other("bp", **common), head_lrs=scope.ends(CLOUD_BP_LRS)))
     for head in ("1", "2"):
-        own = scope.other("frozen", head, **plain)
+        own = scope.other("frozen", head, **common)
         out.append(scope.trial(f"frozen trunk, last {head} by BP", own, head_lrs=scope.ends(CLOUD_FROZEN_LRS)))
     return out
 
