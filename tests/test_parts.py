@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ezo_kernels.ops._strategy import choose
-from ezo_kernels.ops._tiles import int8_parts, int8_tile, small_parts, small_tile
+from ezo_kernels.ops._tiles import int8_parts, int8_tile, linear_parts, linear_tile, small_parts, small_tile
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,37 @@ def test_parts_of_one_group_and_memory_of_a_query():
 def test_parts_of_k_of_integers(rows, n, k, repeats, arch, parts):
     """And queries, for integers add up alike in any parts."""
     assert int8_parts(int8_tile(rows, n, k, True, arch), rows, n, k, repeats, arch) == parts
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "dtype", "arch", "parts"),
+    [
+        (32, 120, 784, torch.float32, 90, (7, 4)),  # LeNet-5's fc1: 4 programs
+        (32, 84, 120, torch.float32, 90, (1, 4)),  # its fc2 and fc3: too short
+        (32, 10, 84, torch.float32, 90, (1, 3)),
+        (64, 4096, 4096, torch.float32, 90, (1, 128)),  # 128 programs
+        (1, 1024, 1024, torch.float32, 90, (8, 4)),  # 32 programs of four warps
+        (128, 4096, 4096, torch.bfloat16, 90, (4, 16)),  # 32 programs of eight warps
+        (250, 4096, 4096, torch.bfloat16, 90, (2, 32)),
+        (512, 4096, 4096, torch.bfloat16, 90, (1, 64)),
+        (128, 1000, 512, torch.bfloat16, 80, (1, 16)),
+        (128, 64, 100_000, torch.bfloat16, 90, (8, 196)),
+    ],
+)
+def test_parts_of_k_of_the_fused_kernel(rows, n, k, dtype, arch, parts):
+    tile = linear_tile(rows, n, k, dtype, "clt4", "ieee", False, arch)
+    assert linear_parts(tile, rows, n, k, dtype == torch.float32, arch) == parts
+    assert (parts[0] - 1) * parts[1] * tile.bk < k <= parts[0] * parts[1] * tile.bk
+
+
+def test_fused_by_name_takes_no_memory():
+    call = (32, (120, 784), torch.float32, torch.float32, "gaussian")
+    assert choose(*call, arch=90).workspace_bytes == 4 * 7 * 2 * 32 * 120
+    assert choose(*call, arch=90, signs=(-1,)).workspace_bytes == 4 * 7 * 32 * 120
+    assert choose(*call, arch=90, asked="fused").workspace_bytes == 0
+    assert choose(*call, arch=0).workspace_bytes == choose(*call, arch=90, signs=(0,)).workspace_bytes == 0
+    stored = choose(128, (2048, 1024), torch.bfloat16, torch.bfloat16, "gaussian", arch=90, transposed=True)
+    assert stored.name == "fused" and stored.workspace_bytes % (4 * 2 * 128 * 1024) == 0 < stored.workspace_bytes
 
 
 def test_no_rows_have_no_parts():

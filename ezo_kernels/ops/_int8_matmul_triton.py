@@ -34,9 +34,9 @@ from ._int8_triton import (
     perturbed_bias,
     raise_peak,
 )
-from ._linear_small_triton import room_for_parts
 from ._linear_triton import architecture
 from ._noise_triton import ASM, load_key, noise_args, signed32, sparse_int8_units
+from ._parts_triton import room_for_parts
 from ._tiles import LARGE, int8_parts, int8_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant

@@ -18,14 +18,13 @@ in fp32, the first with the bias, and a second kernel adds them up in order.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from ._address import address, strided
 from ._linear_triton import architecture, bias_noise, whole_loads
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, rademacher_words, signed32, z_units
 from ._noise_triton import UNIT as UNITS
+from ._parts_triton import finish, room_for_parts, sum_parts
 from ._tiles import small_parts, small_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -48,13 +47,6 @@ def signs16(k0, k1, site, query, rows, units, ROUNDS: tl.constexpr, HALF: tl.con
             "lop3.b32 $0, $1, 0x80008000, 0x3f803f80, 0xea;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     return z
-
-
-@jit
-def _finish(y, dtype: tl.constexpr, RELU: tl.constexpr):
-    if RELU:
-        y = tl.where(y < 0.0, 0.0, y)  # NaN stays
-    return y.to(dtype)
 
 
 @jit(
@@ -159,20 +151,9 @@ def linear_small_kernel(
     if SIGNS == -1:
         step = -step
     kept: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(at, _finish(acc_w + step, kept, RELU), mask=inside)
+    tl.store(at, finish(acc_w + step, kept, RELU), mask=inside)
     if SIGNS == 2 and SHARED:
-        tl.store(at + rows.to(tl.int64) * N, _finish(acc_w - step, kept, RELU), mask=inside)
-
-
-@jit(do_not_specialize=["parts"])
-def sum_parts_kernel(parts_ptr, out_ptr, size, parts, RELU: tl.constexpr, BLOCK: tl.constexpr):
-    """out = the sum of fp32 [parts, size], in order, rounded once."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.load(parts_ptr + at, mask=inside, other=0.0)
-    for i in range(1, parts):
-        total += tl.load(parts_ptr + (tl.cast(i, tl.int64) * size + at), mask=inside, other=0.0)
-    tl.store(out_ptr + at, _finish(total, out_ptr.dtype.element_ty, RELU), mask=inside)
+        tl.store(at + rows.to(tl.int64) * N, finish(acc_w - step, kept, RELU), mask=inside)
 
 
 def constexprs(
@@ -236,26 +217,8 @@ def launch_linear_small(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
         if memory is not None:
-            sum_parts_kernel[(-(-out.numel() // _BLOCK),)](
-                memory, out, out.numel(), parts, RELU=relu, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False
-            )
+            sum_parts(memory, out, parts, relu)
 
-
-def room_for_parts(name: str, parts: int, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Memory of that many ``out``; None, with a warning, where there is too little."""
-    try:
-        return torch.empty(parts * out.numel(), dtype=dtype, device=out.device)
-    except torch.OutOfMemoryError:
-        more = (
-            "" if dtype == torch.int32 else ", and a sign made alone may differ from one made before in its last bits"
-        )
-        size = parts * out.numel() * dtype.itemsize
-        warnings.warn(f"{name}: no memory for {size} bytes of parts; K is not cut{more}", RuntimeWarning, 3)
-        return None
-
-
-#: Outputs of a program that adds parts up.
-_BLOCK = 1024
 
 # ----------------------------------------------------------------------------------------------------------- variants
 
@@ -320,11 +283,5 @@ def variants():
     require()
     cases = [(d, n, r, "pair") for d in ("bf16", "fp16") for n in NOISE_ID for r in (16, 64) if n != "sparse_int8"]
     cases += [case for case in sorted(_TESTED) if case not in cases]
-    for relu in (False, True):
-        signature = {"parts_ptr": "*fp32", "out_ptr": "*bf16", "size": "i32", "parts": "i32"}
-        yield Variant(
-            sum_parts_kernel, f"sum_parts/bf16{'/relu' if relu else ''}", signature, {"RELU": relu, "BLOCK": _BLOCK}, 4, 3,
-            expects=(), divisible=("size",),
-        )  # fmt: skip
     for case in cases:
         yield from {v.name: v for v in (_variant(*case, arch) for arch in ARCHS)}.values()

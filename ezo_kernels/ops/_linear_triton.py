@@ -9,7 +9,8 @@
 
 A program makes BM rows of one group (both groups of a pair) by BN outputs: it reads a tile of W once, makes its z once,
 forms W + eps z and W - eps z in fp32 (product rounded, then sum), rounds them to x's dtype and multiplies. Tiles never
-straddle two groups. SWAP puts W's rows on the tensor core's long side, for few rows of x.
+straddle two groups. SWAP puts W's rows on the tensor core's long side, for few rows of x. Where programs are few and memory is
+allowed, K is cut into parts, which :mod:`._parts_triton` adds up.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from ._address import address, strided
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._noise_triton import UNIT as UNITS
+from ._parts_triton import room_for_parts, sum_parts
 from ._rounding_triton import round_z
 from ._strategy import regular
-from ._tiles import LARGE, linear_tile
+from ._tiles import LARGE, linear_parts, linear_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
 from .noise import Noise
@@ -83,13 +85,28 @@ def _store(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rm < rows)[:, None] & (rn < N)[None, :])
 
 
-@jit(do_not_specialize=["site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold"])
+@jit(
+    do_not_specialize=[
+        "site",
+        "bias_site",
+        "query",
+        "rows",
+        "tiles_m",
+        "tiles_n",
+        "queries",
+        "steps",
+        "n1",
+        "n2",
+        "n3",
+        "threshold",
+    ]
+)
 def linear_kernel(
     x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
-    n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
+    queries, steps, n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, X_DIMS: tl.constexpr,
     EVEN_K: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr, ROUNDED: tl.constexpr,
-    RELU: tl.constexpr, NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    RELU: tl.constexpr, NEAR: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     NOISE: tl.constexpr, ROUNDS: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """SIGNS: 2 for the pair, else the sign. ROUNDED: z of the weight has x's dtype.
@@ -97,6 +114,7 @@ def linear_kernel(
     EIGHTS: :func:`whole_loads`; the divisions below tell the compiler, which knows multiples of 16 by itself, of 8 by them.
     NEAR: outputs are stored one by one, and those of a tile lie within 2^31 of each other: from its first row on their
     addresses have 32 bits, which is half the registers.
+    SPLIT: a program has ``steps`` steps of BK, and out is fp32 [parts, groups * rows, N].
     Programs that share a tile of W are neighbours, so that it stays in L2.
     """
     if EIGHTS:
@@ -110,6 +128,14 @@ def linear_kernel(
     pid = pid // tiles_m
     first_n = (pid % tiles_n) * BN
     q = pid // tiles_n
+    first_k = 0
+    last_k = K
+    part = 0
+    if SPLIT:
+        part = q // queries
+        q = q % queries
+        first_k = part * steps * BK
+        last_k = tl.minimum(K, first_k + steps * BK)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     rm, rn, rk = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN), tl.arange(0, BK)
     # rows beyond the end are read again from the last one and never stored: no mask in the loop
@@ -127,17 +153,25 @@ def linear_kernel(
     else:
         w_at = w_ptr + wn.to(tl.int64)[:, None] * w_stride_n + rk.to(tl.int64)[None, :] * w_stride_k
         units = (tl.arange(0, BK // UNIT) * UNIT)[None, :]
+    if SPLIT:
+        out_ptr += part.to(tl.int64) * queries * groups * rows * N
+        x_at += first_k.to(tl.int64) * x_stride
+        w_at += first_k.to(tl.int64) * w_stride_k
+        if SIGNS == 2 and not SHARED:
+            y_at += first_k.to(tl.int64) * x_stride
     x_step = tl.full((), BK, tl.int64) * x_stride
     w_step = tl.full((), BK, tl.int64) * w_stride_k
-    k0, k1 = load_key(key_ptr)
-    eps = tl.load(eps_ptr)
+    eps = 0.0
+    if SIGNS != 0:
+        k0, k1 = load_key(key_ptr)
+        eps = tl.load(eps_ptr)
     if SWAP:
         acc = tl.zeros((BN, BM), tl.float32)
         other = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
         other = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, K, BK):
+    for k in range(first_k, last_k, BK):
         if EVEN_K:
             x = tl.load(x_at)
             w = tl.load(w_at)
@@ -190,6 +224,8 @@ def linear_kernel(
             b_plus, b_minus = perturb_tile(b_plus, z, eps, tl.float32)
     if SIGNS == -1:
         b_plus = b_minus
+    if SPLIT and BIAS:
+        b_plus, b_minus = tl.where(part == 0, b_plus, 0.0), tl.where(part == 0, b_minus, 0.0)
     _store(out_ptr, acc, b_plus, row0, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS, RELU)
     if SIGNS == 2:
         _store(out_ptr, other, b_minus, row0 + rows, first_m, rm, rn, rows, N, BM, NEAR, SWAP, BIAS, RELU)
@@ -210,7 +246,7 @@ def whole_loads(x: torch.Tensor, w: torch.Tensor) -> bool:
 
 def constexprs(
     tile, noise, signs: int, shared: bool, transposed: bool, bias: bool, x_dims: int, even_k: bool, precision: str,
-    rounded: bool = False, eights: bool = True, near: bool = False, relu: bool = False,
+    rounded: bool = False, eights: bool = True, near: bool = False, relu: bool = False, split: bool = False,
 ) -> dict:  # fmt: skip
     """Everything that :func:`linear_kernel` is compiled for."""
     return {
@@ -220,7 +256,8 @@ def constexprs(
             "EIGHTS": eights,
             "NEAR": near,
             "ROUNDED": rounded,
-            "RELU": relu,
+            "RELU": relu and not split,
+            "SPLIT": split,
             "PRECISION": precision,
             "SWAP": tile.swap,
             "BM": tile.bm,
@@ -234,15 +271,17 @@ def constexprs(
 
 def launch_linear(
     x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, noise, out, *, rounded=False,
-    relu=False,
+    relu=False, split=False,
 ) -> None:  # fmt: skip
     """Write the outputs of every group; arguments as in :func:`perturbed_linear`, all checked there.
 
     Args:
+        key, eps: None where no sign is perturbed, ``signs`` of (0,).
         precision: ``ieee`` or ``tf32``.
         out: contiguous.
         rounded: z of the weight is rounded to x's dtype.
         relu: of the outputs.
+        split: K may be cut into parts, which take memory.
     """
     require()
     rounded = rounded and not noise.sixteen_bits
@@ -256,23 +295,30 @@ def launch_linear(
     eights = whole_loads(x, w)
     arch, mixed = architecture(x.device), w.dtype != x.dtype
     tile = linear_tile(rows, n, k, x.dtype, noise.name, precision, transposed, arch, eights, mixed)
+    ieee = x.dtype == torch.float32 and precision == "ieee"
+    parts, steps = linear_parts(tile, rows, n, k, ieee, arch) if split else (1, 0)
+    memory = room_for_parts("perturbed_linear", parts, out, torch.float32) if parts > 1 else None
+    parts = 1 if memory is None else parts
     tiles_m, tiles_n = -(-rows // tile.bm), -(-n // tile.bn)
-    if max(n + tile.bn, k + tile.bk, rows + tile.bm, tiles_m * tiles_n * queries) >= 1 << 31:
+    if max(n + tile.bn, k + tile.bk, rows + tile.bm, tiles_m * tiles_n * queries * parts) >= 1 << 31:
         raise NotImplementedError(f"perturbed_linear: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
     threshold, scale = noise_args(noise)
     sign = 2 if len(signs) == 2 else signs[0]
     stride_n, stride_k = w.stride()[::-1] if transposed else w.stride()
     with torch.cuda.device_of(x):
-        linear_kernel[(tiles_m * tiles_n * queries,)](
-            x, w, b if b is not None else w, out, key, eps, signed32(site), signed32(bias_site), query, rows, n, k,
-            tiles_m, tiles_n, **place.index_args(), x_stride=place.channel, w_stride_n=stride_n, w_stride_k=stride_k,
+        linear_kernel[(tiles_m * tiles_n * queries * parts,)](
+            x, w, b if b is not None else w, out if memory is None else memory, key, eps, signed32(site), signed32(bias_site),
+            query, rows, n, k, tiles_m, tiles_n, queries, steps, **place.index_args(), x_stride=place.channel,
+            w_stride_n=stride_n, w_stride_k=stride_k,
             b_stride=b.stride(0) if b is not None else 1, threshold=threshold, scale=scale,
             **constexprs(
                 tile, noise, sign, shared, transposed, b is not None, place.dims, k % tile.bk == 0, precision, rounded,
-                eights, n % 16 != 0 and tile.bm * n < 1 << 31, relu,
+                eights, n % 16 != 0 and tile.bm * n < 1 << 31, relu, memory is not None,
             ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
+        if memory is not None:
+            sum_parts(memory, out, parts, relu)
 
 
 # ----------------------------------------------------------------------------------------------------------- variants
@@ -293,6 +339,7 @@ _TESTED = {
     ("bf16", "gaussian", 16, "shared"), ("fp32", "gaussian", 32, "tail"), ("bf16", "gaussian", 2048, "plus"),
     ("bf16", "gaussian", 2048, "plain"), ("bf16", "clt4", 64, "rounded"), ("bf16", "clt4", 64, "ragged"),
     ("bf16", "clt4", 64, "eights"), ("bf16", "gaussian", 2048, "eights"), ("bf16", "hadamard", 32, "ragged"),
+    ("fp32", "gaussian", 32, "split"), ("bf16", "clt4", 128, "split"), ("fp16", "hadamard", 128, "split"),
     ("mixed", "clt4", 2048, "pair"), ("mixed", "gaussian", 2048, "ragged"), ("tf32", "rademacher", 2048, "ragged"),
 }  # fmt: skip
 
@@ -305,7 +352,23 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
     regular = how != "ragged"
     tile = linear_tile(rows, n + 4 * odd, 4096, kind, name, precision, transposed, archs[0], regular, dtype == "mixed")
     pointers = {"x_ptr": x, "w_ptr": w, "b_ptr": w, "out_ptr": x, "key_ptr": "i32", "eps_ptr": "fp32"}
-    integers = ("site", "bias_site", "query", "rows", "N", "K", "tiles_m", "tiles_n", "n1", "n2", "n3", "threshold")
+    pointers["out_ptr"] = "fp32" if how == "split" else x
+    integers = (
+        "site",
+        "bias_site",
+        "query",
+        "rows",
+        "N",
+        "K",
+        "tiles_m",
+        "tiles_n",
+        "queries",
+        "steps",
+        "n1",
+        "n2",
+        "n3",
+        "threshold",
+    )
     along, across = ("w_stride_n", "w_stride_k") if transposed else ("w_stride_k", "w_stride_n")
     strides = ("s0", "s1", "s2", "s3", across)
     signs, even = {"plus": 1, "plain": 0}.get(how, 2), not odd and how != "tail"
@@ -332,6 +395,7 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
                 how == "rounded",
                 how != "ragged",
                 odd,
+                split=how == "split",
             ),
             "ASM": True,
         },

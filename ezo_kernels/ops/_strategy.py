@@ -8,10 +8,12 @@
 | ``specialized`` | as fused, warps that make z beside warps that multiply; by name alone, linear layers in 16 bits on sm_90 |
 
 ``slab`` needs memory beside inputs and outputs, 32 MB at most, and ``two_products`` some for each query where K is cut into
-parts (:func:`._tiles.small_parts`). The numbers come from ``strategies.json``, which is shipped
+parts (:func:`._tiles.small_parts`); ``fused`` needs none when it is asked for by name, and as much where ``auto`` takes it and
+its programs are few (:func:`._tiles.linear_parts`). The numbers come from ``strategies.json``, which is shipped
 and never measured on the user's machine: the same run makes the same choices. It holds, by architecture and for noise that is
-dear, plain or cheap to make (:data:`KINDS`): up to how many rows two products are taken, from how many rows slabs are, and from
-how many multiplications convolutions take slabs. Rows are those of one group, so that a pass made one group at a time, or
+dear, plain or cheap to make (:data:`KINDS`), or for fp32 by its precision: up to how many rows two products are taken, from how
+many rows slabs are and how much work beyond those (rows beyond, times weights) pays for their launches, and from how many
+multiplications convolutions take slabs. Rows are those of one group, so that a pass made one group at a time, or
 with more queries, chooses alike.
 """
 
@@ -26,10 +28,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ._tiles import conv_slab_plan, slab_bytes, slab_plan, small_parts, small_tile
+from ._tiles import (
+    SLAB_BYTES,
+    conv_slab_plan,
+    linear_parts,
+    linear_tile,
+    slab_bytes,
+    slab_plan,
+    small_parts,
+    small_tile,
+)
 
 #: Of the rules below, for :func:`strategy_hash`: a higher one where the same table would be read otherwise, or give other bits.
-VERSION = 5
+VERSION = 6
+#: Most that a layer takes beside inputs and outputs: a slab, or parts of K of as many queries as fit.
+WORKSPACE_BYTES = SLAB_BYTES
 STRATEGIES = ("auto", "fused", "two_products", "slab", "specialized")
 _TABLE = pathlib.Path(__file__).with_name("strategies.json")
 #: What a value of each noise costs; others are ``plain``.
@@ -170,10 +183,20 @@ def choose(
     if tuple(signs) == (0,):
         return Strategy("fused", reason="no sign is perturbed")
 
+    n, k = shape[::-1] if transposed else shape
+
+    def memory_of(parts: int) -> int:
+        return 4 * parts * len(signs) * rows * n if parts > 1 else 0
+
     def in_parts() -> int:
-        tile = small_tile(rows, x_dtype, noise, regular, arch)
-        parts = small_parts(tile, rows, *shape, arch)[0] if arch else 1
-        return 4 * parts * len(signs) * rows * shape[0] if parts > 1 else 0
+        return memory_of(
+            small_parts(small_tile(rows, x_dtype, noise, regular, arch), rows, n, k, arch)[0] if arch else 1
+        )
+
+    def fused(reason: str) -> Strategy:
+        tile = linear_tile(rows, n, k, x_dtype, noise, precision, transposed, arch, regular, w_dtype != x_dtype)
+        ieee = x_dtype == torch.float32 and precision == "ieee"
+        return Strategy("fused", memory_of(linear_parts(tile, rows, n, k, ieee, arch)[0]), reason)
 
     if asked == "two_products":
         if faults:
@@ -196,23 +219,29 @@ def choose(
         return Strategy("fused", reason=_ASKED)
     if arch == 0:
         return Strategy("fused", reason=_CPU)
-    if x_dtype == torch.float32:
-        return Strategy("fused", reason="the table is of 16 bits")
-    if not regular:
-        return Strategy("fused", reason="rows of x or of the weight are not in runs of 16 bytes")
+    if not regular and x_dtype != torch.float32:
+        return fused("rows of x or of the weight are not in runs of 16 bytes")
     table, kind = _table(), KINDS.get(noise, "plain")
-    few, many = (_known(table[name], arch)[kind] for name in ("two_products_rows", "slab_rows"))
+    few = 0
+    if x_dtype == torch.float32:  # no tensor core, or one of another rate: two products are of 16 bits
+        kind = precision
+    else:
+        few = _known(table["two_products_rows"], arch)[kind]
+    many, least = (_known(table[name], arch)[kind] for name in ("slab_rows", "slab_work"))
     if not faults and rows <= few:
         return Strategy("two_products", in_parts(), f"{rows} rows a sign, at most {few}")
-    weights, least = shape[0] * shape[1], table["slab_weights"]
-    if not no_slab and rows >= many and weights >= least:
-        return Strategy("slab", held, f"{rows} rows a sign, at least {many}, and {weights} weights, at least {least}")
-    why = [f"{rows} rows a sign: " + (f"more than {few}, " if rows > few else "") + f"fewer than {many}"]
+    work = (rows - many) * shape[0] * shape[1]
+    if not no_slab and rows >= many and work >= least:
+        return Strategy(
+            "slab", held, f"{rows} rows a sign, at least {many}; beyond those {work:.1e} products, at least {least:.1e}"
+        )
+    why = [f"{rows} rows a sign: " + (f"more than {few}, " if rows > few > 0 else "") + f"fewer than {many}"]
     if rows <= few:
         why = [f"no two products: {fault}" for fault in faults]
     elif rows >= many:
-        why = [f"no slab: {fault}" for fault in no_slab or [f"{weights} weights, fewer than {least}"]]
-    return Strategy("fused", reason="; ".join(why))
+        few_products = f"{work:.1e} products beyond those of {many} rows, fewer than {least:.1e}"
+        why = [f"no slab: {fault}" for fault in no_slab or [few_products]]
+    return fused("; ".join(why))
 
 
 def choose_conv(

@@ -204,7 +204,7 @@ def small_tile(rows: int, dtype: torch.dtype, noise: str, regular: bool, arch: i
 
 #: Multiprocessors of the largest GPU of an architecture.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
-#: Values of z that one program makes in the time of the launch that adds parts up, and half as much again.
+#: Values of z, of 17 instructions, that one program makes in the time of the launch that adds parts up, and half as much again.
 SPLIT_LEAST_NOISE = 40_960
 
 
@@ -217,6 +217,18 @@ def small_parts(tile: SmallTile, rows: int, n: int, k: int, arch: int) -> tuple[
     return _parts(-(-rows // tile.half) * -(-n // tile.bn), -(-k // tile.bk), tile.bn * tile.bk, 2, arch)
 
 
+def linear_parts(tile: LinearTile, rows: int, n: int, k: int, ieee: bool, arch: int) -> tuple[int, int]:
+    """The same of the fused kernel, whose programs have eight warps a multiprocessor.
+
+    Args:
+        ieee: fp32 without a tensor core, where a z costs 56 instructions and a multiply-add for each row of both signs
+            (``bench/results/static_sm90.json``), several times of what it costs elsewhere.
+    """
+    programs, each = -(-rows // tile.bm) * -(-n // tile.bn), 8 // tile.warps
+    noise = tile.bn * tile.bk * (2 * tile.bm + 56 if ieee else 25) // 17  # in z of SPLIT_LEAST_NOISE
+    return _parts(programs, -(-k // tile.bk), noise, each, arch, shortest=2 if ieee else 4)
+
+
 def int8_parts(tile: LinearTile, rows: int, n: int, k: int, repeats: int, arch: int) -> tuple[int, int]:
     """The same of an integer product whose accumulators go to memory: eight warps a multiprocessor.
 
@@ -227,10 +239,13 @@ def int8_parts(tile: LinearTile, rows: int, n: int, k: int, repeats: int, arch: 
     )
 
 
-def _parts(programs: int, steps: int, noise: int, each: int, arch: int) -> tuple[int, int]:
-    """``programs`` of ``steps`` steps, of so many z each, cut until there are ``each`` a multiprocessor."""
+def _parts(programs: int, steps: int, noise: int, each: int, arch: int, shortest: int = 4) -> tuple[int, int]:
+    """``programs`` of ``steps`` steps, of so many z each, cut until there are ``each`` a multiprocessor.
+
+    No part is shorter than ``shortest`` steps, but for the last.
+    """
     known = max((a for a in MULTIPROCESSORS if a <= arch), default=min(MULTIPROCESSORS))
-    parts = min(each * MULTIPROCESSORS[known] // max(programs, 1), steps // 4, 8)
+    parts = min(each * MULTIPROCESSORS[known] // max(programs, 1), steps // shortest, 8)
     if steps > (1 << 24) - 8:  # the end of the last part would be no int32
         parts = 1
     if parts < 2 or (steps - -(-steps // parts)) * noise < SPLIT_LEAST_NOISE:

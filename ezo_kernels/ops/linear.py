@@ -152,6 +152,14 @@ def _linear_cuda(
     chosen = strategy_for(
         x, w, out, queries * len(signs), architecture(x.device), transposed, precision, strategy, z_dtype, signs, noise
     )
+    if chosen.name != "slab" and queries * chosen.workspace_bytes > _strategy.WORKSPACE_BYTES and queries > 1:
+        # parts of all queries at once would be memory without a bound; each has the same bits in any company
+        at_once = max(1, _strategy.WORKSPACE_BYTES // chosen.workspace_bytes)
+        _in_turn(
+            at_once, x, w, b, key, eps, site, bias_site, shared, transposed, precision, strategy, z_dtype, relu,
+            query, queries, signs, noise, rounds, p_zero, out,
+        )  # fmt: skip
+        return
     if chosen.name == "two_products":
         launch_linear_small(
             x, w, b, key, eps, site, bias_site, shared, precision, query, queries, signs, spec, out, relu=relu
@@ -167,11 +175,21 @@ def _linear_cuda(
     else:
         launch_linear(
             x, w, b, key, eps, site, bias_site, shared, transposed, precision, query, queries, signs, spec, out,
-            rounded=z_dtype != "float32", relu=relu,
+            rounded=z_dtype != "float32", relu=relu, split=chosen.workspace_bytes > 0,
         )  # fmt: skip
         return
     if relu and chosen.name != "two_products":
         out.relu_()
+
+
+def _in_turn(at_once: int, x, *args) -> None:
+    """:func:`_linear_cuda` of so many queries at a time; its arguments."""
+    *middle, query, queries, signs, noise, rounds, p_zero, out = args
+    shared = middle[6]
+    for first in range(0, queries, at_once):
+        count = min(at_once, queries - first)
+        part, to = (t.narrow(0, t.shape[0] // queries * first, t.shape[0] // queries * count) for t in (x, out))
+        _linear_cuda(x if shared else part, *middle, query + first, count, signs, noise, rounds, p_zero, to)
 
 
 _linear = register(

@@ -61,8 +61,8 @@ def test_info_shows_strategies_and_why(ezo):
     assert code == 0 and err == "" and "batches of 2048, rademacher, strategies of sm_90" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(("conv", "fc"))}
     assert "slab" in rows["conv2"] and "9,600" in rows["conv2"] and "9.6e+08 products a sign, at least" in rows["conv2"]
-    assert "fused" in rows["fc1"] and "no slab: 94080 weights, fewer than 1048576" in rows["fc1"]
-    assert "workspace of perturbed weights, or of a query's parts: 9,600 bytes at most" in out
+    assert "fused" in rows["fc1"] and "no slab: 1.7e+08 products beyond those of 256 rows" in rows["fc1"]
+    assert "workspace of perturbed weights, or of a query's parts: 9,830,400 bytes at most" in out
     code, out, _ = ezo("info", "--strategy", "slab", "--model", "pointnet", "--head", 1, "--batch", 3)
     assert code == 0 and out.count("asked for by name") == 7 and "strategies of this device" in out
     code, out, _ = ezo("info", "--precision", "int8")

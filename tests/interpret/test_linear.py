@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ezo_kernels import ops
-from ezo_kernels.ops import _linear_triton
+from ezo_kernels.ops import _linear_small_triton, _linear_triton, _parts_triton, _strategy
 from ezo_kernels.ops._tiles import linear_tile
 from ezo_kernels.ops.noise import Noise
 
@@ -145,3 +145,79 @@ def test_the_pair_is_its_two_signs(key):
     for sign, part, y in zip((1, -1), x.chunk(2), both, strict=True):
         p = ops.Perturbation(key, torch.tensor([0.4]), signs=(sign,))
         assert torch.equal(ops.perturbed_linear(part, w, b, p, **options), y)
+
+
+@pytest.fixture
+def parted(monkeypatch):
+    """``parted(parts, steps)`` cuts K so; a list of how many parts each launch added up."""
+    summed, launch = [], _parts_triton.sum_parts_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *a, **k: (summed.append(a[3]), launch[grid](*a, **k))
+
+    def cut(parts, steps):
+        for module in (_linear_triton, _strategy):
+            monkeypatch.setattr(module, "linear_parts", lambda *_: (parts, steps))
+        return summed
+
+    monkeypatch.setattr(_parts_triton, "sum_parts_kernel", Counted())
+    return cut
+
+
+@pytest.mark.parametrize(("parts", "steps"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize(("shared", "transposed"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
+def test_parts_of_k_add_up(parted, on_cpu, key, signs, shared, transposed, parts, steps):
+    """Whatever the noise reads of rows and columns does not depend on the part; the bias is added once."""
+    summed = parted(parts, steps)
+    for name, queries, relu in (("clt4", 2, True), ("hadamard", 1, False)):
+        p = ops.Perturbation(key, torch.tensor([0.4]), Noise(name), query=9, queries=queries, signs=signs)
+        tensors = make(18, 40, parts * steps * 32 - 7, groups=1 if shared else p.groups, transposed=transposed)
+        check(on_cpu, *tensors, p, shared=shared, transposed=transposed, relu=relu)
+    assert summed == [parts] * 2
+
+
+@pytest.mark.parametrize(("shared", "strategy"), [(False, "auto"), (True, "auto"), (False, "two_products")])
+def test_parts_of_many_queries_take_their_turns(monkeypatch, parted, key, shared, strategy):
+    """The memory has a bound, and no query sees how many it shares a launch with."""
+    summed = parted(3, 1)
+    monkeypatch.setattr(_linear_small_triton, "small_parts", lambda *_: (3, 1))
+    monkeypatch.setattr(_strategy, "small_parts", lambda *_: (3, 1))
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"), query=4, queries=5)
+    x, w, b = make(18, 40, 90, groups=1 if shared else p.groups)
+    options = {"site": SITE, "bias_site": BIAS_SITE, "precision": "ieee", "shared": shared, "strategy": strategy}
+    at_once = ops.perturbed_linear(x, w, b, p, **options)
+    monkeypatch.setattr(_strategy, "WORKSPACE_BYTES", 2 * 3 * 4 * 2 * 18 * 40)  # two queries
+    assert torch.equal(ops.perturbed_linear(x, w, b, p, **options), at_once)
+    monkeypatch.setattr(_strategy, "WORKSPACE_BYTES", 1)
+    assert torch.equal(ops.perturbed_linear(x, w, b, p, **options), at_once)
+    assert summed == [3] * (1 + 3 + 5)
+
+
+def test_half_in_parts_is_rounded_once(parted, on_cpu, key):
+    summed = parted(3, 2)
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"))
+    check(on_cpu, *make(70, 40, 190, torch.float16, groups=2), p)
+    assert summed == [3]
+
+
+def test_who_asks_for_fused_gets_no_parts(parted, on_cpu, key):
+    summed = parted(3, 1)
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"))
+    check(on_cpu, *make(18, 40, 90, groups=2), p, strategy="fused")
+    assert summed == []
+
+
+def test_groups_run_alike_in_parts(parted, key):
+    """eps = 0 leaves equal bits for both signs, and one sign by itself has those of the pair."""
+    summed = parted(3, 1)
+    x, w, b = make(20, 20, 90)
+    options = {"site": SITE, "bias_site": BIAS_SITE, "precision": "ieee"}
+    plus, minus = ops.perturbed_linear(x.repeat(2, 1), w, b, ops.Perturbation(key, torch.zeros(1)), **options).chunk(2)
+    assert torch.equal(plus, minus)
+    both = ops.perturbed_linear(x.repeat(2, 1), w, b, ops.Perturbation(key, torch.tensor([0.4])), **options)
+    for sign, y in zip((1, -1), both.chunk(2), strict=True):
+        p = ops.Perturbation(key, torch.tensor([0.4]), signs=(sign,))
+        assert torch.equal(ops.perturbed_linear(x, w, b, p, **options), y)
+    assert summed == [3] * 4

@@ -9,7 +9,7 @@ import torch
 from test_linear import SIGNS, _inputs, check, make
 
 from ezo_kernels import ops
-from ezo_kernels.ops import _linear_small_triton
+from ezo_kernels.ops import _linear_small_triton, _parts_triton
 from ezo_kernels.ops._tiles import small_tile
 from ezo_kernels.ops.noise import Noise
 
@@ -108,13 +108,13 @@ def test_parts_of_k_add_up(monkeypatch, on_cpu, key, signs, shared, parts, steps
     """Whatever the noise reads of rows and columns does not depend on the part; the bias is added once."""
     tile = dataclasses.replace(small_tile(20, torch.float32, "clt4", True, 90), half=16, bn=32, bk=32)
     monkeypatch.setattr(_linear_small_triton, "small_tile", lambda *_: tile)
-    summed, launch = [], _linear_small_triton.sum_parts_kernel
+    summed, launch = [], _parts_triton.sum_parts_kernel
 
     class Counted:
         def __getitem__(self, grid):
             return lambda *a, **k: (summed.append(a[3]), launch[grid](*a, **k))
 
-    monkeypatch.setattr(_linear_small_triton, "sum_parts_kernel", Counted())
+    monkeypatch.setattr(_parts_triton, "sum_parts_kernel", Counted())
     parted(monkeypatch, parts, steps)
     p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"), query=9, queries=2, signs=signs)
     k = parts * steps * 32 - 7
