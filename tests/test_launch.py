@@ -22,6 +22,7 @@ from bench import static  # noqa: E402
 from ezo_kernels import ops  # noqa: E402
 from ezo_kernels.ops import _library  # noqa: E402
 from ezo_kernels.ops._update_triton import update_table  # noqa: E402
+from ezo_kernels.ops.grouped_linear import grouped_linear  # noqa: E402
 from ezo_kernels.ops.noise import fold_key, key_tensor  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -95,7 +96,8 @@ def test_lenet(launches, noise):
     ops.perturbed_conv2d(torch.ones(64, 6, 14, 14), torch.ones(16, 6, 5, 5), torch.ones(16), p, **site)
     ops.perturbed_linear(torch.ones(64, 400), torch.ones(120, 400), torch.ones(120), p, **site)
     ops.perturbed_linear(torch.ones(64, 84), torch.ones(10, 84), torch.ones(10), p, **site)
-    assert len(launches) == 4
+    names = [launch.name for launch in launches]
+    assert names == 2 * ["conv2d_kernel"] + ["linear_kernel", "sum_parts_kernel", "linear_kernel"]  # fc1 in parts
 
 
 @pytest.mark.parametrize(("x", "w"), [(BF16, BF16), (F16, F32), (F32, F32)])
@@ -241,3 +243,23 @@ def test_tables_of_fake_parameters_ask_for_no_address(integer):
         else:
             plan = UpdatePlan.build(params, [1], ["matrix"], ops.Noise("gaussian"))
         assert plan.fits(params)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_heads_layer_of_all_groups(launches, dtype, bias):
+    """Without noise the kernel is given no key and no eps."""
+    for rows, n, k in ((32, 10, 84), (33, 84, 120), (5, 3, 7)):
+        x, w = torch.ones(4 * rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+        grouped_linear(x, w, w[:, 0].contiguous() if bias else None, 4)
+    assert [launch.name for launch in launches] == ["linear_kernel"] * 3
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_cross_entropy(launches, dtype):
+    for rows, classes in ((32, 10), (1, 1), (3, 32000), (300, 1000)):
+        logits = torch.ones(2 * rows, classes, dtype=dtype, requires_grad=True)
+        ops.grouped_cross_entropy(logits, torch.zeros(rows, dtype=torch.int64), 2).sum().backward()
+    one, many = ["cross_entropy_kernel"], ["cross_entropy_kernel", "cross_entropy_mean_kernel"]
+    backward = ["cross_entropy_backward_kernel"]
+    assert [launch.name for launch in launches] == 3 * (one + backward) + many + backward

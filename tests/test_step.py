@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ezo_kernels as ezo
+from ezo_kernels.ops import _library
 from ezo_kernels.optim.baselines import BackpropSGD, MeZO
 
 
@@ -195,10 +196,12 @@ def test_nothing_is_saved_before_the_cut():
     assert saved and all(saved)
 
 
-def test_step_runs_under_fake_tensors():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_step_runs_under_fake_tensors(monkeypatch, at_once):
     """Contract 4, on a CPU: a step that asked the host for a value would raise here."""
     from torch._subclasses import FakeTensorMode
 
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: at_once)
     with FakeTensorMode():
         for mode in ("stacked", "sequential"):
             model = ezo.convert_(ezo.models.LeNet5(), head=["fc2", "fc3"])

@@ -88,8 +88,8 @@ MUTANTS = (
     Mutant(
         "groups of one sign count in the memory of parts as two",
         _OPS + "_strategy.py",
-        "return 4 * parts * len(signs) * rows * shape[0] if parts > 1 else 0",
-        "return 4 * parts * 2 * rows * shape[0] if parts > 1 else 0",
+        "return 4 * parts * len(signs) * rows * n if parts > 1 else 0",
+        "return 4 * parts * 2 * rows * n if parts > 1 else 0",
         "tests/test_parts.py -k memory_of_a_query",
     ),
     Mutant(
@@ -891,6 +891,49 @@ MUTANTS = (
         "w7, 10, 0, ASM)",
         "w7, 10, 16, ASM)",
         "tests/test_linear_specialized.py -k identity",
+    ),
+    # what a GPU takes for all groups at once
+    Mutant(
+        "the head learns from a group that it is told not to",
+        "ezo_kernels/optim/passes.py",
+        "[used[0] :: 1 if len(used) == groups else 2]",
+        "[used[0] :: 1]",
+        "tests/test_grouped_linear.py",
+    ),
+    Mutant(
+        "the number of groups decides how the head's layer runs",
+        _OPS + "grouped_linear.py",
+        "x.numel() // groups * weight.shape[0]",
+        "x.numel() * weight.shape[0]",
+        "tests/test_grouped_linear.py",
+    ),
+    Mutant(
+        "gradients of groups added from the first one on",
+        _OPS + "grouped_linear.py",
+        "reversed(range(groups - 1))",
+        "range(groups - 1)",
+        "tests/test_grouped_linear.py -k bits",
+    ),
+    Mutant(
+        "a loss with weights or smoothing taken for plain cross-entropy",
+        "ezo_kernels/optim/losses.py",
+        "and not loss_fn.label_smoothing",
+        "",
+        "tests/test_losses.py",
+    ),
+    Mutant(
+        "rows that do not count take part in the mean",
+        _OPS + "_cross_entropy_triton.py",
+        "counted += tl.where(counts, 1.0, 0.0)",
+        "counted += tl.where(r < end, 1.0, 0.0)",
+        "tests/interpret/test_cross_entropy.py",
+    ),
+    Mutant(
+        "sums of a large vocabulary at an older maximum",
+        _OPS + "_cross_entropy_triton.py",
+        "s = s * tl.exp(m - finite) + ",
+        "s = s + ",
+        "tests/interpret/test_cross_entropy.py",
     ),
     # CUDA C++
     Mutant(

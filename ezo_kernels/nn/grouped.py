@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops import perturb
 from ..ops._perturbation import NotStackedError, check_order
+from ..ops.grouped_linear import grouped_linear, is_for_groups
 from .context import ZOContext
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -65,10 +66,22 @@ class GroupedBatchNorm(Grouped):
         return y
 
 
+class GroupedLinear(Grouped):
+    """A linear layer of the head: all groups in one launch where that is what a group by itself would take."""
+
+    def forward(self, input):
+        p = self.zo.p
+        if p is None or self.owned or (self.zo.stacked and not self.zo.is_stacked(input)):
+            return super().forward(input)
+        if not is_for_groups(input, self.weight, self.bias, p.groups):
+            return super().forward(input)
+        return grouped_linear(input, self.weight, self.bias, p.groups)
+
+
 @functools.cache
 def grouped_class(base: type) -> type:
     """The subclass of ``base`` that runs once a group."""
-    mixin = GroupedBatchNorm if base in BATCH_NORMS else Grouped
+    mixin = GroupedBatchNorm if base in BATCH_NORMS else GroupedLinear if base is nn.Linear else Grouped
     return type("ZO" + base.__name__, (mixin, base), {"base": base, "__module__": __name__})
 
 

@@ -3,6 +3,7 @@
 from . import noise
 from ._perturbation import Perturbation
 from .conv2d import perturbed_conv1d, perturbed_conv2d
+from .cross_entropy import grouped_cross_entropy
 from .embedding import perturbed_embedding
 from .int8_conv2d import int8_conv1d, int8_conv2d
 from .int8_loss import int8_cross_entropy, int8_cross_entropy_gradient, int8_squared_error
@@ -23,6 +24,7 @@ __all__ = [
     "Noise",
     "Perturbation",
     "UpdatePlan",
+    "grouped_cross_entropy",
     "int8_add",
     "int8_conv1d",
     "int8_conv2d",

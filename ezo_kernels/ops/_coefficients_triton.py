@@ -15,7 +15,7 @@ from ._variants import Variant
 
 @jit(do_not_specialize=["groups", "clip", "factor"])
 def coefficients_kernel(
-    losses_ptr, lr_ptr, eps_ptr, bad_ptr, g_ptr, coef_ptr, ok_ptr, skip_ptr, step_ptr, skipped_ptr,
+    losses_ptr, lr_ptr, eps_ptr, bad_ptr, g_ptr, coef_ptr, ok_ptr, skip_ptr, mean_ptr, step_ptr, skipped_ptr,
     groups, clip, factor,
     FORM: tl.constexpr, BAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -30,14 +30,15 @@ def coefficients_kernel(
         minus = tl.load(losses_ptr + 2 * i + 1, mask=inside, other=0.0)
         g = tl.div_rn(plus - minus, 2.0 * eps)
         finite = (tl.abs(plus) < infinite) & (tl.abs(minus) < infinite)
+        mean = tl.div_rn(tl.sum(plus + minus, axis=0), groups.to(tl.float32))
     else:
         queries = groups
         inside = i < groups
         own = tl.load(losses_ptr + i, mask=inside, other=0.0)
         finite = tl.abs(own) < infinite
         g = own
+        mean = tl.div_rn(tl.sum(own, axis=0), groups.to(tl.float32))
         if FORM == 1:
-            mean = tl.div_rn(tl.sum(own, axis=0), groups.to(tl.float32))
             g = tl.div_rn((own - mean) * factor, eps)
     finite = (finite & (tl.abs(g) < infinite)) | (i >= queries)
     fine = tl.min(finite.to(tl.int32), axis=0)
@@ -49,13 +50,14 @@ def coefficients_kernel(
         tl.store(g_ptr + i, g, mask=inside)
         coef = tl.div_rn(tl.load(lr_ptr) * g, queries.to(tl.float32))
         tl.store(coef_ptr + i, tl.where(fine == 1, coef, 0.0), mask=inside)
+    tl.store(mean_ptr, mean)
     tl.store(ok_ptr, fine.to(tl.int8))
     tl.store(skip_ptr, (1 - fine).to(tl.float32))
     tl.store(step_ptr, tl.load(step_ptr) + fine.to(tl.int64))
     tl.store(skipped_ptr, tl.load(skipped_ptr) + (1 - fine).to(tl.int64))
 
 
-def launch_coefficients(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip, step, skipped) -> None:
+def launch_coefficients(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip, mean, step, skipped) -> None:
     """Arguments as in :func:`ezo_kernels.ops.coefficients.coefficients`, all checked there."""
     require()
     groups = losses.numel()
@@ -63,7 +65,7 @@ def launch_coefficients(losses, lr, eps, bad, antithetic, clip, g, coef, ok, ski
     form = 0 if not g.numel() else 2 if antithetic else 1
     with torch.cuda.device_of(losses):
         coefficients_kernel[(1,)](
-            losses.contiguous(), lr, eps, bad, g, coef, ok.view(torch.int8), skip, step, skipped,
+            losses.contiguous(), lr, eps, bad, g, coef, ok.view(torch.int8), skip, mean, step, skipped,
             groups, float(clip), groups / max(1, groups - 1),
             FORM=form, BAD=bad is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -71,7 +73,7 @@ def launch_coefficients(losses, lr, eps, bad, antithetic, clip, g, coef, ok, ski
 
 def variants():
     """A pair, one sign of many queries, and a step without a trunk."""
-    floats = ("losses_ptr", "lr_ptr", "eps_ptr", "bad_ptr", "g_ptr", "coef_ptr", "skip_ptr")
+    floats = ("losses_ptr", "lr_ptr", "eps_ptr", "bad_ptr", "g_ptr", "coef_ptr", "skip_ptr", "mean_ptr")
     signature = {
         **dict.fromkeys(floats, "*fp32"), "ok_ptr": "*i8", "step_ptr": "*i64", "skipped_ptr": "*i64",
         "groups": "i32", "clip": "fp32", "factor": "fp32",

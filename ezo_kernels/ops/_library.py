@@ -29,3 +29,8 @@ def register(name: str, schema: str, *, cpu: Callable, cuda: Callable) -> Callab
         LIBRARY.impl(name, run, key)
     torch.library.register_fake("ezo::" + name, lambda *args, **kwargs: None, lib=LIBRARY)
     return getattr(torch.ops.ezo, name).default
+
+
+def bound_by_launches(device: torch.device) -> bool:
+    """Whether one call for all groups beats a call a group: on a GPU. On a CPU both have the same bits and cost as much."""
+    return device.type == "cuda"

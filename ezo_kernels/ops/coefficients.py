@@ -7,6 +7,7 @@
 | bad | fp32 [1], not zero where a gradient of the head is not finite; or None |
 | g, coef | fp32 [queries]; empty without a trunk |
 | ok, skip | bool [] and fp32 []: losses, g and gradients are finite; 1 where one is not |
+| mean | fp32 []: of the losses |
 | step, skipped | int64 [1] and []: the counts of steps that were and were not taken, brought up to date |
 
     g of query q, both signs    (L(w + eps z_q) - L(w - eps z_q)) / (2 eps)
@@ -36,7 +37,7 @@ def projected_gradient(losses: torch.Tensor, eps: torch.Tensor, antithetic: bool
     return (losses - losses.mean()) * (n / (n - 1)) / eps  # own - (n mean - own) / (n - 1)
 
 
-def _coefficients_cpu(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip, step, skipped) -> None:
+def _coefficients_cpu(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip, mean, step, skipped) -> None:
     fine = bool(torch.isfinite(losses).all()) and (bad is None or bad.item() == 0)
     if g.numel():
         own = projected_gradient(losses, eps, antithetic)
@@ -47,6 +48,7 @@ def _coefficients_cpu(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip,
             coef.zero_()
     ok.fill_(fine)
     skip.fill_(not fine)
+    torch.mean(losses, 0, out=mean)
     step += fine
     skipped += not fine
 
@@ -60,7 +62,7 @@ def _coefficients_cuda(*args) -> None:
 _coefficients = register(
     "coefficients",
     "(Tensor losses, Tensor lr, Tensor eps, Tensor? bad, bool antithetic, float clip, Tensor(a!) g, Tensor(b!) coef, "
-    "Tensor(c!) ok, Tensor(d!) skip, Tensor(e!) step, Tensor(f!) skipped) -> ()",
+    "Tensor(c!) ok, Tensor(d!) skip, Tensor(e!) mean, Tensor(f!) step, Tensor(g!) skipped) -> ()",
     cpu=_coefficients_cpu,
     cuda=_coefficients_cuda,
 )
@@ -73,6 +75,7 @@ class Coefficients(NamedTuple):
     coef: torch.Tensor
     ok: torch.Tensor
     skip: torch.Tensor
+    mean: torch.Tensor
 
 
 def coefficients(
@@ -98,8 +101,8 @@ def coefficients(
     if queries and losses.numel() != queries * (1 + antithetic):
         raise ValueError(f"{queries} queries have {queries * (1 + antithetic)} losses, got {losses.numel()}")
     g, coef = losses.new_empty(queries), losses.new_empty(queries)
-    ok, skip = torch.empty((), dtype=torch.bool, device=losses.device), losses.new_empty(())
-    _coefficients(
-        losses, lr, eps, bad, antithetic, math.inf if clip is None else clip, g, coef, ok, skip, step, skipped
-    )
-    return Coefficients(g, coef, ok, skip)
+    ok = torch.empty((), dtype=torch.bool, device=losses.device)
+    skip, mean = losses.new_empty(()), losses.new_empty(())
+    clip = math.inf if clip is None else clip
+    _coefficients(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip, mean, step, skipped)
+    return Coefficients(g, coef, ok, skip, mean)

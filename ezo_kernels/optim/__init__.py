@@ -1,11 +1,11 @@
 """Optimisers that train converted models, and the baselines they are held against."""
 
+from ..ops.cross_entropy import chunked_cross_entropy
 from .diagnostics import Diagnostics
 from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
 from .findings import Finding, TrainingWarning
 from .int8_state import IntegerSchedule
-from .losses import chunked_cross_entropy
 
 __all__ = [
     "Diagnostics",

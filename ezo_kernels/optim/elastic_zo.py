@@ -284,7 +284,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
     def _eager(self, x, y, loss_fn, model_kwargs: dict, update: bool = True) -> torch.Tensor:
         def losses(p):
             if p is None:
-                return self._plain(lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
+                return self._plain(lambda: loss_fn(call(self.model, x, model_kwargs), y))
             if self.mode == "stacked":
                 try:
                     return self._stacked(p, x, y, loss_fn, model_kwargs)
@@ -326,8 +326,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             self._checked = self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
             self._losses = losses if self._losses is None else self._losses + losses
             self._micro += 1
-            if update:
-                self._finish()
+            mean = self._finish() if update else None
         except BaseException as error:
             with torch.no_grad():
                 for buffer, old in self._buffers:
@@ -336,7 +335,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             if isinstance(error, PassError):
                 raise ValueError(self._named(error)) from error
             raise
-        return losses.mean()
+        return losses.mean() if mean is None else mean
 
     def _drop(self) -> None:
         """Forget gradients and losses that were not applied."""
@@ -346,9 +345,11 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             p.grad = None
 
     @torch.no_grad()
-    def _finish(self) -> None:
+    def _finish(self) -> torch.Tensor | None:
+        """Take the step; the mean of its losses where they are those of one call."""
         with self._phase("g"):
             own = self._coefficients()
+        mean = own.mean if self._micro == 1 else None
         self.g, ok = own.g, own.ok
         if self.trunk:
             with self._phase("update"):
@@ -360,6 +361,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         for buffer, old in self._buffers:
             buffer.copy_(torch.where(ok, buffer, old))
         self._drop()
+        return mean
 
     def _coefficients(self) -> Coefficients:
         """g and the update's coefficients; and whether losses, g and the head's gradients are finite: then the step counts."""

@@ -18,6 +18,7 @@ from ..ops.int8_loss import (
 )
 from ..ops.int8_signs import int8_signs, ternary_gradient
 from ..ops.int8_tensor import Int8Tensor, check_exponent
+from .losses import grouped_losses
 
 
 def one_value(loss, whose: str) -> torch.Tensor:
@@ -91,8 +92,11 @@ class Int8Passes:
         if self.loss == "cross_entropy":
             check_sum(passes * out.shape[0], MOST_ROWS, "cross_entropy: rows")
             return int8_cross_entropy(out, y, fraction_bits=self.fraction_bits), None
-        logits = out.dequantize().chunk(out.groups)
-        return torch.cat([one_value((loss_fn or F.cross_entropy)(part, y), "loss_fn") for part in logits]), None
+        logits, loss_fn = out.dequantize(), loss_fn or F.cross_entropy
+        losses = grouped_losses(loss_fn, logits, y, out.groups)
+        if losses is None:
+            losses = torch.cat([one_value(loss_fn(part, y), "loss_fn") for part in logits.chunk(out.groups)])
+        return losses, None
 
     def _used(self, p) -> slice | None:
         """The groups of this pass that the head learns from."""

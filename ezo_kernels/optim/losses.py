@@ -1,43 +1,58 @@
-"""Cross-entropy whose fp32 softmax never exists for all rows at once."""
+"""The losses of a step's groups: of plain cross-entropy all at once, of any other function one by one."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensor
 
-#: Logits of one group beyond which :func:`cross_entropy_for` switches to chunks, and the size of a chunk.
-CHUNK_ELEMENTS = 1 << 24
+from ..ops import _library
+from ..ops._perturbation import FLOATS
+from ..ops.cross_entropy import CHUNK_ELEMENTS, MOST_ROWS, grouped_cross_entropy
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def chunked_cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, chunk_elements: int = CHUNK_ELEMENTS
-) -> torch.Tensor:
-    """Mean cross-entropy, in fp32, over chunks of rows of at most ``chunk_elements`` logits.
+def _ignored(loss_fn) -> int | None:
+    """The ``ignore_index`` of a loss that is plain mean cross-entropy, or None for any other."""
+    if loss_fn is F.cross_entropy:
+        return -100
+    if type(loss_fn) is not nn.CrossEntropyLoss or any(getattr(loss_fn, hooks) for hooks in _HOOKS):
+        return None
+    plain = loss_fn.weight is None and loss_fn.reduction == "mean" and not loss_fn.label_smoothing
+    return loss_fn.ignore_index if plain else None
 
-    Args:
-        logits: [rows, classes], any float dtype.
-        target: int64 [rows]; rows with ``ignore_index`` do not count.
 
-    Returns:
-        A scalar in fp32. Not bitwise that of ``F.cross_entropy``: the rows' sum is taken chunk by chunk.
+def grouped_losses(loss_fn, output, target, groups: int) -> torch.Tensor | None:
+    """``loss_fn`` of each group's rows of a stacked output, fp32 [groups]; None where it must be called for each.
 
-    Raises:
-        ValueError: shapes that do not fit.
+    That is plain cross-entropy of class indices (``F.cross_entropy``, or ``nn.CrossEntropyLoss`` with its defaults but
+    ``ignore_index``), one launch for all groups, in fp32 whatever the logits are.
     """
-    if logits.dim() != 2 or target.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits must be [rows, classes] and target [rows], got {tuple(logits.shape)}, {tuple(target.shape)}"
-        )
-    step = max(1, chunk_elements // max(1, logits.shape[1]))
-    total = logits.new_zeros((), dtype=torch.float32)
-    for part, want in zip(logits.split(step), target.split(step), strict=True):
-        total = total + F.cross_entropy(part.float(), want, ignore_index=ignore_index, reduction="sum")
-    return total / (target != ignore_index).sum()
+    ignored = _ignored(loss_fn)
+    if ignored is None or not all(type(t) is torch.Tensor or isinstance(t, FakeTensor) for t in (output, target)):
+        return None
+    fits = (
+        output.dim() == 2
+        and target.dim() == 1
+        and output.numel() > 0
+        and output.shape[0] == groups * target.shape[0]
+        and target.shape[0] < MOST_ROWS
+        and output.dtype in FLOATS
+        and target.dtype == torch.int64
+        and output.device == target.device
+    )
+    if not fits or output.device.type not in ("cpu", "cuda"):
+        return None
+    # torch's own rounds the loss of 16 bits to them, and makes an fp32 softmax of all rows at once
+    needed = output.dtype != torch.float32 or output.numel() > groups * CHUNK_ELEMENTS
+    if not needed and not _library.bound_by_launches(output.device):
+        return None
+    return grouped_cross_entropy(output, target, groups, ignore_index=ignored)
 
 
 def loss_for(loss_fn, output, target):
-    """``loss_fn(output, target)``; plain cross-entropy of a large vocabulary without autograd goes by chunks."""
-    large = isinstance(output, torch.Tensor) and output.dim() == 2 and output.numel() > CHUNK_ELEMENTS
-    if loss_fn is F.cross_entropy and large and not output.requires_grad and target.dim() == 1:
-        return chunked_cross_entropy(output, target)
-    return loss_fn(output, target)
+    """``loss_fn(output, target)`` of one group."""
+    loss = grouped_losses(loss_fn, output, target, 1)
+    return loss_fn(output, target) if loss is None else loss

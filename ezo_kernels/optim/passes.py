@@ -12,7 +12,7 @@ from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import call, parts_of, rows_of, stack
 from .check import checked_forward, rows_apart, unvisited
-from .losses import loss_for
+from .losses import grouped_losses
 
 HEAD_GRADS = ("mean", "plus", "minus")
 
@@ -58,8 +58,12 @@ class Passes:
             return True
         return group % 2 == HEAD_GRADS.index(self.head_grad) - 1
 
-    def _backward(self, losses: list[torch.Tensor]) -> None:
-        """Add the mean of these groups' gradients to the head's."""
+    def _backward(self, losses: list[torch.Tensor] | torch.Tensor) -> None:
+        """Add the mean of these groups' gradients to the head's; the losses are one tensor [groups], or one each."""
+        if isinstance(losses, torch.Tensor):
+            self._require_grad([losses])
+            torch.autograd.backward(losses, self._shares_of(losses), inputs=self.head)
+            return
         used = [loss for g, loss in enumerate(losses) if self._uses(g)]
         self._require_grad(used)
         # what the backward of their mean would begin with, but it need not be made each step
@@ -71,6 +75,16 @@ class Passes:
         if key not in self._shares:
             self._shares[key] = torch.full((1,), 1 / groups, dtype=loss.dtype, device=loss.device)
         return self._shares[key].view(loss.shape)
+
+    def _shares_of(self, losses: torch.Tensor) -> torch.Tensor:
+        """What each group's loss has in the mean that the head learns from, on the device; 0 for one that it does not use."""
+        key = losses.dtype, self.head_grad
+        if key not in self._shares or self._shares[key].shape != losses.shape:
+            groups = losses.numel()
+            used = [g for g in range(groups) if self._uses(g)]
+            self._shares[key] = torch.zeros_like(losses)  # filled on the device: nothing is copied there
+            self._shares[key][used[0] :: 1 if len(used) == groups else 2] = 1 / len(used)
+        return self._shares[key]
 
     def _one_by_one(self, p: Perturbation, run) -> torch.Tensor:
         """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once."""
@@ -135,13 +149,14 @@ class Passes:
                 output = call(self.model, stack(x, groups, rows), stack(kwargs, groups, rows))
             if not self._must_check:
                 self._require_visits()
-            parts = parts_of(output, groups)
-            losses = []
             with self._phase("loss"):
-                for own in parts:
-                    losses.append(self._loss(loss_for(loss_fn, own, y)))
+                losses, parts = grouped_losses(loss_fn, output, y, groups), None
+                if losses is None:
+                    parts = parts_of(output, groups)
+                    losses = [self._loss(loss_fn(own, y)) for own in parts]
         if self._must_check_rows:
             stats = dict(self.zo.batch_stats)
+            parts = parts_of(output, groups) if parts is None else parts
             if not rows_apart(parts, self._alone(p, x, kwargs)):
                 raise NotStackedError(
                     "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
@@ -153,6 +168,8 @@ class Passes:
         if self.head:
             with self._phase("head backward"), self.zo.backward(p, rows * groups):
                 self._backward(losses)
+        if isinstance(losses, torch.Tensor):
+            return losses.detach()
         return torch.stack([loss.detach().float().reshape(()) for loss in losses])
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ezo_kernels as ezo
+from ezo_kernels.ops import _library
 from ezo_kernels.ops._update_triton import update_table
 
 
@@ -114,3 +115,44 @@ def test_a_step_that_is_not_finite_changes_nothing():
     opt.train_step(x * float("inf"), y)
     assert opt.skipped.item() == 1
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class TwoOfHead(nn.Sequential):
+    """A trunk of one layer below a head of two."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+@pytest.mark.parametrize("head_grad", ["mean", "plus", "minus"])
+def test_a_head_in_one_launch_learns_as_a_call_a_group_does(on_cpu, monkeypatch, head_grad, mode):
+    """As a GPU takes it: the losses, the head's layers and their gradients for all groups at once."""
+
+    def train(at_once):
+        monkeypatch.setattr(_library, "bound_by_launches", lambda device: at_once)
+        torch.manual_seed(0)
+        model = ezo.convert_(TwoOfHead(), head=["2", "4"])
+        opt = ezo.ElasticZO(model, lr=1e-2, eps=1e-2, queries=2, head_grad=head_grad, seed=1, mode=mode)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            opt.train_step(torch.randn(7, 6, generator=generator), torch.randint(3, (7,), generator=generator))
+        assert opt.skipped == 0
+        return opt.losses, [p.detach() for p in model.parameters()]
+
+    (losses, ours), (expected, theirs) = train(True), train(False)
+    (reference, apart) = on_cpu(train, True)
+    for a, b in ((losses, expected), (losses, reference)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b, c in zip(ours, theirs, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_eps_zero_gives_equal_losses_with_a_head_in_one_launch(monkeypatch, mode):
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
+    opt = ezo.ElasticZO(ezo.convert_(TwoOfHead(), head=["2", "4"]), queries=3, mode=mode)
+    opt._eps.zero_()
+    opt.train_step(torch.randn(33, 6), torch.randint(3, (33,)))
+    assert (opt.losses == opt.losses[0]).all()

@@ -1,0 +1,173 @@
+"""Mean cross-entropy of every group of a pass, and its gradient: one launch each, however many groups there are.
+
+    losses_g = sum over rows r of group g that count of (log sum_c exp(x_rc) - x_r,target(r)) / n
+    d x_rc   = grad_g (exp(x_rc) / sum_c exp(x_rc) - [c = target(r)]) / n        0 in rows that do not count
+
+| tensor | shape |
+|---|---|
+| logits x | fp32, fp16 or bf16 [groups * B, classes], group-major |
+| target | int64 [B], the same for all groups; rows with ``ignore_index`` do not count |
+| losses, grad | fp32 [groups] |
+| count n | fp32 [1]: rows that count; with none the losses are NaN, as torch's are |
+
+In fp32 whatever the logits are, with the bits of a group by itself. ``torch.nn.functional.cross_entropy`` rounds the loss of
+16-bit logits to 16 bits, by more than a perturbation moves it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ._library import register
+from ._perturbation import FLOATS, NotStackedError
+
+#: Logits of a chunk on the CPU, where fp32 copies of all rows at once would be memory that a pass has no other need of.
+CHUNK_ELEMENTS = 1 << 24
+#: Rows of a group: they are counted in fp32.
+MOST_ROWS = 1 << 24
+
+
+def chunked_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, chunk_elements: int = CHUNK_ELEMENTS
+) -> torch.Tensor:
+    """Mean cross-entropy, in fp32, over chunks of rows of at most ``chunk_elements`` logits.
+
+    Args:
+        logits: [rows, classes], any float dtype.
+        target: int64 [rows]; rows with ``ignore_index`` do not count.
+
+    Returns:
+        A scalar in fp32. Not bitwise that of ``F.cross_entropy``: the rows' sum is taken chunk by chunk.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if logits.dim() != 2 or target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits must be [rows, classes] and target [rows], got {tuple(logits.shape)}, {tuple(target.shape)}"
+        )
+    step = max(1, chunk_elements // max(1, logits.shape[1]))
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part, want in zip(logits.split(step), target.split(step), strict=True):
+        total = total + F.cross_entropy(part.float(), want, ignore_index=ignore_index, reduction="sum")
+    return total / (target != ignore_index).sum()
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits, 1, dtype=torch.float32)
+
+
+def _cross_entropy_cpu(logits, target, ignore_index, losses, count) -> None:
+    groups = losses.numel()
+    if logits.numel() > groups * CHUNK_ELEMENTS:
+        parts = [chunked_cross_entropy(part, target, ignore_index) for part in logits.chunk(groups)]
+        counted = (target != ignore_index).sum()
+    else:
+        pairs = [
+            torch.ops.aten.nll_loss_forward(part, target, None, 1, ignore_index)  # 1: the mean
+            for part in _log_softmax(logits).chunk(groups)
+        ]
+        parts, counted = [loss for loss, _ in pairs], pairs[0][1]
+    torch.stack(parts, out=losses)
+    count.copy_(counted)
+
+
+def _backward_cpu(logits, target, ignore_index, grad, count, out) -> None:
+    log_p, groups = _log_softmax(logits), grad.numel()
+    n = count[0]
+    errors = [
+        torch.ops.aten.nll_loss_backward(own, part, target, None, 1, ignore_index, n)
+        for own, part in zip(grad.unbind(), log_p.chunk(groups), strict=True)
+    ]
+    error = errors[0] if groups == 1 else torch.cat(errors)
+    out.copy_(torch.ops.aten._log_softmax_backward_data(error, log_p, 1, torch.float32))
+
+
+def _cross_entropy_cuda(*args) -> None:
+    from ._cross_entropy_triton import launch_cross_entropy
+
+    launch_cross_entropy(*args)
+
+
+def _backward_cuda(*args) -> None:
+    from ._cross_entropy_triton import launch_cross_entropy_backward
+
+    launch_cross_entropy_backward(*args)
+
+
+_cross_entropy = register(
+    "cross_entropy",
+    "(Tensor logits, Tensor target, int ignore_index, Tensor(a!) losses, Tensor(b!) count) -> ()",
+    cpu=_cross_entropy_cpu,
+    cuda=_cross_entropy_cuda,
+)
+_cross_entropy_backward = register(
+    "cross_entropy_backward",
+    "(Tensor logits, Tensor target, int ignore_index, Tensor grad, Tensor count, Tensor(a!) out) -> ()",
+    cpu=_backward_cpu,
+    cuda=_backward_cuda,
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, groups, ignore_index):
+        losses, count = (logits.new_empty(n, dtype=torch.float32) for n in (groups, 1))
+        _cross_entropy(logits, target, ignore_index, losses, count)
+        ctx.save_for_backward(logits, target, count)
+        ctx.ignore_index = ignore_index
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, target, count = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        _cross_entropy_backward(logits, target, ctx.ignore_index, grad.contiguous(), count, out)
+        return out, None, None, None
+
+
+def grouped_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, groups: int = 1, *, ignore_index: int = -100
+) -> torch.Tensor:
+    """Mean cross-entropy of each group, with autograd; formulas and shapes above.
+
+    Args:
+        logits: [groups * B, classes], group-major.
+        target: class indices int64 [B] on the same device. On CUDA one that is no class and not ``ignore_index`` makes its
+            group's loss NaN, for nothing waits to look at it; on a CPU it is refused.
+        groups: how many.
+        ignore_index: of rows that do not count.
+
+    Returns:
+        fp32 [groups].
+
+    Raises:
+        TypeError: logits or targets of another dtype.
+        ValueError: shapes or devices that do not fit; on a CPU a target that is no class.
+        NotStackedError: rows that are no multiple of the groups (a ValueError, too).
+    """
+    if logits.dtype not in FLOATS:
+        raise TypeError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be class indices, int64, got {target.dtype}")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if logits.dim() != 2 or target.dim() != 1 or not logits.shape[1]:
+        raise ValueError(
+            f"logits must be [groups * B, classes] and target [B], got {tuple(logits.shape)}, {tuple(target.shape)}"
+        )
+    if logits.shape[0] % groups:
+        raise NotStackedError(f"logits have {logits.shape[0]} rows, no multiple of {groups} groups")
+    if logits.shape[0] // groups != target.shape[0]:
+        raise ValueError(
+            f"{groups} groups of {logits.shape[0] // groups} rows need as many targets as one of them, got {target.shape[0]}"
+        )
+    if logits.device != target.device:
+        raise ValueError(f"logits are on {logits.device} but target is on {target.device}")
+    if target.shape[0] >= MOST_ROWS:
+        raise ValueError(f"a group has {target.shape[0]} rows; at most {MOST_ROWS - 1} are counted in fp32")
+    return _CrossEntropy.apply(logits.contiguous(), target.contiguous(), groups, ignore_index)

@@ -1,0 +1,111 @@
+"""What a GPU takes for all groups at once: cross-entropy and the head's linear layers. Marked ``gpu``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ezo_kernels as ezo
+from ezo_kernels.ops import grouped_cross_entropy
+from ezo_kernels.ops.grouped_linear import grouped_linear, is_for_groups
+from ezo_kernels.optim.capture import WARM_UP
+from tests.test_gpu import batch, bits, lenet, same
+from tests.tolerance import FLOORS, assert_within_torch_error, error
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def run(function, *tensors, share):
+    """The outputs, and the gradients of their sum weighted by ``share``."""
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    y = function(*tensors)
+    y.backward(share.to(y.dtype).view(y.shape))
+    return [y.detach(), *(t.grad for t in tensors)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("groups", "rows", "classes"), [(2, 32, 10), (16, 33, 10), (2, 128, 1000), (3, 700, 257), (2, 65, 32000), (1, 1, 1)]
+)
+def test_cross_entropy(groups, rows, classes, dtype):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(groups * rows, classes, device="cuda")).to(dtype)
+    target = torch.randint(classes, (rows,), device="cuda")
+    target[: rows // 3] = -100
+
+    def apart(logits):
+        return torch.stack([F.cross_entropy(part, target) for part in logits.chunk(groups)])
+
+    share = torch.linspace(0.5, 2, groups, device="cuda")
+    losses, grad = run(lambda x: grouped_cross_entropy(x, target, groups), logits, share=share)
+    truth, slope = run(apart, logits.double(), share=share)
+    near, _ = run(apart, logits.float(), share=share)
+    _, theirs = run(apart, logits, share=share)
+    assert_within_torch_error(losses, near, truth.cpu())
+    # the special function unit's exp is good to 2^-22
+    floor = max(FLOORS[dtype], 2.0**-20)
+    assert error(grad, slope.cpu()) <= 2 * error(theirs, slope.cpu()) + floor
+    for g, part in enumerate(logits.chunk(groups)):
+        assert torch.equal(grouped_cross_entropy(part, target), losses[g : g + 1])
+
+
+def test_a_target_that_is_no_class_makes_the_loss_nan_and_reads_nothing():
+    logits, target = torch.randn(8, 5, device="cuda"), torch.tensor([0, 7, -5, 1 << 40], device="cuda")
+    assert grouped_cross_entropy(logits, target, 2).isnan().all()
+    model = lenet()
+    before = bits(model)
+    opt = ezo.ElasticZO(ezo.convert_(model, head=["fc3"]))
+    x, y = batch(8)
+    opt.train_step(x, y + 10)
+    assert opt.skipped == 1 and same(bits(model), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("groups", "shape", "n"), [(2, (64, 84), 10), (16, (16 * 33, 120), 84), (3, (6, 50, 72), 130), (1, (1, 5), 3)]
+)
+def test_linear(groups, shape, n, dtype, bias):
+    torch.manual_seed(0)
+    x, w, b = torch.randn(shape), torch.randn(n, shape[-1]) / shape[-1] ** 0.5, torch.randn(n)
+    tensors = [t.cuda().to(dtype) for t in ((x, w, b) if bias else (x, w))]
+    share = torch.linspace(-1, 1, x[..., 0].numel() * n, device="cuda")
+    assert is_for_groups(tensors[0], tensors[1], tensors[2] if bias else None, groups)
+
+    def together(x, w, b=None):
+        return grouped_linear(x, w, b, groups)
+
+    ours, same_dtype = run(together, *tensors, share=share), run(F.linear, *tensors, share=share)
+    for a, b, exact in zip(ours, same_dtype, run(F.linear, *(t.double() for t in tensors), share=share), strict=True):
+        assert_within_torch_error(a, b, exact.cpu())
+    w, b = tensors[1], tensors[2] if bias else None
+    for part, own in zip(tensors[0].chunk(groups), ours[0].chunk(groups), strict=True):
+        assert torch.equal(grouped_linear(part, w, b, 1), own)
+
+
+@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_replays_equal_eager_steps(queries, dtype):
+    """With torch's own cross-entropy as the loss, which a step takes for all groups at once."""
+    runs = []
+    for capture in (True, False):
+        model = ezo.convert_(lenet().to(dtype), head=["fc2", "fc3"])
+        opt = ezo.ElasticZO(model, queries=queries, antithetic=queries == 1, clip=5.0, capture=capture)
+        for i in range(20 + WARM_UP + 1):
+            x, y = batch(32, i % 4)
+            opt.train_step(x.to(dtype), y)
+        runs.append((bits(model), opt.losses.clone()))
+        assert opt.skipped == 0
+    assert same(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+
+
+def test_stacked_equals_sequential_bitwise():
+    gs = []
+    for mode in ("stacked", "sequential"):
+        opt = ezo.ElasticZO(ezo.convert_(lenet(), head=["fc2", "fc3"]), queries=3, mode=mode)
+        opt.train_step(*batch(33))
+        gs.append(opt.g)
+    assert torch.equal(*gs)
