@@ -57,6 +57,12 @@ def tensors(op, dtype, rows, alter):
         if op == "cross_entropy":
             return (logits, target, -100, torch.empty(2), torch.empty(1))
         return (logits, target, -100, randn(2), torch.full((1,), float(rows)), alter(torch.empty_like(logits)))
+    if op == "batch_norm":
+        x, affine = alter(randn(4, 3, 5, dtype=dtype)), randn(2, 3, seed=3, dtype=dtype)
+        return (x, affine, affine[0], 2, 1e-5, alter(torch.empty_like(x)), torch.empty(2, 3), torch.empty(2, 3))
+    if op == "running_statistics":
+        stats = randn(2, 5, seed=1), randn(2, 5, seed=2)
+        return (torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype), *stats, torch.tensor(rows > 0), 0.1)
     if op.startswith("grouped_linear"):
         x, y = alter(randn(2 * rows, 5, dtype=dtype)), alter(randn(2 * rows, 7, seed=4, dtype=dtype))
         if op == "grouped_linear":
@@ -70,6 +76,7 @@ def tensors(op, dtype, rows, alter):
 
 OPERATORS = ["noise", "dropout_mask", "fold_key", "perturb", "linear", "conv2d", "embedding", "coefficients", "update_"]
 OPERATORS += ["cross_entropy", "cross_entropy_backward", "grouped_linear", "grouped_linear_backward"]
+OPERATORS += ["batch_norm", "running_statistics"]
 
 
 def overload(op):

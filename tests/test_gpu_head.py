@@ -1,4 +1,4 @@
-"""What a GPU takes for all groups at once: cross-entropy and the head's linear layers. Marked ``gpu``."""
+"""What a GPU takes for all groups at once: cross-entropy, the head's linear layers, batch norm. Marked ``gpu``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import ezo_kernels as ezo
 from ezo_kernels.ops import grouped_cross_entropy
+from ezo_kernels.ops.batch_norm import batch_norm, move_running_statistics
 from ezo_kernels.ops.grouped_linear import grouped_linear, is_for_groups
 from ezo_kernels.optim.capture import WARM_UP
 from tests.test_gpu import batch, bits, lenet, same
@@ -109,3 +110,31 @@ def test_stacked_equals_sequential_bitwise():
         opt.train_step(*batch(33))
         gs.append(opt.g)
     assert torch.equal(*gs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(32, 64, 28, 28), (5, 3, 7, 9), (128, 257, 1, 1)], ids=str)
+def test_batch_norm(shape, layout, dtype):
+    torch.manual_seed(0)
+    groups, (rows, channels) = 3, shape[:2]
+    x = (2 + torch.randn(groups * rows, *shape[1:], device="cuda")).to(dtype).contiguous(memory_format=layout)
+    w, b = (torch.randn(groups, channels, device="cuda").to(dtype) for _ in "wb")
+    y, mean, var = batch_norm(x, w, b, groups, 1e-5)
+    assert y.stride() == x.stride()
+    for g, part in enumerate(x.chunk(groups)):
+        found = []
+        for kind in (torch.float32, torch.float64):
+            stats = [torch.zeros(channels, dtype=kind, device="cuda"), torch.ones(channels, dtype=kind, device="cuda")]
+            found.append([F.batch_norm(part.to(kind), *stats, w[g].to(kind), b[g].to(kind), True, 1.0, 1e-5), *stats])
+        for ours, same, truth in zip((y.chunk(groups)[g], mean[g], var[g]), *found, strict=True):
+            floor = max(FLOORS[ours.dtype], 2.0**-21)
+            assert error(ours, truth.cpu()) <= 2 * error(same.to(ours.dtype), truth.cpu()) + floor
+        for ours, own in zip(batch_norm(part, w[g], b[g], 1, 1e-5), (y.chunk(groups)[g], mean[g], var[g]), strict=True):
+            assert torch.equal(ours.view(own.shape), own)
+    running = torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")
+    move_running_statistics(*running, mean, var, torch.tensor(False, device="cuda"), 0.1)
+    assert not running[0].any() and (running[1] == 1).all()
+    move_running_statistics(*running, mean, var, torch.tensor(True, device="cuda"), 0.1)
+    torch.testing.assert_close(running[0], 0.1 * mean.mean(0))
+    torch.testing.assert_close(running[1], 0.9 + 0.1 * var.mean(0))

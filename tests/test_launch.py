@@ -22,6 +22,7 @@ from bench import static  # noqa: E402
 from ezo_kernels import ops  # noqa: E402
 from ezo_kernels.ops import _library  # noqa: E402
 from ezo_kernels.ops._update_triton import update_table  # noqa: E402
+from ezo_kernels.ops.batch_norm import batch_norm, move_running_statistics  # noqa: E402
 from ezo_kernels.ops.grouped_linear import grouped_linear  # noqa: E402
 from ezo_kernels.ops.noise import fold_key, key_tensor  # noqa: E402
 
@@ -253,6 +254,18 @@ def test_the_heads_layer_of_all_groups(launches, dtype, bias):
         x, w = torch.ones(4 * rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
         grouped_linear(x, w, w[:, 0].contiguous() if bias else None, 4)
     assert [launch.name for launch in launches] == ["linear_kernel"] * 3
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_batch_norm(launches, dtype):
+    for shape in ((64, 10), (4, 64, 16, 16), (4, 3, 100), (2, 1, 1, 2)):
+        x, affine = torch.ones(shape, dtype=dtype), torch.ones(2, shape[1], dtype=dtype)
+        batch_norm(x, affine, affine[0], 2, 1e-5)
+        _, mean, var = batch_norm(x, None, None, 1, 1e-5)
+        running = torch.zeros(shape[1]), torch.ones(shape[1])
+        move_running_statistics(*running, mean, var, torch.tensor(True), 0.1)
+    pair = ["batch_norm_parts_kernel", "batch_norm_kernel"]
+    assert [launch.name for launch in launches] == 4 * [*pair, *pair, "running_statistics_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)

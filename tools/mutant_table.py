@@ -1062,6 +1062,27 @@ MUTANTS = (
         "d.to(",
         "tests/interpret/test_cross_entropy.py -k do_not_count",
     ),
+    Mutant(
+        "batch norm by the affine of the first group",
+        _OPS + "_batch_norm_triton.py",
+        "tl.load(w_ptr + group * w_group + c,",
+        "tl.load(w_ptr + c,",
+        "tests/interpret/test_batch_norm.py -k shapes",
+    ),
+    Mutant(
+        "parts of a batch norm put together without the distance of their means",
+        _OPS + "_batch_norm_triton.py",
+        " + own * apart * apart",
+        "",
+        "tests/interpret/test_batch_norm.py -k parts",
+    ),
+    Mutant(
+        "running statistics moved by a step that was skipped",
+        _OPS + "_batch_norm_triton.py",
+        "if tl.load(ok_ptr) != 0:",
+        "if tl.load(ok_ptr) >= 0:",
+        "tests/interpret/test_batch_norm.py -k running",
+    ),
     # CUDA C++
     Mutant(
         "the root's first guess shifts a zero's sign in as a bit",

@@ -46,7 +46,8 @@ def convert_(
 
     Linear, Conv1d, Conv2d, Embedding and Hugging Face's Conv1D of the trunk become fused layers that hold the same
     Parameters; other modules with trunk parameters (norm affine, attention, bare parameters) run once a group on perturbed
-    copies; layers of the head run once a group; dropouts draw one mask for both signs. ``state_dict`` is unchanged, and
+    copies; layers of the head and batch norms run once a group (on a GPU small linear ones and the trunk's batch norms for
+    all groups at once, in tiles of one group); dropouts draw one mask for both signs. ``state_dict`` is unchanged, and
     outside a step the model computes what it did. Trunk parameters get ``requires_grad=False``.
 
     Args:

@@ -13,10 +13,12 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ..ops import perturb
 from ..ops._perturbation import NotStackedError, check_order
+from ..ops.batch_norm import batch_norm, move_running_statistics, takes
 from ..ops.grouped_linear import grouped_linear, is_for_groups
 from .context import ZOContext
 
@@ -51,6 +53,21 @@ class Grouped(nn.Module):
 class GroupedBatchNorm(Grouped):
     """Batch norm with statistics of each group's rows; running statistics are left to the step, which may be skipped."""
 
+    def forward(self, input):
+        zo = self.zo
+        p, stacked = zo.p, zo.p is not None and (not zo.stacked or zo.is_stacked(input))
+        own = self.training or self.running_mean is None
+        learns = any(q is not None and q.requires_grad for q in (self.weight, self.bias))
+        if not (stacked and own and type(input) in (torch.Tensor, FakeTensor)) or learns or not takes(input, p.groups):
+            return super().forward(input)
+        self._check_input_dim(input)
+        affine = {"weight": self.weight, "bias": self.bias}
+        affine |= {path: copies(self, path, site, layout, zo) for path, site, layout in self.owned}
+        y, mean, var = batch_norm(input, affine["weight"], affine["bias"], p.groups, self.eps)
+        if self.running_mean is not None:
+            zo.batch_stats.setdefault(self, []).append((mean, var))
+        return y
+
     def _group_forward(self, forward, x):
         if not (self.training or self.running_mean is None):
             return forward(x)
@@ -62,7 +79,7 @@ class GroupedBatchNorm(Grouped):
         # momentum 1 makes F.batch_norm write this batch's own mean and unbiased variance into its "running" ones.
         y = F.batch_norm(x, mean, var, *affine, True, 1.0, self.eps)
         if self.running_mean is not None:
-            self.zo.batch_stats.setdefault(self, []).append((mean, var))
+            self.zo.batch_stats.setdefault(self, []).append((mean[None], var[None]))
         return y
 
 
@@ -206,7 +223,12 @@ def update_batch_norms(zo: ZOContext, ok: torch.Tensor) -> None:
             factor = 1.0 / module.num_batches_tracked.clamp(min=1).float()
         else:
             factor = module.momentum
-        for running, new in zip((module.running_mean, module.running_var), zip(*stats, strict=True), strict=True):
-            mean = torch.stack(new).mean(0).to(running.dtype)
-            running.copy_(torch.where(ok, running + (mean - running) * factor, running))
+        both = [new[0] if len(new) == 1 else torch.cat(new) for new in zip(*stats, strict=True)]
+        running = module.running_mean, module.running_var
+        if module.momentum is not None and takes(running[0][None], 1) and all(r.is_contiguous() for r in running):
+            move_running_statistics(*running, *both, ok, factor)
+            continue
+        for old, new in zip(running, both, strict=True):
+            mean = new.mean(0).to(old.dtype)
+            old.copy_(torch.where(ok, old + (mean - old) * factor, old))
     zo.batch_stats.clear()

@@ -1,0 +1,106 @@
+"""Batch norm of all groups in one operator, on the CPU reference: the bits of torch's own a group, and when it is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ezo_kernels as ezo
+from ezo_kernels.ops import _library, batch_norm
+from tests.test_coefficients import Operators
+from tests.test_step import bits
+
+
+class Net(nn.Module):
+    """Batch norms of images, of rows, without an affine, without running statistics, and one in the head."""
+
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4, momentum=momentum)
+        self.fc = nn.Linear(4 * 9, 6)
+        self.rows, self.plain = nn.BatchNorm1d(6, track_running_stats=False), nn.BatchNorm1d(6, affine=False)
+        self.out, self.last = nn.Linear(6, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        x = self.plain(torch.relu(self.rows(self.fc(x.flatten(1)))))
+        return self.last(self.out(x))
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """A CPU that takes what a GPU takes; how many groups each call had."""
+    seen, inner = [], batch_norm._batch_norm
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
+    monkeypatch.setattr(
+        batch_norm, "_batch_norm", lambda x, w, b, groups, *rest: (seen.append(groups), inner(x, w, b, groups, *rest))
+    )
+    return seen
+
+
+def data(i):
+    generator = torch.Generator().manual_seed(i)
+    return torch.randn(7, 2, 5, 5, generator=generator), torch.randint(3, (7,), generator=generator)
+
+
+def run(make=Net, steps=3, frozen=(), layout=torch.contiguous_format, **options):
+    torch.manual_seed(0)
+    model = make().to(memory_format=layout)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    opt = ezo.ElasticZO(ezo.convert_(model, head=["out", "last"]), lr=1e-3, seed=1, **options)
+    for i in range(steps):
+        x, y = data(i)
+        opt.train_step(x.to(memory_format=layout), y)
+    assert opt.skipped == 0
+    return bits(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"queries": 3}, {"mode": "sequential"}, {"make": lambda: Net(None)}, {"frozen": ["norm.weight"]},
+     {"frozen": ["norm.weight", "norm.bias"]}, {"layout": torch.channels_last}],
+    ids=["pair", "queries", "sequential", "average", "frozen weight", "frozen", "channels last"],
+)  # fmt: skip
+def test_a_step_has_the_bits_of_a_call_a_group(at_once, monkeypatch, options):
+    ours = run(**options)
+    groups = 1 if options.get("mode") else 2 * options.get("queries", 1)
+    assert set(at_once) >= {groups}
+    at_once.clear()
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: False)
+    theirs = run(**options)
+    assert not at_once and all(torch.equal(ours[k], v) for k, v in theirs.items())
+
+
+def test_launches_do_not_grow_with_queries(monkeypatch):
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
+    counts = []
+    for queries in (1, 8):
+        model = ezo.convert_(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)))
+        opt = ezo.ElasticZO(model, queries=queries)
+        opt.train_step(*data(0))
+        with Operators() as seen:
+            opt.train_step(*data(0))
+        counts.append(sorted(seen.names))
+    assert counts[0] == counts[1] and {"batch_norm", "running_statistics"} < set(counts[0])
+
+
+def test_a_skipped_step_leaves_running_statistics(at_once):
+    torch.manual_seed(0)
+    model = ezo.convert_(Net(), head=["out", "last"])
+    opt, before = ezo.ElasticZO(model), bits(model)
+    x, y = data(0)
+    opt.train_step(x * float("inf"), y)
+    assert opt.skipped == 1 and all(torch.equal(before[k], v) for k, v in bits(model).items())
+
+
+def test_evaluation_and_one_value_are_torchs(at_once):
+    torch.manual_seed(0)
+    model = ezo.convert_(Net().eval(), head=["out", "last"])
+    ezo.ElasticZO(model).train_step(*data(0))
+    assert at_once == [2, 1, 1]  # the one without running statistics; the first step's check has each group alone
+    rows = ezo.convert_(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ezo.ElasticZO(rows).train_step(torch.randn(1, 4), torch.tensor([0]))
