@@ -127,9 +127,9 @@ def test_batch_norm(shape, layout, dtype):
         for kind in (torch.float32, torch.float64):
             stats = [torch.zeros(channels, dtype=kind, device="cuda"), torch.ones(channels, dtype=kind, device="cuda")]
             found.append([F.batch_norm(part.to(kind), *stats, w[g].to(kind), b[g].to(kind), True, 1.0, 1e-5), *stats])
-        for ours, same, truth in zip((y.chunk(groups)[g], mean[g], var[g]), *found, strict=True):
+        for ours, near, truth in zip((y.chunk(groups)[g], mean[g], var[g]), *found, strict=True):
             floor = max(FLOORS[ours.dtype], 2.0**-21)
-            assert error(ours, truth.cpu()) <= 2 * error(same.to(ours.dtype), truth.cpu()) + floor
+            assert error(ours, truth.cpu()) <= 2 * error(near.to(ours.dtype), truth.cpu()) + floor
         for ours, own in zip(batch_norm(part, w[g], b[g], 1, 1e-5), (y.chunk(groups)[g], mean[g], var[g]), strict=True):
             assert torch.equal(ours.view(own.shape), own)
     running = torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")

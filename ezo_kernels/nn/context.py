@@ -52,7 +52,7 @@ class ZOContext:
         manifest: every trunk parameter, by site.
         visited: sites that the last pass perturbed (an integer step listens only to its first).
         traced: part of the last pass was compiled code, which does not fill ``visited`` (its contents would be guarded).
-        batch_stats: batch-norm module -> (mean, unbiased variance) of each group of the step.
+        batch_stats: batch-norm module -> (mean, unbiased variance), each [groups, channels], of every call of the step.
         micro: number of the micro-batch under gradient accumulation.
         one_mask: a dropout draws one mask for all queries: their losses are compared with each other.
         calls: site -> how often a dropout ran in this pass.
