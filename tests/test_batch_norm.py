@@ -104,3 +104,30 @@ def test_evaluation_and_one_value_are_torchs(at_once):
     rows = ezo.convert_(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ezo.ElasticZO(rows).train_step(torch.randn(1, 4), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_another_number_of_channels_is_refused(at_once, monkeypatch, affine, gpu):
+    """[N, L, C] into a batch norm of C: nothing is read or written beyond its buffers, and no weight has moved."""
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: gpu)
+    norm = nn.BatchNorm1d(8, affine=affine)
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 8), norm, nn.Flatten(), nn.Linear(96, 3)))
+    before = bits(model)
+    with pytest.raises(ValueError, match="should contain 12 elements not 8"):
+        ezo.ElasticZO(model, lr=1.0).train_step(torch.randn(5, 12, 4), torch.randint(3, (5,)))
+    assert not at_once and all(torch.equal(before[k], v) for k, v in bits(model).items())
+
+
+def test_vmap_is_left_to_torch(at_once):
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(3, track_running_stats=False)
+
+        def forward(self, x):
+            return torch.vmap(self.norm, in_dims=1, out_dims=1)(self.fc(x).view(-1, 2, 3)).flatten(1)
+
+    opt = ezo.ElasticZO(ezo.convert_(Mapped()), mode="sequential")
+    opt.train_step(torch.randn(5, 4), torch.randint(6, (5,)))
+    assert opt.skipped == 0 and not at_once

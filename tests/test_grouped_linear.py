@@ -96,6 +96,9 @@ def test_what_is_left_to_torch(at_once, monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert taken(x) and taken(x.bfloat16())
         assert grouped_linear.grouped_linear(x, layer.weight, layer.bias, 2).dtype == torch.bfloat16
+    assert not taken(x.to_sparse()) and not taken(torch.nested.nested_tensor([x, x]))
+    with torch.autograd.forward_ad.dual_level():
+        assert not taken(x)
     assert not torch.vmap(lambda one: torch.tensor(taken(one)))(torch.randn(2, 6, 4)).any()
     monkeypatch.setattr(grouped_linear, "MOST_PRODUCTS", 3 * 4 * 3)
     assert taken(x)
@@ -112,3 +115,32 @@ def test_a_layer_that_torch_compiles_stays_torchs(at_once):
         opt.train_step(*batch(9, i))
     assert opt.skipped == 0
     torch._dynamo.reset()
+
+
+class Slope(nn.Module):
+    """Of a head: the derivative of one of its layers goes through another (forces, gradient penalties)."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.b, self.c = nn.Linear(784, 6), nn.Linear(6, 5), nn.Linear(6, 10)
+
+    def forward(self, x):
+        h = self.trunk(x.flatten(1))
+        if torch.is_grad_enabled():
+            h = h.detach().requires_grad_()
+            (h,) = torch.autograd.grad(torch.tanh(self.b(h)).sum(), h, create_graph=True)
+        return self.c(h)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "sequential"}], ids=str)
+def test_a_head_that_is_differentiated_twice(at_once, monkeypatch, options):
+    torch.manual_seed(0)
+    first = Slope()
+    second, before = copy.deepcopy(first), copy.deepcopy(first.state_dict())
+    with torch.enable_grad():
+        ours = run(first, ["b", "c"], steps=1, **options)
+        monkeypatch.setattr(_library, "bound_by_launches", lambda device: False)
+        theirs = run(second, ["b", "c"], steps=1, **options)
+    for name in ("b.weight", "b.bias", "c.weight", "c.bias"):
+        torch.testing.assert_close(ours[name] - before[name], theirs[name] - before[name], rtol=1e-4, atol=1e-7)
+        assert name == "b.bias" or not torch.equal(ours[name], before[name])

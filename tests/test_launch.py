@@ -258,14 +258,14 @@ def test_the_heads_layer_of_all_groups(launches, dtype, bias):
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 def test_batch_norm(launches, dtype):
-    for shape in ((64, 10), (4, 64, 16, 16), (4, 3, 100), (2, 1, 1, 2)):
+    for shape in ((4, 64, 16, 16), (2, 1, 1, 2)):
         x, affine = torch.ones(shape, dtype=dtype), torch.ones(2, shape[1], dtype=dtype)
         batch_norm(x, affine, affine[0], 2, 1e-5)
         _, mean, var = batch_norm(x, None, None, 1, 1e-5)
         running = torch.zeros(shape[1]), torch.ones(shape[1])
         move_running_statistics(*running, mean, var, torch.tensor(True), 0.1)
     pair = ["batch_norm_parts_kernel", "batch_norm_kernel"]
-    assert [launch.name for launch in launches] == 4 * [*pair, *pair, "running_statistics_kernel"]
+    assert [launch.name for launch in launches] == 2 * [*pair, *pair, "running_statistics_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)

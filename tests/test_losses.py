@@ -80,6 +80,18 @@ def test_all_groups_at_once_have_the_bits_of_a_call_each(groups, rows, classes):
     assert_bitwise_equal(ours.grad, theirs.grad)
 
 
+def test_differentiates_twice():
+    logits, target, share = problem(3, 5, 4)
+
+    def penalty(losses, x):
+        (slope,) = torch.autograd.grad(losses, x, share, create_graph=True)
+        return torch.autograd.grad((slope**2).sum(), x)[0]
+
+    ours, theirs = (logits.clone().requires_grad_() for _ in "ab")
+    apart = torch.stack([F.cross_entropy(part, target) for part in theirs.chunk(3)])
+    torch.testing.assert_close(penalty(grouped_cross_entropy(ours, target, 3), ours), penalty(apart, theirs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_loss_of_16_bits_is_not_rounded_to_them(dtype):
     """An eps of 1e-3 moves a loss of 2.3 by less than the 0.008 between two numbers of bf16."""

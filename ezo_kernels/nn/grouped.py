@@ -57,10 +57,13 @@ class GroupedBatchNorm(Grouped):
         zo = self.zo
         p, stacked = zo.p, zo.p is not None and (not zo.stacked or zo.is_stacked(input))
         own = self.training or self.running_mean is None
-        learns = any(q is not None and q.requires_grad for q in (self.weight, self.bias))
-        if not (stacked and own and type(input) in (torch.Tensor, FakeTensor)) or learns or not takes(input, p.groups):
+        if not (stacked and own and type(input) in (torch.Tensor, FakeTensor) and takes(input, p.groups)):
             return super().forward(input)
         self._check_input_dim(input)
+        self._check_channels(input)
+        held = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
+        if any(t.requires_grad or t.device != input.device for t in held):
+            return super().forward(input)
         affine = {"weight": self.weight, "bias": self.bias}
         affine |= {path: copies(self, path, site, layout, zo) for path, site, layout in self.owned}
         y, mean, var = batch_norm(input, affine["weight"], affine["bias"], p.groups, self.eps)
@@ -68,10 +71,18 @@ class GroupedBatchNorm(Grouped):
             zo.batch_stats.setdefault(self, []).append((mean, var))
         return y
 
+    def _check_channels(self, x) -> None:
+        """As torch does before it runs: afterwards, the statistics' own error would come when weights have moved."""
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            held = getattr(self, name)
+            if held is not None and held.shape != (x.shape[1],):
+                raise ValueError(f"{name} should contain {x.shape[1]} elements not {held.numel()}")
+
     def _group_forward(self, forward, x):
         if not (self.training or self.running_mean is None):
             return forward(x)
         self._check_input_dim(x)
+        self._check_channels(x)
         mean = x.new_zeros(x.shape[1], dtype=torch.float32)
         var = torch.ones_like(mean)
         # statistics of 16-bit rows stay fp32, and torch wants weight and bias of the statistics' dtype then

@@ -58,9 +58,9 @@ def batch_norm_kernel(
     x_ptr, y_ptr, w_ptr, b_ptr, parts_ptr, mean_ptr, var_ptr, eps, rows, channels, size, span, parts,
     x_row, x_c, x_s, w_group, b_group, C: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The grid is (blocks of channels, blocks of M values, groups)."""
+    """The grid is (blocks of M values, blocks of channels, groups): only the first axis may be longer than 65535."""
     group = tl.program_id(2)
-    c = (tl.program_id(0) * C + tl.arange(0, C))[:, None]
+    c = (tl.program_id(1) * C + tl.arange(0, C))[:, None]
     values = rows * size
     n = values.to(tl.float32)
     from_parts = parts_ptr + group.to(tl.int64) * parts * 2 * channels + c
@@ -75,13 +75,13 @@ def batch_norm_kernel(
         apart = tl.load(from_parts + p * 2 * channels, mask=c < channels, other=0.0) - mean
         square += tl.load(from_parts + (p * 2 + 1) * channels, mask=c < channels, other=0.0) + own * apart * apart
     factor = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, n) + eps))
-    if tl.program_id(1) == 0:
+    if tl.program_id(0) == 0:
         at = group * channels + c
         tl.store(mean_ptr + at, mean, mask=c < channels)
         tl.store(var_ptr + at, tl.div_rn(square, n - 1.0), mask=c < channels)
     if w_ptr is not None:
         factor *= tl.load(w_ptr + group * w_group + c, mask=c < channels, other=0.0).to(tl.float32)
-    i = (tl.program_id(1) * M + tl.arange(0, M))[None, :]
+    i = (tl.program_id(0) * M + tl.arange(0, M))[None, :]
     row = i // size
     inside = (i < values) & (c < channels)
     at = group.to(tl.int64) * rows * x_row + c.to(tl.int64) * x_c
@@ -139,14 +139,14 @@ def launch_batch_norm(x, w, b, groups, eps, y, mean, var) -> None:
         raise NotImplementedError(f"batch_norm: {rows * size} values of {channels} channels: 2^31 is the limit")
     c, m, span = batch_norm_tile(rows * size, channels, size == 1 or (x_c == 1 and x_s != 1))
     parts, tiles = -(-rows * size // span), -(-channels // c)
-    check_grid("batch_norm", groups, parts, -(-rows * size // m))
+    check_grid("batch_norm", groups, parts, tiles)
     w, b = (None if t is None else t.contiguous() for t in (w, b))
     memory = x.new_empty(groups * parts * 2 * channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         batch_norm_parts_kernel[(tiles, parts, groups)](
             x, memory, rows, channels, size, span, x_row, x_c, x_s, C=c, M=m, num_warps=_WARPS, enable_fp_fusion=False
         )
-        batch_norm_kernel[(tiles, -(-rows * size // m), groups)](
+        batch_norm_kernel[(-(-rows * size // m), tiles, groups)](
             x, y, w, b, memory, mean, var, float(eps), rows, channels, size, span, parts, x_row, x_c, x_s,
             0 if w is None or w.dim() == 1 else channels, 0 if b is None or b.dim() == 1 else channels, C=c, M=m,
             num_warps=_WARPS, enable_fp_fusion=False,

@@ -31,6 +31,12 @@ def register(name: str, schema: str, *, cpu: Callable, cuda: Callable) -> Callab
     return getattr(torch.ops.ezo, name).default
 
 
+def transformed() -> bool:
+    """Whether calls are being traced, mapped or differentiated forward: an operator of ours with autograd stands aside then."""
+    dual = torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or dual
+
+
 def bound_by_launches(device: torch.device) -> bool:
     """Whether one call for all groups beats a call a group: on a GPU. On a CPU both have the same bits and cost as much."""
     return device.type == "cuda"

@@ -73,9 +73,11 @@ def _positions_at_one_stride(x: torch.Tensor) -> bool:
 
 def takes(x: torch.Tensor, groups: int) -> bool:
     """Whether :func:`batch_norm` is the way for this input; if not, torch's own, a call a group, is."""
-    if not _library.bound_by_launches(x.device) or torch.compiler.is_compiling() or x.requires_grad:
+    if not _library.bound_by_launches(x.device) or _library.transformed() or x.requires_grad:
         return False
-    return x.dim() >= 2 and x.dtype in FLOATS and x.shape[0] % groups == 0 and x.numel() > 0
+    return (
+        x.dim() >= 2 and x.layout is torch.strided and x.dtype in FLOATS and x.shape[0] % groups == 0 and x.numel() > 0
+    )
 
 
 def batch_norm(

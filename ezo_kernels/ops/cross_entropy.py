@@ -120,9 +120,14 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         logits, target, count = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: this backward is differentiated, too
+            rows = target.repeat(grad.shape[0])
+            counts = rows != ctx.ignore_index
+            own = F.one_hot(torch.where(counts, rows, 0), logits.shape[1])
+            share = (grad / count).repeat_interleave(target.shape[0]) * counts
+            return ((torch.softmax(logits.float(), 1) - own) * share[:, None]).to(logits.dtype), None, None, None
         out = torch.empty_like(logits)
         _cross_entropy_backward(logits, target, ctx.ignore_index, grad.contiguous(), count, out)
         return out, None, None, None

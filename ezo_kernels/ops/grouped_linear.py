@@ -96,10 +96,12 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph: this backward is differentiated, too
+            dx, dw = grad @ weight if of_x else None, grad.t() @ x if of_weight else None
+            return dx, dw, grad.sum(0) if of_bias else None, None
         dx = torch.empty_like(x) if of_x else None
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if of_weight else None
         db = grad.new_empty(grad.shape[1]) if of_bias else None
@@ -108,6 +110,8 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _plain(t: torch.Tensor) -> bool:
+    if t.layout is not torch.strided or t.is_nested:
+        return False
     return type(t) in (torch.Tensor, torch.nn.Parameter) or isinstance(t, FakeTensor)
 
 
@@ -123,7 +127,7 @@ def is_for_groups(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         or any(t.device != x.device for t in tensors)
     ):
         return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _library.transformed():
         return False
     kinds = {t.dtype for t in tensors}
     if torch.is_autocast_enabled(x.device.type):
@@ -146,7 +150,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         groups: of the pass.
 
     Returns:
-        [groups * B, ..., N]; once differentiable.
+        [groups * B, ..., N]; twice differentiable.
     """
     if torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)

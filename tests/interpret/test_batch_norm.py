@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ezo_kernels.ops import _batch_norm_triton as T
+from ezo_kernels.ops import _int8_triton
 from ezo_kernels.ops.batch_norm import batch_norm, move_running_statistics
 from tests.tolerance import FLOORS, assert_bitwise_equal, error
 
@@ -84,6 +85,16 @@ def test_values_far_from_zero_in_many_parts(monkeypatch, side_by_side):
     c, m, span = T.batch_norm_tile(values, 3, side_by_side)
     assert values > span >= m and c >= 3
     assert_right(x, w, b, 2, least=6e-5)
+
+
+def test_as_many_values_as_there_are(monkeypatch):
+    """Axes of a grid but the first end at 65535 programs: at a thousand images of 32 by 32 with channels last."""
+    monkeypatch.setattr(T, "_BLOCK", 64)
+    monkeypatch.setattr(_int8_triton, "MOST_PROGRAMS", 40)
+    x, w, b = problem(2, (80, 5, 3, 3))
+    assert 720 / T.batch_norm_tile(720, 5, True)[1] > 40 and 720 / T.batch_norm_tile(720, 5, False)[1] > 40
+    assert_right(x.contiguous(memory_format=torch.channels_last), w, b, 2)
+    assert_right(x, w, b, 2)
 
 
 def test_a_group_has_the_bits_of_its_own():
