@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,7 +96,10 @@ def test_replays_equal_eager_steps(queries, dtype):
     runs = []
     for capture in (True, False):
         model = ezo.convert_(lenet().to(dtype), head=["fc2", "fc3"])
-        opt = ezo.ElasticZO(model, queries=queries, antithetic=queries == 1, clip=5.0, capture=capture)
+        opt = ezo.ElasticZO(
+            model, queries=queries, antithetic=queries == 1, clip=5.0, capture=capture,
+            head_optimizer=functools.partial(torch.optim.SGD, lr=0.05, fused=True),
+        )  # fmt: skip
         for i in range(20 + WARM_UP + 1):
             x, y = batch(32, i % 4)
             opt.train_step(x.to(dtype), y)
