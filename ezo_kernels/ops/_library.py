@@ -6,6 +6,7 @@ torch.compile. The CPU key runs the reference; the CUDA key runs the kernel; not
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,15 @@ def register(name: str, schema: str, *, cpu: Callable, cuda: Callable) -> Callab
         LIBRARY.impl(name, run, key)
     torch.library.register_fake("ezo::" + name, lambda *args, **kwargs: None, lib=LIBRARY)
     return getattr(torch.ops.ezo, name).default
+
+
+def launcher(module: str, name: str) -> Callable:
+    """A CUDA implementation that is ``name`` of ``.module``, which is imported, and triton with it, at the first launch."""
+
+    def launch(*args) -> None:
+        getattr(importlib.import_module(f".{module}", __package__), name)(*args)
+
+    return launch
 
 
 def transformed() -> bool:

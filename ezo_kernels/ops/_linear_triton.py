@@ -20,7 +20,7 @@ import torch
 from ._address import address, strided
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._noise_triton import UNIT as UNITS
-from ._parts_triton import room_for_parts, sum_parts
+from ._parts_triton import finish, room_for_parts, sum_parts
 from ._rounding_triton import round_z
 from ._strategy import regular
 from ._tiles import LARGE, linear_parts, linear_tile
@@ -75,32 +75,22 @@ def _store(
         acc = tl.trans(acc)
     if BIAS:
         acc += bias[None, :]
-    if RELU:
-        acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
     if NEAR:
         out_ptr += (row0 + first).to(tl.int64) * N
         at = tl.arange(0, BM)[:, None] * N + rn[None, :]
     else:
         at = (row0 + rm).to(tl.int64)[:, None] * N + rn[None, :]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rm < rows)[:, None] & (rn < N)[None, :])
+    out = finish(acc, out_ptr.dtype.element_ty, RELU)
+    tl.store(out_ptr + at, out, mask=(rm < rows)[:, None] & (rn < N)[None, :])
 
 
-@jit(
-    do_not_specialize=[
-        "site",
-        "bias_site",
-        "query",
-        "rows",
-        "tiles_m",
-        "tiles_n",
-        "queries",
-        "steps",
-        "n1",
-        "n2",
-        "n3",
-        "threshold",
-    ]
-)
+#: Run-time integers of the kernel that are of no use to know when it is compiled.
+_SCALARS = [
+    "site", "bias_site", "query", "rows", "tiles_m", "tiles_n", "queries", "steps", "n1", "n2", "n3", "threshold"
+]  # fmt: skip
+
+
+@jit(do_not_specialize=_SCALARS)
 def linear_kernel(
     x_ptr, w_ptr, b_ptr, out_ptr, key_ptr, eps_ptr, site, bias_site, query, rows, N, K, tiles_m, tiles_n,
     queries, steps, n1, n2, n3, s0, s1, s2, s3, x_stride, w_stride_n, w_stride_k, b_stride, threshold, scale,
@@ -351,24 +341,8 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
     odd = how in ("ragged", "eights")
     regular = how != "ragged"
     tile = linear_tile(rows, n + 4 * odd, 4096, kind, name, precision, transposed, archs[0], regular, dtype == "mixed")
-    pointers = {"x_ptr": x, "w_ptr": w, "b_ptr": w, "out_ptr": x, "key_ptr": "i32", "eps_ptr": "fp32"}
-    pointers["out_ptr"] = "fp32" if how == "split" else x
-    integers = (
-        "site",
-        "bias_site",
-        "query",
-        "rows",
-        "N",
-        "K",
-        "tiles_m",
-        "tiles_n",
-        "queries",
-        "steps",
-        "n1",
-        "n2",
-        "n3",
-        "threshold",
-    )
+    out = "fp32" if how == "split" else x
+    pointers = {"x_ptr": x, "w_ptr": w, "b_ptr": w, "out_ptr": out, "key_ptr": "i32", "eps_ptr": "fp32"}
     along, across = ("w_stride_n", "w_stride_k") if transposed else ("w_stride_k", "w_stride_n")
     strides = ("s0", "s1", "s2", "s3", across)
     signs, even = {"plus": 1, "plain": 0}.get(how, 2), not odd and how != "tail"
@@ -377,7 +351,7 @@ def _variant(dtype: str, name: str, rows: int, how: str, archs: tuple[int, ...],
         name=f"linear/{dtype}/{name}/{rows}/{how}" + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
         signature={
             **{pointer: "*" + of for pointer, of in pointers.items()},
-            **dict.fromkeys((*integers, *strides), "i32"),
+            **dict.fromkeys((*_SCALARS, "N", "K", *strides), "i32"),
             "scale": "fp32",
         },
         constexprs={

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _library
-from ._library import register
+from ._library import launcher, register
 from ._perturbation import FLOATS
 
 
@@ -34,35 +34,23 @@ def _batch_norm_cpu(x, w, b, groups, eps, y, mean, var) -> None:
         to.copy_(F.batch_norm(own, mean[g], var[g], _of_group(w, g), _of_group(b, g), True, 1.0, eps))
 
 
-def _batch_norm_cuda(*args) -> None:
-    from ._batch_norm_triton import launch_batch_norm
-
-    launch_batch_norm(*args)
-
-
 def _running_cpu(running_mean, running_var, mean, var, ok, momentum) -> None:
     for running, own in ((running_mean, mean), (running_var, var)):
         new = own.mean(0).to(running.dtype)
         running.copy_(torch.where(ok, running + (new - running) * momentum, running))
 
 
-def _running_cuda(*args) -> None:
-    from ._batch_norm_triton import launch_running_statistics
-
-    launch_running_statistics(*args)
-
-
 _batch_norm = register(
     "batch_norm",
     "(Tensor x, Tensor? w, Tensor? b, int groups, float eps, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var) -> ()",
     cpu=_batch_norm_cpu,
-    cuda=_batch_norm_cuda,
+    cuda=launcher("_batch_norm_triton", "launch_batch_norm"),
 )
 _running_statistics = register(
     "running_statistics",
     "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor ok, float momentum) -> ()",
     cpu=_running_cpu,
-    cuda=_running_cuda,
+    cuda=launcher("_batch_norm_triton", "launch_running_statistics"),
 )
 
 

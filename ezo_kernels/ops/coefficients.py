@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._library import register
+from ._library import launcher, register
 
 
 def projected_gradient(losses: torch.Tensor, eps: torch.Tensor, antithetic: bool) -> torch.Tensor:
@@ -53,18 +53,12 @@ def _coefficients_cpu(losses, lr, eps, bad, antithetic, clip, g, coef, ok, skip,
     skipped += not fine
 
 
-def _coefficients_cuda(*args) -> None:
-    from ._coefficients_triton import launch_coefficients
-
-    launch_coefficients(*args)
-
-
 _coefficients = register(
     "coefficients",
     "(Tensor losses, Tensor lr, Tensor eps, Tensor? bad, bool antithetic, float clip, Tensor(a!) g, Tensor(b!) coef, "
     "Tensor(c!) ok, Tensor(d!) skip, Tensor(e!) mean, Tensor(f!) step, Tensor(g!) skipped) -> ()",
     cpu=_coefficients_cpu,
-    cuda=_coefficients_cuda,
+    cuda=launcher("_coefficients_triton", "launch_coefficients"),
 )
 
 

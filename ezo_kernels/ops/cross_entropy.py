@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._library import register
+from ._library import launcher, register
 from ._perturbation import FLOATS, NotStackedError
 
 #: Logits of a chunk on the CPU, where fp32 copies of all rows at once would be memory that a pass has no other need of.
@@ -84,29 +84,17 @@ def _backward_cpu(logits, target, ignore_index, grad, count, out) -> None:
     out.copy_(torch.ops.aten._log_softmax_backward_data(error, log_p, 1, torch.float32))
 
 
-def _cross_entropy_cuda(*args) -> None:
-    from ._cross_entropy_triton import launch_cross_entropy
-
-    launch_cross_entropy(*args)
-
-
-def _backward_cuda(*args) -> None:
-    from ._cross_entropy_triton import launch_cross_entropy_backward
-
-    launch_cross_entropy_backward(*args)
-
-
 _cross_entropy = register(
     "cross_entropy",
     "(Tensor logits, Tensor target, int ignore_index, Tensor(a!) losses, Tensor(b!) count) -> ()",
     cpu=_cross_entropy_cpu,
-    cuda=_cross_entropy_cuda,
+    cuda=launcher("_cross_entropy_triton", "launch_cross_entropy"),
 )
 _cross_entropy_backward = register(
     "cross_entropy_backward",
     "(Tensor logits, Tensor target, int ignore_index, Tensor grad, Tensor count, Tensor(a!) out) -> ()",
     cpu=_backward_cpu,
-    cuda=_backward_cuda,
+    cuda=launcher("_cross_entropy_triton", "launch_cross_entropy_backward"),
 )
 
 

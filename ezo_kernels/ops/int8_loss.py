@@ -19,7 +19,7 @@ import torch
 
 from . import _constants as C
 from . import _cpu
-from ._library import register
+from ._library import launcher, register
 from .int8_matmul import check_input
 from .int8_pass import GRADIENT_SITE
 from .int8_pointwise import rounding_lanes
@@ -60,17 +60,11 @@ def _cross_entropy_cpu(logits, exponent, labels, fraction, losses) -> None:
         losses[g] = int(K.cross_entropy(part.numpy(), int(exponent[g]), labels.numpy(), fraction, roots))
 
 
-def _cross_entropy_cuda(*args) -> None:
-    from ._int8_loss_triton import launch_cross_entropy
-
-    launch_cross_entropy(*args)
-
-
 _cross_entropy = register(
     "int8_cross_entropy",
     "(Tensor logits, Tensor exponent, Tensor labels, int fraction, Tensor(a!) losses) -> ()",
     cpu=_cross_entropy_cpu,
-    cuda=_cross_entropy_cuda,
+    cuda=launcher("_int8_loss_triton", "launch_cross_entropy"),
 )
 
 
@@ -134,18 +128,12 @@ def _squared_error_cpu(y, exponent, target, target_exponent, fraction, losses, e
             )
 
 
-def _squared_error_cuda(*args) -> None:
-    from ._int8_loss_triton import launch_squared_error
-
-    launch_squared_error(*args)
-
-
 _squared_error = register(
     "int8_squared_error",
     "(Tensor y, Tensor exponent, Tensor target, Tensor target_exponent, int fraction, Tensor(a!) losses, "
     "Tensor(b!) error) -> ()",
     cpu=_squared_error_cpu,
-    cuda=_squared_error_cuda,
+    cuda=launcher("_int8_loss_triton", "launch_squared_error"),
 )
 #: Bits behind the point of a target's unit, in which differences are taken.
 _ERROR_BITS = 8
@@ -195,17 +183,11 @@ def _gradient_cpu(logits, exponent, labels, key, query, rounds, out) -> None:
         K.cross_entropy_gradient(part.numpy(), int(exponent[g]), labels.numpy(), lanes, to.numpy(), scratch)
 
 
-def _gradient_cuda(*args) -> None:
-    from ._int8_loss_triton import launch_gradient
-
-    launch_gradient(*args)
-
-
 _gradient = register(
     "int8_cross_entropy_gradient",
     "(Tensor logits, Tensor exponent, Tensor labels, Tensor key, int query, int rounds, Tensor(a!) out) -> ()",
     cpu=_gradient_cpu,
-    cuda=_gradient_cuda,
+    cuda=launcher("_int8_loss_triton", "launch_gradient"),
 )
 
 

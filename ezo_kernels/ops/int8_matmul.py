@@ -20,7 +20,7 @@ import torch
 from . import _cpu
 from ._int8_slab import check_way, choose, pitch_of, reserve
 from ._layout import grid
-from ._library import register
+from ._library import launcher, register
 from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check_rounding, check_terms, pass_groups
 from .int8_tensor import Int8Tensor, counters, new, scratch
 from .noise import Noise, check_index, filler_cpu, row_ids
@@ -197,18 +197,12 @@ def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, relu, out, expo
         exponents[g] = x_exponents[min(g, len(x_exponents) - 1)] + w_scale + shift
 
 
-def _requantize_cuda(*args) -> None:
-    from ._int8_pointwise_triton import launch_requantize
-
-    launch_requantize(*args)
-
-
 _requantize = register(
     "int8_requantize",
     "(Tensor acc, Tensor peak, Tensor x_exponent, Tensor w_exponent, str rounding, bool relu, Tensor(a!) out, "
     "Tensor(b!) exponent) -> ()",
     cpu=_requantize_cpu,
-    cuda=_requantize_cuda,
+    cuda=launcher("_int8_pointwise_triton", "launch_requantize"),
 )
 
 

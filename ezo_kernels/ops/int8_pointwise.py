@@ -10,7 +10,7 @@ import torch
 
 from . import _constants as C
 from . import _cpu
-from ._library import register
+from ._library import launcher, register
 from .int8_matmul import PEAK, REQUANTIZE, check_input, shift_of
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_tensor import Int8Tensor, counters, new
@@ -45,17 +45,11 @@ def _round_cpu(x, shift, rounding, key, site, query, rounds, out) -> None:
     K.round_array(x.contiguous().view(-1).numpy(), shift, mode, lanes, out.view(-1).numpy())
 
 
-def _round_cuda(*args) -> None:
-    from ._int8_pointwise_triton import launch_round
-
-    launch_round(*args)
-
-
 _round = register(
     "int8_round",
     "(Tensor x, int shift, str rounding, Tensor key, int site, int query, int rounds, Tensor(a!) out) -> ()",
     cpu=_round_cpu,
-    cuda=_round_cuda,
+    cuda=launcher("_int8_pointwise_triton", "launch_round"),
 )
 
 
@@ -128,17 +122,11 @@ def _pool_cpu(x, kind, kernel, stride, padding, out) -> None:
     run(x.view(planes, *x.shape[2:]).numpy(), *kernel, *stride, *padding, out.view(planes, *out.shape[2:]).numpy())
 
 
-def _pool_cuda(*args) -> None:
-    from ._int8_pointwise_triton import launch_pool
-
-    launch_pool(*args)
-
-
 _pool = register(
     "int8_pool2d",
     "(Tensor x, str kind, int[2] kernel, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
     cpu=_pool_cpu,
-    cuda=_pool_cuda,
+    cuda=launcher("_int8_pointwise_triton", "launch_pool"),
 )
 
 
@@ -208,18 +196,12 @@ def _add_cpu(a, b, a_exponent, b_exponent, what, peak, out, exponent) -> None:
             peaks[g] = largest
 
 
-def _add_cuda(*args) -> None:
-    from ._int8_pointwise_triton import launch_add
-
-    launch_add(*args)
-
-
 _add = register(
     "int8_add",
     "(Tensor a, Tensor b, Tensor a_exponent, Tensor b_exponent, int what, Tensor(a!) peak, Tensor(b!) out, "
     "Tensor(c!) exponent) -> ()",
     cpu=_add_cpu,
-    cuda=_add_cuda,
+    cuda=launcher("_int8_pointwise_triton", "launch_add"),
 )
 
 

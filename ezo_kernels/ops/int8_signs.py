@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from ._library import register
+from ._library import launcher, register
 
 
 def ternary_gradient(losses: torch.Tensor, antithetic: bool) -> torch.Tensor:
@@ -49,17 +49,11 @@ def _signs_cpu(losses, antithetic, g, total, step) -> None:
     step += 1
 
 
-def _signs_cuda(*args) -> None:
-    from ._int8_signs_triton import launch_signs
-
-    launch_signs(*args)
-
-
 _signs = register(
     "int8_signs",
     "(Tensor losses, bool antithetic, Tensor(a!) g, Tensor(b!) total, Tensor(c!) step) -> ()",
     cpu=_signs_cpu,
-    cuda=_signs_cuda,
+    cuda=launcher("_int8_signs_triton", "launch_signs"),
 )
 
 

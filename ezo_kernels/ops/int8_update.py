@@ -22,7 +22,7 @@ import torch
 
 from . import _cpu
 from ._layout import LAYOUTS, default_layout, grid, pointer
-from ._library import register
+from ._library import launcher, register
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_pointwise import rounding_lanes
 from .noise import Noise, check_index, filler_cpu, row_ids
@@ -193,17 +193,11 @@ def _sum_groups_cpu(acc, exponent, out, peak) -> None:
     peak.numpy()[0] = K.sum_aligned(acc.view(len(acc), -1).numpy(), exponent.numpy(), flat)
 
 
-def _sum_groups_cuda(*args) -> None:
-    from ._int8_update_triton import launch_sum_groups
-
-    launch_sum_groups(*args)
-
-
 _sum_groups = register(
     "int8_sum_groups",
     "(Tensor acc, Tensor exponent, Tensor(a!) out, Tensor(b!) peak) -> ()",
     cpu=_sum_groups_cpu,
-    cuda=_sum_groups_cuda,
+    cuda=launcher("_int8_update_triton", "launch_sum_groups"),
 )
 
 
