@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from bench import int8_training
 from ezo_kernels.cli.experiments.catalogue import EXPERIMENTS, LAYERS
-from ezo_kernels.cli.experiments.recipes import BEST, GRID, HEADS
+from ezo_kernels.cli.experiments.recipes import BEST, GRID, HEADS, LONG_INT8, best_int8
 from ezo_kernels.cli.experiments.scope import Scope
 from ezo_kernels.cli.experiments.trial import Trial
-from ezo_kernels.cli.recipe import Recipe
+from ezo_kernels.cli.recipe import Recipe, parse_schedule
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench/results/experiments"
 
@@ -56,3 +57,16 @@ def test_the_recipes_are_the_grids_best():
             assert f"| {head.replace(',', ', ').replace('0', 'none')} | {shown} | {row}" in told
         assert BEST[head] == min(errors, key=errors.get)
     assert not any("test_error" in t["result"] for t in trials)
+
+
+@pytest.mark.parametrize("data", LONG_INT8)
+@pytest.mark.parametrize(("head", "arm"), [("0", "pure"), ("fc3", "fc3"), ("fc2,fc3", "fc2,fc3")])
+def test_long_runs_of_integers_have_the_schedule_of_their_evidence(data, head, arm):
+    """That of a run of ten epochs leaves a third of MNIST's validation split after sixty-four."""
+    options, milestones = int8_training.INT8[data][arm]
+    ours = best_int8(data, head, 0, 64, "integer")
+    assert ours.head_remainder == options.get("head_remainder", False)
+    for name in ("r_max", "p_zero", "bits", "head_bits")[: 4 if head != "0" else 3]:
+        kind = float if name == "p_zero" else int
+        theirs = [(at, change[name]) for at, change in milestones.items() if name in change]
+        assert parse_schedule(getattr(ours, name), name, kind) == [(0.0, options[name]), *theirs]

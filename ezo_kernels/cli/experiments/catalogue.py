@@ -34,8 +34,8 @@ def baseline(scope: Scope) -> list[Trial]:
     out.append(scope.trial("full BP, fp32", bp, head_lrs=scope.ends(FROZEN_LRS)))
     for head, name in HEADS.items():
         out += [
-            scope.trial(f"{name}, int8, float loss", scope.elastic(head, "int8", loss="float")),
-            scope.trial(f"{name}, int8, integer only", scope.elastic(head, "int8")),
+            scope.trial(f"{name}, int8, float loss", scope.best_int8(head, "float")),
+            scope.trial(f"{name}, int8, integer only", scope.best_int8(head, "integer")),
         ]
     return out
 

@@ -21,9 +21,21 @@ HEADS = {
     "fc3": "ElasticZO, last layer by BP (ZO-Feat-Cls2)",
     "fc2,fc3": "ElasticZO, last two layers by BP (ZO-Feat-Cls1)",
 }
-#: options of integers with no head: steps of one unit, at first many, then few; p_zero is the learning rate
+#: options of integers with no head in runs of about ten epochs: steps of one unit, at first many, then few; p_zero is the
+#: learning rate
 PURE_INT8 = {"r_max": "15,31@0.3,63@0.6,127@0.85", "p_zero": "0.9,0.97@0.3,0.99@0.6,0.9975@0.85", "bits": "0"}
 
+#: data -> the same of runs six times as long and longer, and with a head: those of ``bench/int8_training.py``, which came of
+#: the validation split
+LONG_INT8 = {
+    "mnist": {"r_max": "15,127@0.006,63@0.1,127@0.8", "p_zero": "0.9,0.997@0.006,0.9985@0.4,0.9993@0.6,0.9997@0.8"},
+    "fashion_mnist": {"r_max": "15,63@0.01,127@0.3", "p_zero": "0.9,0.99@0.01,0.996@0.3,0.9985@0.65,0.9994@0.87"},
+}
+HEAD_INT8 = {
+    "r_max": "15,31@0.1,63@0.6,127@0.8",
+    "p_zero": "0.95,0.97@0.1,0.98@0.3,0.99@0.6,0.9975@0.8,0.9993@0.92",
+    "head_bits": "2,1@0.2,0@0.4,-1@0.6,-2@0.8,-3@0.92",
+}
 
 _COMMON = {"eps": 3e-3}
 #: head -> name -> a candidate of ``ezo experiment grid``: as many for each head. One sign a query; many directions a step for
@@ -56,6 +68,12 @@ def candidate(data: str, head: str, seed: int, epochs: int, name: str) -> Recipe
 def best(data: str, head: str, seed: int, epochs: int) -> Recipe:
     """The best candidate of a head."""
     return candidate(data, head, seed, epochs, BEST[head])
+
+
+def best_int8(data: str, head: str, seed: int, epochs: int, loss: str) -> Recipe:
+    """The integers' own, at the forward passes of ``epochs`` epochs with two a step."""
+    own = LONG_INT8.get(data, LONG_INT8["mnist"]) if head == "0" else HEAD_INT8
+    return Recipe(data=data, head=head, seed=seed, epochs=epochs, precision="int8", bits="0", loss=loss, **own)
 
 
 def recipe(data: str, head: str, seed: int, epochs: int, precision: str = "fp32", **options) -> Recipe:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..recipe import Recipe
-from .recipes import best, candidate, recipe
+from .recipes import best, best_int8, candidate, recipe
 from .summary import Column
 from .trial import Finished, Trial
 
@@ -45,6 +45,10 @@ class Scope:
     def best(self, head: str) -> Recipe:
         """The best recipe known in floats, at the forward passes of this scope's epochs with two a step."""
         return best(self.data, head, self.seed, self.epochs)
+
+    def best_int8(self, head: str, loss: str) -> Recipe:
+        """The same in integers, with a float or an integer loss."""
+        return best_int8(self.data, head, self.seed, self.epochs, loss)
 
     def candidate(self, head: str, name: str) -> Recipe:
         """A candidate of the grid, at the same forward passes."""
