@@ -10,19 +10,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ezo_kernels as ezo
 from ezo_kernels.ops import _library
-from ezo_kernels.ops.coefficients import coefficients
-from tests.test_step import batch, lenet
+from ezo_kernels.ops.coefficients import MOST_ELEMENTS, coefficients, in_one_launch
+from ezo_kernels.optim import updates
+from tests.test_step import batch, bits, lenet
 
 INF, NAN = math.inf, math.nan
 
 
-def made(losses, *, queries=None, antithetic=True, clip=None, bad=None, lr=0.5, eps=0.25):
+def made(losses, *, queries=None, antithetic=True, clip=None, bad=None, lr=0.5, eps=0.25, **head):
     step, skipped = torch.tensor([7]), torch.tensor(3)
     queries = len(losses) // (1 + antithetic) if queries is None else queries
+    bad = None if bad is None else torch.tensor([bad])
     out = coefficients(
         torch.tensor(losses), torch.tensor([lr]), torch.tensor([eps]), queries=queries, antithetic=antithetic, clip=clip,
-        bad=None if bad is None else torch.tensor([bad]), step=step, skipped=skipped,
+        bad=bad, step=step, skipped=skipped, **head,
     )  # fmt: skip
+    assert bad is None or not bad  # the next step finds it as this one did
     counts = (step.item(), skipped.item())
     assert counts == ((8, 3) if out.ok else (7, 4)) and out.skip.item() == (not out.ok)
     torch.testing.assert_close(out.mean, torch.tensor(losses).mean(), equal_nan=True)
@@ -61,6 +64,30 @@ def test_a_gradient_of_the_head_that_is_not_finite_skips_the_step():
     assert made([3.0, 1.0], bad=0.0).ok
     out = made([3.0, 1.0], bad=1.0)
     assert not out.ok and not out.coef.any() and out.g.tolist() == [4.0]
+
+
+def test_a_small_heads_step_is_taken_with_them():
+    w, grad = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])
+    head = {"grads": [grad], "weights": [w], "head_lr": torch.tensor(0.25)}
+    assert made([3.0, 1.0], **head).ok and w.tolist() == [0.875, -2.75]
+    grad[1] = INF
+    for losses in ([3.0, 1.0], [3.0, NAN]):
+        out = made(losses, **head)
+        assert not out.ok and not out.coef.any() and w.tolist() == [0.875, -2.75]
+    assert not made([3.0, 1.0], grads=[grad]).ok
+
+
+def test_weights_that_do_not_fit_their_gradients_are_refused():
+    for grad in (torch.ones(3), torch.ones(2).half()):
+        with pytest.raises(ValueError, match="differ in shape or dtype"):
+            made([3.0, 1.0], grads=[grad], weights=[torch.ones(2)], head_lr=torch.tensor(0.1))
+
+
+def test_what_is_small():
+    assert in_one_launch([torch.ones(4, 4)] * 4) and in_one_launch([torch.ones(MOST_ELEMENTS)])
+    assert not in_one_launch([torch.ones(1)] * 5) and not in_one_launch([torch.ones(MOST_ELEMENTS), torch.ones(1)])
+    for t in (torch.ones(4, 4).t()[:2], torch.ones(2).double(), torch.ones(2, 2).to_sparse()):
+        assert not in_one_launch([t])
 
 
 def test_without_a_trunk():
@@ -113,8 +140,8 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("head", "queries", "most"),
-    # zeros for the check of gradients, where of each of the head's parameters, and its optimizer are launches of the head
-    [(0, 1, 10), (["fc3"], 1, 20), (["fc2", "fc3"], 1, 29), (0, 16, 10), (["fc2", "fc3"], 16, 29)],
+    # of a head each linear layer has its backward; the rest of its step is in the launches that there are anyway
+    [(0, 1, 10), (["fc3"], 1, 11), (["fc2", "fc3"], 1, 12), (0, 16, 10), (["fc2", "fc3"], 16, 12)],
     ids=["pure", "fc3", "fc2+fc3", "16 queries", "fc2+fc3, 16 queries"],
 )
 def test_launches_of_a_step(monkeypatch, head, queries, most):
@@ -128,3 +155,67 @@ def test_launches_of_a_step(monkeypatch, head, queries, most):
     assert len(seen.names) <= most, seen.names
     after = seen.names[len(seen.names) - 1 - seen.names[::-1].index("coefficients") :]
     assert after[:2] == ["coefficients", "update_"]
+
+
+def run(monkeypatch, at_once, head=("fc2", "fc3"), steps=4, **options):
+    """Bits of a LeNet-5 after some steps, and whether the head's optimizer was called."""
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: at_once)
+    opt = ezo.ElasticZO(ezo.convert_(lenet(), head=list(head)), lr=1e-3, seed=1, **options)
+    calls, inner = [], opt.head_optimizer.optimizer.step
+    opt.head_optimizer.optimizer.step = lambda *a: calls.append(1) or inner(*a)
+    for i in range(steps):
+        opt.train_step(*batch(9, i))
+    assert opt.skipped == 0
+    return bits(opt.model), bool(calls)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "sequential"}, {"queries": 3, "antithetic": False}], ids=str)
+def test_its_own_sgd_is_torchs(monkeypatch, options):
+    ours, called = run(monkeypatch, True, **options)
+    theirs, asked = run(monkeypatch, False, **options)
+    assert not called and asked
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)  # g has the losses' rounding over eps
+
+
+@pytest.mark.parametrize("change", ["momentum", "weight_decay", "maximize", "hook", "own", "tensor lr"])
+def test_what_is_left_to_the_heads_optimizer(monkeypatch, change):
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
+    own = (lambda p: torch.optim.SGD(p, lr=0.05)) if change == "own" else None
+    opt = ezo.ElasticZO(ezo.convert_(lenet(), head=["fc3"]), lr=1e-3, head_optimizer=own)
+    inner = opt.head_optimizer.optimizer
+    if change == "hook":
+        inner.register_step_post_hook(lambda *a: None)
+    elif change == "tensor lr":
+        inner.param_groups[0]["lr"] = torch.tensor(0.05)
+    elif change != "own":
+        inner.param_groups[0][change] = 0.5
+    calls, step = [], inner.step
+    inner.step = lambda *a: calls.append(1) or step(*a)
+    opt.train_step(*batch(9))
+    assert calls
+
+
+def test_its_lr_follows_a_schedule(monkeypatch):
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
+    opt = ezo.ElasticZO(ezo.convert_(lenet(), head=["fc3"]), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.0 if step else 1.0)
+    moved = []
+    for i in range(2):
+        before = opt.model.fc3.weight.detach().clone()
+        opt.train_step(*batch(9, i))
+        schedule.step()
+        moved.append(not torch.equal(before, opt.model.fc3.weight))
+    assert moved == [True, False]
+
+
+def test_a_check_that_was_not_used_is_not_left_to_the_next_step(monkeypatch):
+    """An error between the check of the gradients and the launch that reads it."""
+    opt = ezo.ElasticZO(ezo.convert_(lenet(), head=["fc3"]), lr=1e-3)
+    x, y = batch(9)
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "coefficients", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            opt.train_step(x * float("inf"), y)
+    opt.train_step(x, y)
+    assert opt.skipped == 0 and opt.step_count == 1

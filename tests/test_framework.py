@@ -51,11 +51,14 @@ def tensors(op, dtype, rows, alter):
         counts = torch.tensor([3]), torch.tensor(2)
         losses, outs = randn(max(1, 2 * rows), seed=3), (torch.empty(rows), torch.empty(rows))
         flags = torch.empty((), dtype=torch.bool), torch.empty(()), torch.empty(())
-        return (losses, torch.tensor([0.1]), eps, torch.zeros(1) if rows else None, True, 0.5, *outs, *flags, *counts)
+        head = [alter(randn(2, 3, dtype=dtype))] if rows else [], torch.tensor(0.1) if rows else None
+        bad, weights = torch.zeros(1) if rows else None, [torch.ones_like(grad) for grad in head[0]]
+        return (losses, torch.tensor([0.1]), eps, *head, True, 0.5, bad, weights, *outs, *flags, *counts)
     if op.startswith("cross_entropy"):
         logits, target = alter(randn(2 * rows, 5, dtype=dtype)), torch.arange(rows) % 5
         if op == "cross_entropy":
-            return (logits, target, -100, torch.empty(2), torch.empty(1))
+            now = (randn(2), alter(torch.empty_like(logits))) if rows else (None, None)
+            return (logits, target, -100, now[0], torch.empty(2), torch.empty(1), now[1])
         return (logits, target, -100, randn(2), torch.full((1,), float(rows)), alter(torch.empty_like(logits)))
     if op == "batch_norm":
         x, affine = alter(randn(4, 3, 5, dtype=dtype)), randn(2, 3, seed=3, dtype=dtype)
@@ -66,8 +69,17 @@ def tensors(op, dtype, rows, alter):
     if op.startswith("grouped_linear"):
         x, y = alter(randn(2 * rows, 5, dtype=dtype)), alter(randn(2 * rows, 7, seed=4, dtype=dtype))
         if op == "grouped_linear":
-            return (x, w, b, 2, y)
-        return (y, x, w, 2, alter(torch.empty_like(x)), alter(torch.empty_like(w)), torch.empty_like(b))
+            return (x, w, b, 2, rows > 0, y)
+        return (
+            y,
+            x,
+            w,
+            y.clone() if rows else None,
+            2,
+            alter(torch.empty_like(x)),
+            alter(torch.empty_like(w)),
+            torch.empty_like(b),
+        )
     assert op == "update_", op
     table = torch.empty(0, dtype=torch.int64)
     sites = ([1, 2], [0, 0], [w.dtype != torch.float32, False], [0.5, 1.0])

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import ezo_kernels as ezo
 from ezo_kernels.ops import grouped_cross_entropy
 from ezo_kernels.ops.batch_norm import batch_norm, move_running_statistics
+from ezo_kernels.ops.coefficients import coefficients
+from ezo_kernels.ops.cross_entropy import cross_entropy_and_gradient
 from ezo_kernels.ops.grouped_linear import grouped_linear, is_for_groups
 from ezo_kernels.optim.capture import WARM_UP
 from tests.test_gpu import batch, bits, lenet, same
@@ -53,6 +55,8 @@ def test_cross_entropy(groups, rows, classes, dtype):
     assert error(grad, slope.cpu()) <= 2 * error(theirs, slope.cpu()) + floor
     for g, part in enumerate(logits.chunk(groups)):
         assert torch.equal(grouped_cross_entropy(part, target), losses[g : g + 1])
+    for a, b in zip(cross_entropy_and_gradient(logits, target, share), (losses, grad), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_target_that_is_no_class_makes_the_loss_nan_and_reads_nothing():
@@ -66,12 +70,13 @@ def test_a_target_that_is_no_class_makes_the_loss_nan_and_reads_nothing():
     assert opt.skipped == 1 and same(bits(model), before)
 
 
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("groups", "shape", "n"), [(2, (64, 84), 10), (16, (16 * 33, 120), 84), (3, (6, 50, 72), 130), (1, (1, 5), 3)]
 )
-def test_linear(groups, shape, n, dtype, bias):
+def test_linear(groups, shape, n, dtype, bias, relu):
     torch.manual_seed(0)
     x, w, b = torch.randn(shape), torch.randn(n, shape[-1]) / shape[-1] ** 0.5, torch.randn(n)
     tensors = [t.cuda().to(dtype) for t in ((x, w, b) if bias else (x, w))]
@@ -79,26 +84,31 @@ def test_linear(groups, shape, n, dtype, bias):
     assert is_for_groups(tensors[0], tensors[1], tensors[2] if bias else None, groups)
 
     def together(x, w, b=None):
-        return grouped_linear(x, w, b, groups)
+        return grouped_linear(x, w, b, groups, relu)
 
-    ours, same_dtype = run(together, *tensors, share=share), run(F.linear, *tensors, share=share)
-    for a, b, exact in zip(ours, same_dtype, run(F.linear, *(t.double() for t in tensors), share=share), strict=True):
+    def apart(x, w, b=None):
+        return F.relu(F.linear(x, w, b)) if relu else F.linear(x, w, b)
+
+    ours, same_dtype = run(together, *tensors, share=share), run(apart, *tensors, share=share)
+    for a, b, exact in zip(ours, same_dtype, run(apart, *(t.double() for t in tensors), share=share), strict=True):
         assert_within_torch_error(a, b, exact.cpu())
     w, b = tensors[1], tensors[2] if bias else None
     for part, own in zip(tensors[0].chunk(groups), ours[0].chunk(groups), strict=True):
-        assert torch.equal(grouped_linear(part, w, b, 1), own)
+        assert torch.equal(grouped_linear(part, w, b, 1, relu), own)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own SGD", "torch's"])
 @pytest.mark.parametrize("queries", [1, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_replays_equal_eager_steps(queries, dtype):
+def test_replays_equal_eager_steps(queries, dtype, own):
     """With torch's own cross-entropy as the loss, which a step takes for all groups at once."""
+    torchs = functools.partial(torch.optim.SGD, lr=0.05, fused=True)
     runs = []
     for capture in (True, False):
         model = ezo.convert_(lenet().to(dtype), head=["fc2", "fc3"])
         opt = ezo.ElasticZO(
             model, queries=queries, antithetic=queries == 1, clip=5.0, capture=capture,
-            head_optimizer=functools.partial(torch.optim.SGD, lr=0.05, fused=True),
+            head_optimizer=None if own else torchs,
         )  # fmt: skip
         for i in range(20 + WARM_UP + 1):
             x, y = batch(32, i % 4)
@@ -143,3 +153,38 @@ def test_batch_norm(shape, layout, dtype):
     move_running_statistics(*running, mean, var, torch.tensor(True, device="cuda"), 0.1)
     torch.testing.assert_close(running[0], 0.1 * mean.mean(0))
     torch.testing.assert_close(running[1], 0.9 + 0.1 * var.mean(0))
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1], ids=["fine", "weight", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_small_heads_step_is_the_references(dtype, broken):
+    torch.manual_seed(0)
+    grads = [torch.randn(shape).to(dtype) for shape in ((84, 120), (84,), (10, 84), (10,))]
+    if broken is not None:
+        grads[broken].view(-1)[-1] = float("inf")
+    start, found = [torch.randn_like(grad) for grad in grads], []
+    for device in ("cuda", "cpu"):
+        at = functools.partial(torch.tensor, device=device)
+        weights = [w.to(device, copy=True) for w in start]
+        out = coefficients(
+            at([2.5, 2.25]), at([1e-3]), at([0.25]), queries=1, antithetic=True, clip=None, step=at([7]), skipped=at(3),
+            grads=[grad.to(device) for grad in grads], weights=weights, head_lr=at(0.3),
+        )  # fmt: skip
+        found.append([out.ok.cpu(), out.coef.cpu(), *(w.cpu() for w in weights)])
+    assert found[0][0] == (broken is None)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_of_a_large_head_once():
+    """Its check is a launch of torch's, and what it found is set back by the one that reads it."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(784, 64), torch.nn.ReLU(), torch.nn.Linear(64, 600), torch.nn.Linear(600, 10)
+    )
+    opt = ezo.ElasticZO(ezo.convert_(model.cuda(), head=["2", "3"]), lr=1e-3)
+    x, y = batch(8)
+    x = x.flatten(1)
+    opt.train_step(x, y)
+    opt.train_step(x * float("inf"), y)
+    opt.train_step(x, y)
+    assert opt.skipped == 1 and opt.step_count == 2

@@ -16,6 +16,7 @@ class Mutant:
 
 _OPS, _CPU = "ezo_kernels/ops/", "ezo_kernels/ops/_noise_cpu.py"
 _STEP, _NN = "ezo_kernels/optim/elastic_zo.py", "ezo_kernels/nn/"
+_UPDATES = "ezo_kernels/optim/updates.py"
 _NOISE = "tests/test_noise.py"
 _WATCH = "ezo_kernels/optim/diagnostics.py"
 _UPDATE = "tests/test_update.py"
@@ -132,7 +133,7 @@ MUTANTS = (
     # what a step makes of its losses
     Mutant(
         "a step whose head has an infinite gradient is taken",
-        _STEP,
+        _UPDATES,
         "bad=bad, step=self._step",
         "bad=None, step=self._step",
         "tests/test_step.py -k non_finite",
@@ -154,7 +155,7 @@ MUTANTS = (
     ),
     Mutant(
         "an update without the scale",
-        "ezo_kernels/optim/elastic_zo.py",
+        _UPDATES,
         "z_dtypes=z_dtypes, scales=scales\n",
         "z_dtypes=z_dtypes\n",
         "tests/test_scales.py",
@@ -296,9 +297,9 @@ MUTANTS = (
     # layers and the step
     Mutant(
         "z of the step before",
-        _STEP,
+        _UPDATES,
         "                self._update(own.coef)",
-        "                fold_key(self._seed, self._step - 2, self._key), self._update(own.coef)",
+        "                torch.ops.ezo.fold_key(self._seed, self._step - 2, self._key), self._update(own.coef)",
         "tests/test_step.py -k 'forward_z or eager_mezo'",
     ),
     Mutant(
@@ -774,7 +775,7 @@ MUTANTS = (
     # z of 16 bits
     Mutant(
         "the update makes z in fp32 where the forward rounded it",
-        _STEP,
+        _UPDATES,
         "self.noise, z_dtypes=z_dtypes, scales=scales",
         "self.noise, scales=scales",
         _ROUNDED,
@@ -1061,6 +1062,62 @@ MUTANTS = (
         "tl.where(counts, d, 0.0).to(",
         "d.to(",
         "tests/interpret/test_cross_entropy.py -k do_not_count",
+    ),
+    Mutant(
+        "a gradient that is made with the losses is not of their mean",
+        _OPS + "_cross_entropy_triton.py",
+        "scale = tl.div_rn(tl.load(grad_ptr + group), count)",
+        "scale = tl.load(grad_ptr + group) + 0.0 * count",
+        "tests/interpret/test_cross_entropy.py -k losses_and_gradient",
+    ),
+    Mutant(
+        "a small head moves in a step that is skipped",
+        _OPS + "_coefficients_triton.py",
+        "inside = (i < n) & (fine == 1)",
+        "inside = (i < n) & (fine >= 0)",
+        "tests/interpret/test_coefficients.py -k small",
+    ),
+    Mutant(
+        "the second gradient of a small head is not looked at",
+        _OPS + "_coefficients_triton.py",
+        "fine = tl.minimum(fine, _finite(grad1_ptr, n1, B1))",
+        "fine = tl.minimum(fine, _finite(grad0_ptr, n0, B0))",
+        "tests/interpret/test_coefficients.py -k small",
+    ),
+    Mutant(
+        "what a check found stays for the next step",
+        _OPS + "_coefficients_triton.py",
+        "        tl.store(bad_ptr, 0.0)",
+        "        tl.store(bad_ptr, 1.0)",
+        "tests/interpret/test_coefficients.py -k both_signs",
+    ),
+    Mutant(
+        "a head's relu lets every gradient through",
+        _OPS + "_grouped_linear_triton.py",
+        "<= 0.0, 0.0, dy)",
+        "<= 0.0, dy, dy)",
+        "tests/interpret/test_grouped_linear.py",
+    ),
+    Mutant(
+        "a head's weights learn from the first rows alone",
+        _OPS + "_grouped_linear_triton.py",
+        "for first in range(0, rows, R):",
+        "for first in range(0, R, R):",
+        "tests/interpret/test_grouped_linear.py",
+    ),
+    Mutant(
+        "a head's SGD with weight decay is taken for plain SGD",
+        "ezo_kernels/optim/head.py",
+        """g["momentum"] or g["weight_decay"]""",
+        """g["momentum"]""",
+        "tests/test_coefficients.py -k left_to",
+    ),
+    Mutant(
+        "an error leaves the check of its gradients to the next step",
+        _STEP,
+        "            self._bad.zero_()\n",
+        "",
+        "tests/test_coefficients.py -k not_used",
     ),
     Mutant(
         "batch norm by the affine of the first group",

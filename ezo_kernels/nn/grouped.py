@@ -21,6 +21,7 @@ from ..ops._perturbation import NotStackedError, check_order
 from ..ops.batch_norm import batch_norm, move_running_statistics, takes
 from ..ops.grouped_linear import grouped_linear, is_for_groups
 from .context import ZOContext
+from .linear import EndsInRelu
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -94,16 +95,16 @@ class GroupedBatchNorm(Grouped):
         return y
 
 
-class GroupedLinear(Grouped):
+class GroupedLinear(EndsInRelu, Grouped):
     """A linear layer of the head: all groups in one launch where that is what a group by itself would take."""
 
-    def forward(self, input):
+    def forward(self, input, *, relu: bool = False):
         p = self.zo.p
-        if p is None or self.owned or (self.zo.stacked and not self.zo.is_stacked(input)):
-            return super().forward(input)
-        if not is_for_groups(input, self.weight, self.bias, p.groups):
-            return super().forward(input)
-        return grouped_linear(input, self.weight, self.bias, p.groups)
+        apart = p is None or self.owned or (self.zo.stacked and not self.zo.is_stacked(input))
+        if apart or not is_for_groups(input, self.weight, self.bias, p.groups):
+            y = super().forward(input)
+            return F.relu(y) if relu else y
+        return grouped_linear(input, self.weight, self.bias, p.groups, relu)
 
 
 @functools.cache

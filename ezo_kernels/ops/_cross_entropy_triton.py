@@ -4,13 +4,13 @@
 |---|---|
 | logits, out | [groups, rows, classes], contiguous |
 | target | int64 [rows] |
-| losses, grad | fp32 [groups] |
+| losses, grad | fp32 [groups]; the shares of a forward that leaves the gradient, too, are its grad |
 | count | fp32 [1] |
 | parts | fp32 [groups, programs, 2]: sums of losses and rows that count; where a group has several programs |
 
 A program goes over its rows in blocks of R and over their classes in blocks of C. A group of up to ``WHOLE`` logits is one
-program and one launch; a larger one leaves parts, which a second launch adds in order. Neither depends on how many groups there
-are.
+program and one launch, which knows how many rows count once it has gone over all, and goes over them again for a gradient that
+is asked of it; a larger one leaves parts, which a second launch adds in order. None depends on how many groups there are.
 """
 
 from __future__ import annotations
@@ -42,10 +42,39 @@ def _maximum_and_sum(at, inside_r, classes, R: tl.constexpr, C: tl.constexpr):
     return tl.where(m == lowest, 0.0, m), s
 
 
+@jit
+def _write_gradient(
+    logits_ptr,
+    target_ptr,
+    out_ptr,
+    first_row,
+    rows,
+    classes,
+    ignore_index,
+    group,
+    scale,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """The gradient of R rows of a group from ``first_row`` on; ``scale``: its grad over the count."""
+    r = (first_row + tl.arange(0, R))[:, None]
+    c = tl.arange(0, C)[None, :]
+    target = tl.load(target_ptr + r, mask=r < rows, other=ignore_index)
+    counts = (r < rows) & (target != ignore_index)
+    row = (group.to(tl.int64) * rows + r) * classes
+    m, s = _maximum_and_sum(logits_ptr + row, counts, classes, R, C)
+    share = tl.div_rn(scale, tl.where(counts, s, 1.0))
+    for first in range(0, classes, C):
+        inside = (r < rows) & (first + c < classes)
+        x = tl.load(logits_ptr + row + (first + c), mask=inside & counts, other=0.0).to(tl.float32)
+        d = tl.exp(x - m) * share - tl.where(target == first + c, scale, 0.0)
+        tl.store(out_ptr + row + (first + c), tl.where(counts, d, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @jit(do_not_specialize=["rows", "span", "ignore_index"])
 def cross_entropy_kernel(
-    logits_ptr, target_ptr, losses_ptr, count_ptr, parts_ptr, rows, classes, span, ignore_index,
-    ONE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    logits_ptr, target_ptr, grad_ptr, losses_ptr, count_ptr, parts_ptr, out_ptr, rows, classes, span, ignore_index,
+    ONE: tl.constexpr, GRADIENT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The grid is (programs, groups); a program has ``span`` rows. ONE: they are all of its group's."""
     group = tl.program_id(1)
@@ -68,6 +97,10 @@ def cross_entropy_kernel(
     if ONE:
         tl.store(losses_ptr + group, tl.div_rn(loss, count))
         tl.store(count_ptr, count)  # the same in every group
+        if GRADIENT:
+            scale = tl.div_rn(tl.load(grad_ptr + group), count)
+            for first in range(begin, end, R):
+                _write_gradient(logits_ptr, target_ptr, out_ptr, first, rows, classes, ignore_index, group, scale, R, C)
     else:
         part = parts_ptr + 2 * (group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
         tl.store(part, loss)
@@ -97,19 +130,10 @@ def cross_entropy_backward_kernel(
 ):  # fmt: skip
     """The grid is (blocks of rows, groups)."""
     group = tl.program_id(1)
-    r = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
-    c = tl.arange(0, C)[None, :]
-    target = tl.load(target_ptr + r, mask=r < rows, other=ignore_index)
-    counts = (r < rows) & (target != ignore_index)
-    row = (group.to(tl.int64) * rows + r) * classes
-    m, s = _maximum_and_sum(logits_ptr + row, counts, classes, R, C)
     scale = tl.div_rn(tl.load(grad_ptr + group), tl.load(count_ptr))
-    share = tl.div_rn(scale, tl.where(counts, s, 1.0))
-    for first in range(0, classes, C):
-        inside = (r < rows) & (first + c < classes)
-        x = tl.load(logits_ptr + row + (first + c), mask=inside & counts, other=0.0).to(tl.float32)
-        d = tl.exp(x - m) * share - tl.where(target == first + c, scale, 0.0)
-        tl.store(out_ptr + row + (first + c), tl.where(counts, d, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+    _write_gradient(
+        logits_ptr, target_ptr, out_ptr, tl.program_id(0) * R, rows, classes, ignore_index, group, scale, R, C
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- launchers
@@ -130,8 +154,8 @@ def _grid(logits, target, groups: int) -> tuple[int, int, int]:
     return cross_entropy_tile(rows, classes)
 
 
-def launch_cross_entropy(logits, target, ignore_index, losses, count) -> None:
-    """Write the loss of each group, and how many rows count in it; contiguous tensors."""
+def launch_cross_entropy(logits, target, ignore_index, grad, losses, count, out) -> None:
+    """Write the loss of each group, how many rows count in it, and with ``grad`` the gradient; contiguous tensors."""
     require()
     groups, rows = losses.numel(), target.numel()
     if not rows:
@@ -140,16 +164,21 @@ def launch_cross_entropy(logits, target, ignore_index, losses, count) -> None:
         return
     r, c, span = _grid(logits, target, groups)
     programs = -(-rows // span)
-    parts = losses if programs == 1 else losses.new_empty(groups * programs * 2)
+    parts = None if programs == 1 else losses.new_empty(groups * programs * 2)
+    one = programs == 1
+    now = one and grad is not None
     with torch.cuda.device_of(logits):
         cross_entropy_kernel[(programs, groups)](
-            logits, target, losses, count, parts, rows, logits.shape[1], span, ignore_index, ONE=programs == 1, R=r, C=c,
+            logits, target, grad if now else None, losses, count, parts, out if now else None,
+            rows, logits.shape[1], span, ignore_index, ONE=one, GRADIENT=now, R=r, C=c,
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-        if programs > 1:
+        if not one:
             cross_entropy_mean_kernel[(groups,)](
                 parts, losses, count, programs, BLOCK=_PARTS, num_warps=_WARPS, enable_fp_fusion=False
             )
+    if grad is not None and not now:
+        launch_cross_entropy_backward(logits, target, ignore_index, grad, count, out)
 
 
 def launch_cross_entropy_backward(logits, target, ignore_index, grad, count, out) -> None:
@@ -180,11 +209,15 @@ def variants():
             r, c, span = cross_entropy_tile(rows, classes)
             options = {"num_warps": _WARPS, "num_stages": 3, "expects": ("call",), "representative": dtype != "fp16"}
             options["divisible"] = ("classes",) if classes % 16 == 0 else ()
-            yield Variant(
-                cross_entropy_kernel, f"cross_entropy/{dtype}/{rows}x{classes}", {**floats, **sums, **integers},
-                {"ONE": span == rows, "R": r, "C": c}, **options,
-            )  # fmt: skip
             kinds = {**floats, "grad_ptr": "*fp32", "count_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+            one = span == rows
+            for now in (False, True)[: 1 + one]:
+                absent = {name: None for name in ("parts_ptr",) * one + ("grad_ptr", "out_ptr") * (not now)}
+                own = {name: kind for name, kind in {**kinds, **sums, **integers}.items() if name not in absent}
+                yield Variant(
+                    cross_entropy_kernel, f"cross_entropy/{dtype}/{rows}x{classes}{'/gradient' * now}", own,
+                    {**absent, "ONE": one, "GRADIENT": now, "R": r, "C": c}, **options,
+                )  # fmt: skip
             own = {name: kind for name, kind in integers.items() if name != "span"}
             yield Variant(
                 cross_entropy_backward_kernel, f"cross_entropy_backward/{dtype}/{rows}x{classes}", {**kinds, **own},

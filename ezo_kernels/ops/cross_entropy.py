@@ -1,4 +1,4 @@
-"""Mean cross-entropy of every group of a pass, and its gradient: one launch each, however many groups there are.
+"""Mean cross-entropy of every group of a pass, and its gradient: one launch for both or for each, whatever the groups.
 
     losses_g = sum over rows r of group g that count of (log sum_c exp(x_rc) - x_r,target(r)) / n
     d x_rc   = grad_g (exp(x_rc) / sum_c exp(x_rc) - [c = target(r)]) / n        0 in rows that do not count
@@ -58,7 +58,7 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, 1, dtype=torch.float32)
 
 
-def _cross_entropy_cpu(logits, target, ignore_index, losses, count) -> None:
+def _cross_entropy_cpu(logits, target, ignore_index, grad, losses, count, out) -> None:
     groups = losses.numel()
     if logits.numel() > groups * CHUNK_ELEMENTS:
         parts = [chunked_cross_entropy(part, target, ignore_index) for part in logits.chunk(groups)]
@@ -71,6 +71,8 @@ def _cross_entropy_cpu(logits, target, ignore_index, losses, count) -> None:
         parts, counted = [loss for loss, _ in pairs], pairs[0][1]
     torch.stack(parts, out=losses)
     count.copy_(counted)
+    if grad is not None:
+        _backward_cpu(logits, target, ignore_index, grad, count, out)
 
 
 def _backward_cpu(logits, target, ignore_index, grad, count, out) -> None:
@@ -86,7 +88,8 @@ def _backward_cpu(logits, target, ignore_index, grad, count, out) -> None:
 
 _cross_entropy = register(
     "cross_entropy",
-    "(Tensor logits, Tensor target, int ignore_index, Tensor(a!) losses, Tensor(b!) count) -> ()",
+    "(Tensor logits, Tensor target, int ignore_index, Tensor? grad, Tensor(a!) losses, Tensor(b!) count, Tensor(c!)? out) "
+    "-> ()",
     cpu=_cross_entropy_cpu,
     cuda=launcher("_cross_entropy_triton", "launch_cross_entropy"),
 )
@@ -102,7 +105,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, groups, ignore_index):
         losses, count = (logits.new_empty(n, dtype=torch.float32) for n in (groups, 1))
-        _cross_entropy(logits, target, ignore_index, losses, count)
+        _cross_entropy(logits, target, ignore_index, None, losses, count, None)
         ctx.save_for_backward(logits, target, count)
         ctx.ignore_index = ignore_index
         return losses
@@ -121,26 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out, None, None, None
 
 
-def grouped_cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, groups: int = 1, *, ignore_index: int = -100
-) -> torch.Tensor:
-    """Mean cross-entropy of each group, with autograd; formulas and shapes above.
-
-    Args:
-        logits: [groups * B, classes], group-major.
-        target: class indices int64 [B] on the same device. On CUDA one that is no class and not ``ignore_index`` makes its
-            group's loss NaN, for nothing waits to look at it; on a CPU it is refused.
-        groups: how many.
-        ignore_index: of rows that do not count.
-
-    Returns:
-        fp32 [groups].
-
-    Raises:
-        TypeError: logits or targets of another dtype.
-        ValueError: shapes or devices that do not fit; on a CPU a target that is no class.
-        NotStackedError: rows that are no multiple of the groups (a ValueError, too).
-    """
+def _check(logits: torch.Tensor, target: torch.Tensor, groups: int) -> None:
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
     if target.dtype != torch.int64:
@@ -163,4 +147,54 @@ def grouped_cross_entropy(
         raise ValueError(f"logits are on {logits.device} but target is on {target.device}")
     if target.shape[0] >= MOST_ROWS:
         raise ValueError(f"a group has {target.shape[0]} rows; at most {MOST_ROWS - 1} are counted in fp32")
+
+
+def grouped_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, groups: int = 1, *, ignore_index: int = -100
+) -> torch.Tensor:
+    """Mean cross-entropy of each group, with autograd; formulas and shapes above.
+
+    Args:
+        logits: [groups * B, classes], group-major.
+        target: class indices int64 [B] on the same device. On CUDA one that is no class and not ``ignore_index`` makes its
+            group's loss NaN, for nothing waits to look at it; on a CPU it is refused.
+        groups: how many.
+        ignore_index: of rows that do not count.
+
+    Returns:
+        fp32 [groups].
+
+    Raises:
+        TypeError: logits or targets of another dtype.
+        ValueError: shapes or devices that do not fit; on a CPU a target that is no class.
+        NotStackedError: rows that are no multiple of the groups (a ValueError, too).
+    """
+    _check(logits, target, groups)
     return _CrossEntropy.apply(logits.contiguous(), target.contiguous(), groups, ignore_index)
+
+
+@torch.no_grad()
+def cross_entropy_and_gradient(
+    logits: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, *, ignore_index: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of :func:`grouped_cross_entropy`, and what its backward would make of ``grad``: the same bits, a launch less.
+
+    Args:
+        logits, target, ignore_index: as there; nothing is recorded for autograd.
+        grad: fp32 [groups], of the losses.
+
+    Returns:
+        fp32 [groups], and the gradient of sum(grad * losses), of the logits' shape and dtype.
+
+    Raises:
+        TypeError, ValueError, NotStackedError: as there, and for a ``grad`` of another dtype or shape.
+    """
+    if grad.dtype != torch.float32:
+        raise TypeError(f"grad must be float32, got {grad.dtype}")
+    if grad.dim() != 1 or grad.device != logits.device:
+        raise ValueError(f"grad must be [groups] on {logits.device}, got {tuple(grad.shape)} on {grad.device}")
+    _check(logits, target, grad.shape[0])
+    logits = logits.contiguous()
+    losses, count, out = torch.empty_like(grad), grad.new_empty(1), torch.empty_like(logits)
+    _cross_entropy(logits, target.contiguous(), ignore_index, grad.contiguous(), losses, count, out)
+    return losses, out

@@ -19,10 +19,8 @@ from torch import nn
 from .._nvtx import Ranges
 from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_parameters
 from ..nn.cut import in_head
-from ..nn.grouped import update_batch_norms
-from ..ops import Noise, Perturbation, UpdatePlan, update_
+from ..ops import Noise, Perturbation, UpdatePlan
 from ..ops._perturbation import NotStackedError, PassError
-from ..ops.coefficients import Coefficients, coefficients
 from ..ops.noise import check_index, fold_key, rng_version
 from .arguments import check_antithetic, number
 from .batches import call, plain, rows_of
@@ -33,6 +31,7 @@ from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
 from .scales import ScaledEps, resolve_scales
 from .state import OptimizerState
+from .updates import Updates
 
 MODES = ("auto", "stacked", "sequential")
 
@@ -43,7 +42,7 @@ def _slot(model: nn.Module, name: str) -> tuple[dict, str]:
     return model.get_submodule(owner)._parameters, leaf
 
 
-class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
+class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
     """Trains a model that :func:`ezo_kernels.convert_` converted.
 
     ``param_groups[0]`` is the trunk (``lr``, ``eps``, ``clip``), the others are the head's; all hold Python numbers, and
@@ -139,7 +138,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         head = make_head_optimizer(self.head, head_optimizer, head_lr, fused=capture)
         trunk = {"params": self.trunk, "lr": lr, "eps": eps, "clip": clip, "name": "trunk"}
         torch.optim.Optimizer.__init__(self, [trunk], {"lr": lr, "eps": eps, "clip": clip, "name": "trunk"})
-        self.head_optimizer = None if head is None else GuardedOptimizer(head)
+        self.head_optimizer = None if head is None else GuardedOptimizer(head, own=head_optimizer is None)
         if head is not None:
             self.param_groups += head.param_groups  # the same dicts: a scheduler that moves one moves the head's own
         self.mode = self._mode(mode)
@@ -165,6 +164,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self._seed = scalar(seed - (1 << 64) if seed >= 1 << 63 else seed, torch.int64)
         self._step = scalar(0, torch.int64)
         self._key, self._one = scalar(0, torch.int32, (2,)), scalar(1.0, torch.float32)
+        self._bad = scalar(0.0, torch.float32)
         self._eps, self._lr = scalar(eps, torch.float32), scalar(lr, torch.float32)
         self._filled = {"eps": eps, "lr": lr}
         self._scaled_eps = ScaledEps(self.scales, eps, self.device)
@@ -331,6 +331,7 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
             with torch.no_grad():
                 for buffer, old in self._buffers:
                     buffer.copy_(old)
+            self._bad.zero_()
             self._drop()
             if isinstance(error, PassError):
                 raise ValueError(self._named(error)) from error
@@ -343,57 +344,3 @@ class ElasticZO(Passes, OptimizerState, torch.optim.Optimizer):
         self.zo.batch_stats = {}
         for p in self.head:
             p.grad = None
-
-    @torch.no_grad()
-    def _finish(self) -> torch.Tensor | None:
-        """Take the step; the mean of its losses where they are those of one call."""
-        with self._phase("g"):
-            own = self._coefficients()
-        mean = own.mean if self._micro == 1 else None
-        self.g, ok = own.g, own.ok
-        if self.trunk:
-            with self._phase("update"):
-                self._update(own.coef)
-        if self.head_optimizer is not None:
-            with self._phase("head update"):
-                self.head_optimizer.step(ok, own.skip)
-        update_batch_norms(self.zo, ok)
-        for buffer, old in self._buffers:
-            buffer.copy_(torch.where(ok, buffer, old))
-        self._drop()
-        return mean
-
-    def _coefficients(self) -> Coefficients:
-        """g and the update's coefficients; and whether losses, g and the head's gradients are finite: then the step counts."""
-        grads, bad = [p.grad for p in self.head if p.grad is not None], None
-        self.losses = self._losses
-        if self._micro > 1:
-            self.losses = self._losses / self._micro
-            for grad in grads:
-                grad.div_(self._micro)
-        if grads:
-            # the check of torch's GradScaler: one launch for all of them, where isfinite takes five for each
-            bad = torch.zeros_like(self._one)
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self._one)
-        return coefficients(
-            self.losses, self._lr, self._eps, queries=self.queries if self.trunk else 0, antithetic=self.antithetic,
-            clip=self.param_groups[0]["clip"], bad=bad, step=self._step, skipped=self.skipped,
-        )  # fmt: skip
-
-    def _update(self, coef: torch.Tensor) -> None:
-        if self._plan is None or not self._plan.fits(self.trunk):
-            z_dtypes = [s.z_dtype_for(p) for s, p in zip(self.zo.manifest, self.trunk, strict=True)]
-            scales = [self.scales.get(site, 1.0) for site in self._sites]
-            self._plan = UpdatePlan.build(
-                self.trunk, self._sites, self._layouts, self.noise, z_dtypes=z_dtypes, scales=scales
-            )
-        update_(
-            self.trunk,
-            self._key,
-            coef,
-            sites=self._sites,
-            layouts=self._layouts,
-            noise=self.noise,
-            stochastic_rounding=self.stochastic_rounding,
-            plan=self._plan,
-        )

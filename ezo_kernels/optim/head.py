@@ -6,6 +6,10 @@ import contextlib
 import inspect
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from ..ops import _library
+from ..ops.coefficients import in_one_launch
 
 
 def _capturing() -> bool:
@@ -23,6 +27,7 @@ class GuardedOptimizer:
 
     Args:
         optimizer: over the head's parameters.
+        own: it is the library's own plain SGD, whose step :func:`ezo_kernels.ops.coefficients.coefficients` may take.
 
     Raises:
         NotImplementedError: an optimizer whose state lives on another device than its parameters (Adam without ``fused`` or
@@ -30,8 +35,8 @@ class GuardedOptimizer:
             gradients (SparseAdam).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, own: bool = False) -> None:
+        self.optimizer, self._own = optimizer, own
         self._settled = False
         groups = optimizer.param_groups
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -50,7 +55,7 @@ class GuardedOptimizer:
             )
         self._lrs: list[torch.Tensor] = []
         self._filled: list[float] = []
-        if self.fused:
+        if self.fused or own and _library.bound_by_launches(groups[0]["params"][0].device):
             self._lrs = [torch.zeros((), device=g["params"][0].device) for g in groups]
             self._filled = [0.0] * len(groups)
 
@@ -111,6 +116,25 @@ class GuardedOptimizer:
         return type(self.optimizer) is torch.optim.SGD and not any(
             g["momentum"] or g["weight_decay"] for g in self.optimizer.param_groups
         )
+
+    def small_sgd(self, learning: list[torch.nn.Parameter]) -> dict:
+        """The arguments by which ``coefficients`` takes the step of these, which have gradients; none if it cannot.
+
+        Then the step counts as this optimizer's own, for torch's schedulers.
+        """
+        groups, hooks = self.optimizer.param_groups, ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        plain = (
+            self._own and self._lrs and len(groups) == 1 and self._plain_sgd() and not torch.is_tensor(groups[0]["lr"])
+        )
+        if not plain or groups[0]["maximize"] or any(getattr(self.optimizer, hook, None) for hook in hooks):
+            return {}
+        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks or not in_one_launch(learning):
+            return {}
+        if any(p.dtype != p.grad.dtype for p in learning):
+            return {}
+        self.fill()
+        self.optimizer._opt_called = True
+        return {"weights": learning, "head_lr": self._lrs[0]}
 
     @torch.no_grad()
     def step(self, ok: torch.Tensor, skip: torch.Tensor) -> None:

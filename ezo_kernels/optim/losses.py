@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensor
 
 from ..ops import _library
 from ..ops._perturbation import FLOATS
-from ..ops.cross_entropy import CHUNK_ELEMENTS, MOST_ROWS, grouped_cross_entropy
+from ..ops.cross_entropy import CHUNK_ELEMENTS, MOST_ROWS, cross_entropy_and_gradient, grouped_cross_entropy
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -24,11 +24,11 @@ def _ignored(loss_fn) -> int | None:
     return loss_fn.ignore_index if plain else None
 
 
-def grouped_losses(loss_fn, output, target, groups: int) -> torch.Tensor | None:
-    """``loss_fn`` of each group's rows of a stacked output, fp32 [groups]; None where it must be called for each.
+def _at_once(loss_fn, output, target, groups: int) -> int | None:
+    """The ``ignore_index`` of a loss that is taken for all groups at once; None for one that must be called for each.
 
-    That is plain cross-entropy of class indices (``F.cross_entropy``, or ``nn.CrossEntropyLoss`` with its defaults but
-    ``ignore_index``), one launch for all groups, in fp32 whatever the logits are.
+    At once goes plain cross-entropy of class indices (``F.cross_entropy``, or ``nn.CrossEntropyLoss`` with its defaults but
+    ``ignore_index``), in fp32 whatever the logits are.
     """
     ignored = _ignored(loss_fn)
     if ignored is None or not all(type(t) is torch.Tensor or isinstance(t, FakeTensor) for t in (output, target)):
@@ -47,9 +47,19 @@ def grouped_losses(loss_fn, output, target, groups: int) -> torch.Tensor | None:
         return None
     # torch's own rounds the loss of 16 bits to them, and makes an fp32 softmax of all rows at once
     needed = output.dtype != torch.float32 or output.numel() > groups * CHUNK_ELEMENTS
-    if not needed and not _library.bound_by_launches(output.device):
-        return None
-    return grouped_cross_entropy(output, target, groups, ignore_index=ignored)
+    return ignored if needed or _library.bound_by_launches(output.device) else None
+
+
+def grouped_losses(loss_fn, output, target, groups: int) -> torch.Tensor | None:
+    """``loss_fn`` of each group's rows of a stacked output, fp32 [groups], by autograd; None where it is called for each."""
+    ignored = _at_once(loss_fn, output, target, groups)
+    return None if ignored is None else grouped_cross_entropy(output, target, groups, ignore_index=ignored)
+
+
+def losses_and_gradient(loss_fn, output, target, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The losses [groups], and the gradient of their sum weighted by ``shares`` by the output; None as above."""
+    ignored = _at_once(loss_fn, output, target, shares.shape[0])
+    return None if ignored is None else cross_entropy_and_gradient(output, target, shares, ignore_index=ignored)
 
 
 def loss_for(loss_fn, output, target):

@@ -12,7 +12,7 @@ from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import call, parts_of, rows_of, stack
 from .check import checked_forward, rows_apart, unvisited
-from .losses import grouped_losses
+from .losses import grouped_losses, losses_and_gradient
 
 HEAD_GRADS = ("mean", "plus", "minus")
 
@@ -58,12 +58,8 @@ class Passes:
             return True
         return group % 2 == HEAD_GRADS.index(self.head_grad) - 1
 
-    def _backward(self, losses: list[torch.Tensor] | torch.Tensor) -> None:
-        """Add the mean of these groups' gradients to the head's; the losses are one tensor [groups], or one each."""
-        if isinstance(losses, torch.Tensor):
-            self._require_grad([losses])
-            torch.autograd.backward(losses, self._shares_of(losses), inputs=self.head)
-            return
+    def _backward(self, losses: list[torch.Tensor]) -> None:
+        """Add the mean of these groups' gradients to the head's."""
         used = [loss for g, loss in enumerate(losses) if self._uses(g)]
         self._require_grad(used)
         # what the backward of their mean would begin with, but it need not be made each step
@@ -76,13 +72,12 @@ class Passes:
             self._shares[key] = torch.full((1,), 1 / groups, dtype=loss.dtype, device=loss.device)
         return self._shares[key].view(loss.shape)
 
-    def _shares_of(self, losses: torch.Tensor) -> torch.Tensor:
+    def _shares_of(self, groups: int, device: torch.device) -> torch.Tensor:
         """What each group's loss has in the mean that the head learns from, on the device; 0 for one that it does not use."""
-        key = losses.dtype, self.head_grad
-        if key not in self._shares or self._shares[key].shape != losses.shape:
-            groups = losses.numel()
+        key = torch.float32, self.head_grad
+        if key not in self._shares or self._shares[key].shape != (groups,):
             used = [g for g in range(groups) if self._uses(g)]
-            self._shares[key] = torch.zeros_like(losses)  # filled on the device: nothing is copied there
+            self._shares[key] = torch.zeros(groups, dtype=torch.float32, device=device)  # nothing is copied there
             self._shares[key][used[0] :: 1 if len(used) == groups else 2] = 1 / len(used)
         return self._shares[key]
 
@@ -150,9 +145,9 @@ class Passes:
             if not self._must_check:
                 self._require_visits()
             with self._phase("loss"):
-                losses, parts = grouped_losses(loss_fn, output, y, groups), None
+                losses, gradient = self._grouped(loss_fn, output, y, groups)
+                parts = parts_of(output, groups) if losses is None else None
                 if losses is None:
-                    parts = parts_of(output, groups)
                     losses = [self._loss(loss_fn(own, y)) for own in parts]
         if self._must_check_rows:
             stats = dict(self.zo.batch_stats)
@@ -167,10 +162,22 @@ class Passes:
             self._rows_checked = all(bool(torch.isfinite(loss).all()) for loss in losses)
         if self.head:
             with self._phase("head backward"), self.zo.backward(p, rows * groups):
-                self._backward(losses)
+                if gradient is not None:
+                    torch.autograd.backward(output, gradient, inputs=self.head)
+                else:
+                    self._backward(losses)
         if isinstance(losses, torch.Tensor):
-            return losses.detach()
+            return losses
         return torch.stack([loss.detach().float().reshape(()) for loss in losses])
+
+    def _grouped(self, loss_fn, output, y, groups: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The losses of all groups at once and, for a head, the gradient of the mean that it learns from; None: one by one."""
+        if not self.head:
+            return grouped_losses(loss_fn, output, y, groups), None
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:
+            return None, None  # _backward says what is wrong
+        shares = self._shares_of(groups, output.device)
+        return losses_and_gradient(loss_fn, output, y, shares) or (None, None)
 
     @torch.no_grad()
     def _alone(self, p: Perturbation, x, kwargs) -> list:

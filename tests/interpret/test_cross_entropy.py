@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ezo_kernels.ops import _cross_entropy_triton as T
 from ezo_kernels.ops import grouped_cross_entropy
+from ezo_kernels.ops.cross_entropy import cross_entropy_and_gradient
 from tests.tolerance import FLOORS, assert_bitwise_equal, assert_within_torch_error, error
 
 IGNORED = -100
@@ -43,6 +44,8 @@ def assert_right(logits, target, share):
     near, _ = by_torch(logits.float(), target, share)
     assert_within_torch_error(losses, near, truth)
     # an exp of a GPU's special function unit is good to 2^-22, and a row of many blocks takes several
+    for a, b in zip(cross_entropy_and_gradient(logits, target, share), (losses, grad), strict=True):
+        assert_bitwise_equal(a, b)
     floor = max(FLOORS[grad.dtype], 2.0**-21)
     assert error(grad, slope) <= 2 * error(by_torch(logits, target, share)[1], slope) + floor
 

@@ -1,0 +1,78 @@
+"""What a step does once its losses are there: g, whether it counts, the trunk's update and the head's."""
+
+from __future__ import annotations
+
+import torch
+
+from ..nn.grouped import update_batch_norms
+from ..ops import UpdatePlan, _library, update_
+from ..ops.coefficients import Coefficients, coefficients, in_one_launch
+
+
+class Updates:
+    """Takes the step of :class:`ezo_kernels.ElasticZO` whose losses and head gradients have been collected."""
+
+    @torch.no_grad()
+    def _finish(self) -> torch.Tensor | None:
+        """Take the step; the mean of its losses where they are those of one call."""
+        if self.trunk:
+            self._renew_plan()
+        with self._phase("g"):
+            own, head_is_done = self._coefficients()
+        mean = own.mean if self._micro == 1 else None
+        self.g, ok = own.g, own.ok
+        if self.trunk:
+            with self._phase("update"):
+                self._update(own.coef)
+        if self.head_optimizer is not None and not head_is_done:
+            with self._phase("head update"):
+                self.head_optimizer.step(ok, own.skip)
+        update_batch_norms(self.zo, ok)
+        for buffer, old in self._buffers:
+            buffer.copy_(torch.where(ok, buffer, old))
+        self._drop()
+        return mean
+
+    def _coefficients(self) -> tuple[Coefficients, bool]:
+        """g and the update's coefficients; whether losses, g and the head's gradients are finite: then the step counts.
+
+        True with them if the head's step has been taken, too.
+        """
+        learning = [p for p in self.head if p.grad is not None]
+        grads, bad, small = [p.grad for p in learning], None, {}
+        self.losses = self._losses
+        if self._micro > 1:
+            self.losses = self._losses / self._micro
+            for grad in grads:
+                grad.div_(self._micro)
+        if grads and _library.bound_by_launches(self.device) and in_one_launch(grads):
+            small = {"grads": grads, **self.head_optimizer.small_sgd(learning)}
+        elif grads:
+            # the check of torch's GradScaler: one launch for all of them, where isfinite takes five for each
+            bad = self._bad
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self._one)
+        own = coefficients(
+            self.losses, self._lr, self._eps, queries=self.queries if self.trunk else 0, antithetic=self.antithetic,
+            clip=self.param_groups[0]["clip"], bad=bad, step=self._step, skipped=self.skipped, **small,
+        )  # fmt: skip
+        return own, "weights" in small
+
+    def _renew_plan(self) -> None:
+        if self._plan is None or not self._plan.fits(self.trunk):
+            z_dtypes = [s.z_dtype_for(p) for s, p in zip(self.zo.manifest, self.trunk, strict=True)]
+            scales = [self.scales.get(site, 1.0) for site in self._sites]
+            self._plan = UpdatePlan.build(
+                self.trunk, self._sites, self._layouts, self.noise, z_dtypes=z_dtypes, scales=scales
+            )
+
+    def _update(self, coef: torch.Tensor) -> None:
+        update_(
+            self.trunk,
+            self._key,
+            coef,
+            sites=self._sites,
+            layouts=self._layouts,
+            noise=self.noise,
+            stochastic_rounding=self.stochastic_rounding,
+            plan=self._plan,
+        )
