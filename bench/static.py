@@ -145,6 +145,8 @@ def cubin(variant: Variant, arch: int) -> tuple[bytes, int]:
         },
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False}
+    if variant.maxnreg:
+        options["maxnreg"] = variant.maxnreg
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return kernel.asm["cubin"], kernel.metadata.shared
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from ezo_kernels import ops
 from ezo_kernels.ops import Int8Tensor, Noise, quantize
-from ezo_kernels.ops.int8_update import sum_groups, update_shift
+from ezo_kernels.ops.int8_head import HeadGradient, int8_head_step_, sum_groups
+from ezo_kernels.ops.int8_update import update_shift
 from ezo_kernels.ops.noise import key_tensor, key_words
 from tests import int8_oracle as oracle
 from tests.int8_models import SEED, SITE, STEP, exponents, given, randint
@@ -296,6 +297,10 @@ def test_update_shift_leaves_bits():
 def test_updates_refuse():
     w, key, g, n = randint(3, 4), key_tensor(0, 0), exponents(1), exponents(0)
     before = w.clone()
+
+    def head_step(*gradient, **how):
+        int8_head_step_([w], [HeadGradient(*gradient)] if gradient else [], n, key=key, sites=[1], **how)
+
     for call, error, match in (
         (lambda: ops.int8_update_([w.float()], key, g, n, sites=[1]), TypeError, "float32"),
         (lambda: ops.int8_update_([w], key, g.float(), n, sites=[1]), TypeError, "float32"),
@@ -305,6 +310,15 @@ def test_updates_refuse():
         (lambda: ops.int8_update_([w], key, g, n, sites=[1], rounding="up"), ValueError, "'up'"),
         (lambda: ops.int8_update_([w], key, g, n, sites=[1], noise=Noise()), ValueError, "gaussian"),
         (lambda: ops.int8_head_update_(w, exponents(1), n, n, key=key, site=1), ValueError, r"\(1,\)"),
+        (lambda: head_step(), ValueError, "1 params, 0 gradients"),
+        (lambda: head_step(g, g), ValueError, r"\(1,\) of 1 groups for w \(3, 4\)"),
+        (lambda: head_step(w[None], g), ValueError, r"\(1, 3, 4\) of 1 groups for w \(3, 4\)"),
+        (lambda: head_step(w[None].float(), g), TypeError, "float32"),
+        (lambda: head_step(w[None].int(), g, exponents(1, 2)), ValueError, "of 1 groups"),
+        (lambda: head_step(w[None].int(), g, remainders=[w[:2]]), ValueError, "do not go together"),
+        (lambda: head_step(w[None].int(), g, remainders=[w.int()]), TypeError, "int32"),
+        (lambda: head_step(w[None].int(), g, remainders=[w, w]), ValueError, "2 remainders"),
+        (lambda: head_step(w[None].int(), g, rounding="up"), ValueError, "'up'"),
     ):
         with pytest.raises(error, match=match):
             call()

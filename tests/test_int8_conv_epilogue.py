@@ -68,7 +68,7 @@ def test_the_largest_magnitude_counts_where_no_window_is(multiplier, device):  #
 
 
 def test_in_chunks_is_the_same(monkeypatch):
-    monkeypatch.setattr(sys.modules["ezo_kernels.ops.int8_conv2d"], "_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(sys.modules["ezo_kernels.ops.int8_conv2d"], "CHUNK_BYTES", 1500)
     for groups in (1, 2):
         w = randint(6, 4 // groups, 3, 3, seed=1)
         check(given(2, 7, 4, 6, 6), w, randint(6, seed=2), a_pass(), True, 2, padding=1, groups=groups)

@@ -27,11 +27,13 @@ def arguments(op):
     return {
         "int8_linear": (x, randint(4, 5), randint(4), two, one, one, key, 1, 2, 0, "nearest", "auto", True, *PASS, sums, peak,
                         empty(6, 4), two.clone()),
+        "int8_linear_once": (x, randint(4, 5), randint(4), two, one, one, key, 1, 2, "nearest", "auto", True, *PASS, sums, peak,
+                             empty(6, 4), two.clone(), peak.clone()),
         "int8_conv2d": (randint(4, 2, 5, 5), randint(3, 2, 3, 3), None, two, one, None, key, 1, 2, [1, 1], [0, 0], [1, 1],
                         1, [3, 3], 3, "pseudo", "slab", True, 2, *PASS, empty(0, dtype=torch.int32), peak, empty(4, 3, 1, 1),
                         two.clone()),
         "int8_requantize": (torch.full((6, 4), 300, dtype=torch.int32), exponents(300, 300), two, one, "nearest", True,
-                            empty(6, 4), two.clone()),
+                            randint(1, 12), empty(6, 4), two.clone()),
         "int8_gemm": (randint(2, 3, 5), randint(1, 4, 5), empty(2, 3, 4, dtype=torch.int32), peak),
         "int8_round": (sums, 3, "stochastic", key, 1, 2, 7, empty(6, 4)),
         "int8_relu": (x, empty(6, 5)),
@@ -44,15 +46,18 @@ def arguments(op):
                          [0, 0], 0, "stochastic", 7, 0.3, 40),
         "int8_signs": (torch.tensor([5, 3]), True, exponents(0), torch.tensor(0), torch.zeros(1, dtype=torch.int64)),
         "int8_sum_groups": (sums.view(2, 3, 4), two, empty(3, 4, dtype=torch.int32), exponents(0)),
+        "int8_head_step_": ([randint(3, 4), randint(4)], [randint(3, 4), randint(4)], [sums.view(2, 3, 4), randint(2, 3, 4)],
+                            [two, two.clone()], [one, None], torch.tensor(True), exponents(1), key, [1, 2], "pseudo", 7),
         "int8_head_update_": (randint(3, 4), randint(3, 4), torch.full((3, 4), 9, dtype=torch.int32), exponents(9),
                               exponents(1), key, 1, "pseudo", 7),
     }[op]  # fmt: skip
 
 
 OPERATORS = [
-    "int8_linear", "int8_conv2d", "int8_requantize", "int8_gemm", "int8_round", "int8_relu", "int8_pool2d", "int8_add",
+    "int8_linear", "int8_linear_once",
+    "int8_conv2d", "int8_requantize", "int8_gemm", "int8_round", "int8_relu", "int8_pool2d", "int8_add",
     "int8_cross_entropy", "int8_cross_entropy_gradient", "int8_squared_error", "int8_update_", "int8_sum_groups",
-    "int8_head_update_", "int8_signs",
+    "int8_head_step_", "int8_head_update_", "int8_signs",
 ]  # fmt: skip
 
 
@@ -72,7 +77,8 @@ def test_fake_tensors(op):
     with FakeTensorMode() as mode:
         fakes = [
             mode.from_tensor(a) if isinstance(a, torch.Tensor)
-            else [mode.from_tensor(t) for t in a] if isinstance(a, list) and isinstance(a[0], torch.Tensor) else a
+            else [t if t is None else mode.from_tensor(t) for t in a]
+            if isinstance(a, list) and isinstance(a[0], torch.Tensor) else a
             for a in arguments(op)
         ]  # fmt: skip
         assert getattr(torch.ops.ezo, op).default(*fakes) is None

@@ -107,7 +107,7 @@ def test_linear_shapes(rows, n, k, multiplier, device):
 @pytest.mark.parametrize("bytes_", [1, 4 * 5 * 3, 4 * 5 * 7])
 def test_linear_in_chunks_is_the_same(bytes_, monkeypatch):
     """The CPU sums a bounded number of rows at a time: one, three, all."""
-    monkeypatch.setattr(int8_matmul, "_CHUNK_BYTES", bytes_)
+    monkeypatch.setattr(sys.modules["ezo_kernels.ops.int8_linear"], "CHUNK_BYTES", bytes_)
     for how in ("nearest", "pseudo"):
         check_linear(given(2, 7, 12), randint(5, 12, seed=1), randint(5, seed=2), a_pass(), how)
 
@@ -248,7 +248,7 @@ def test_conv2d_passes(queries, signs, shared, multiplier, device):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_conv2d_in_chunks_is_the_same(groups, monkeypatch):
     """The CPU multiplies a bounded number of images at a time."""
-    monkeypatch.setattr(sys.modules["ezo_kernels.ops.int8_conv2d"], "_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(sys.modules["ezo_kernels.ops.int8_conv2d"], "CHUNK_BYTES", 1500)
     x, w = given(2, 7, 4, 6, 6), randint(6, 4 // groups, 3, 3, seed=1)
     check_conv(x, w, randint(6, seed=2), a_pass(), padding=1, groups=groups)
 

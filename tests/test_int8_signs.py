@@ -98,9 +98,9 @@ def test_sequential_passes_leave_nothing_behind(head_grad):
     assert len(buffers) == 1
 
 
-@pytest.mark.parametrize(("strategy", "launches"), [("twice", 10), ("buffer", 17)])
+@pytest.mark.parametrize(("strategy", "launches"), [("twice", 10), ("buffer", 14)])
 def test_launches_of_a_step(strategy, launches):
-    """LeNet-5 is bound by them. With ``twice`` each of the five products is two on a GPU: 15, where floats take 10."""
+    """LeNet-5 is bound by them. With ``twice`` each product is two launches on a GPU, with ``buffer`` a linear layer is one."""
     opt = ezo.ElasticZOInt8(ezo.convert_(ezo.models.LeNet5(), head=0, precision="int8"), strategy=strategy)
     x, y = ezo.quantize(torch.rand(4, 1, 28, 28)), torch.arange(4)
     opt.train_step(x, y)

@@ -47,7 +47,8 @@ def test_no_claim_without_its_file():
 def test_names_of_the_code_exist():
     for name in ("update_", "perturb"):
         assert hasattr(ezo.ops, name)
-    from ezo_kernels.ops.int8_update import int8_head_update_, int8_update_  # noqa: F401
+    from ezo_kernels.ops.int8_head import int8_head_update_  # noqa: F401
+    from ezo_kernels.ops.int8_update import int8_update_  # noqa: F401
     from ezo_kernels.optim.baselines import BackpropSGD  # noqa: F401
 
     assert {"plateau", "not_finite", "saturated_weights", "exponent_drift", "activation_memory"} == {

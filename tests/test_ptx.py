@@ -92,3 +92,27 @@ def test_value_of_a_word(r_max):
     for word in (*words, 0xFFFFFFFF):
         (found,) = run(text, [word, 2 * r_max + 1, -(r_max << 16)], 1)
         assert signed(found) >> 16 == ((word & 0xFFFF) * (2 * r_max + 1) >> 16) - r_max
+
+
+@pytest.mark.compile
+def test_the_last_program_rounds_after_all_have_stored(monkeypatch):
+    """All threads' stores, a barrier, one thread's release and acquire at the GPU's scope, and a barrier before any load."""
+    import triton
+
+    from bench import static
+    from ezo_kernels.ops import _int8_matmul_triton
+
+    made, compile_ = [], triton.compile
+    monkeypatch.setattr(triton, "compile", lambda *a, **k: made.append(compile_(*a, **k)) or made[-1])
+    variant = next(v for v in _int8_matmul_triton.variants() if v.name.startswith("int8_linear/16/pair/once"))
+    static.cubin(variant, 90)
+    lines = [line.strip() for line in made[0].asm["ptx"].splitlines()]
+    kinds = [
+        (i, k) for i, line in enumerate(lines) for k in ("st.global", "ld.global", "bar.sync", "acq_rel") if k in line
+    ]
+    (arrival,) = [i for i, kind in kinds if kind == "acq_rel"]
+    assert "atom.global.gpu.acq_rel.add" in lines[arrival]
+    before = [kind for i, kind in kinds if i < arrival]
+    after = [kind for i, kind in kinds if i > arrival]
+    assert before[-1] == "bar.sync" and "st.global" in before
+    assert after[0] == "bar.sync" and {"ld.global", "st.global"} <= set(after)

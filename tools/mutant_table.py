@@ -389,7 +389,7 @@ MUTANTS = (
     ),
     Mutant(
         "all groups at the first one's exponent",
-        _OPS + "int8_matmul.py",
+        _OPS + "int8_linear.py",
         "exponents[g] = x_exponents[own] + w_scale + shift",
         "exponents[g] = x_exponents[0] + w_scale + shift",
         "tests/test_int8_step.py tests/test_int8_ops.py -k 'oracle or linear'",
@@ -467,8 +467,8 @@ MUTANTS = (
     Mutant(
         "the integer head learns from a loss that is not finite",
         "ezo_kernels/optim/elastic_zo_int8.py",
-        "peak *= ok",
-        "peak *= 1",
+        "rounding=self.head_rounding, rounds=self.rounds, ok=ok,",
+        "rounding=self.head_rounding, rounds=self.rounds, ok=None,",
         "tests/test_int8_limits.py -k finite",
     ),
     Mutant(
@@ -487,7 +487,7 @@ MUTANTS = (
     ),
     Mutant(
         "integer slabs chosen by the stacked rows",
-        _OPS + "int8_matmul.py",
+        _OPS + "int8_linear.py",
         "choose(x.numel() // (k * x_exponent.numel()), n, k,",
         "choose(x.numel() // k, n, k,",
         "tests/test_launch_int8.py -k one_group",
@@ -1044,7 +1044,7 @@ MUTANTS = (
     ),
     Mutant(
         "groups of integers aligned to the smallest exponent",
-        _OPS + "_int8_update_triton.py",
+        _OPS + "_int8_head_triton.py",
         "most = tl.maximum(most,",
         "most = tl.minimum(most,",
         "tests/interpret/test_int8_training.py -k sum_groups",
@@ -1090,6 +1090,55 @@ MUTANTS = (
         "        tl.store(bad_ptr, 0.0)",
         "        tl.store(bad_ptr, 1.0)",
         "tests/interpret/test_coefficients.py -k both_signs",
+    ),
+    Mutant(
+        "the first program of an integer product rounds for all",
+        _OPS + "_int8_matmul_triton.py",
+        "== tl.num_programs(0) * tl.num_programs(1) - 1:",
+        "== 0:",
+        "tests/interpret/test_int8.py -k once",
+    ),
+    Mutant(
+        "the minus sign of an integer product in one launch has the plus sign's exponent",
+        _OPS + "_int8_matmul_triton.py",
+        "            if SIGNS == 2:\n                own = group * 0 if SHARED else group + 1",
+        "            if SIGNS == 2:\n                own = group",
+        "tests/interpret/test_int8.py -k once",
+    ),
+    Mutant(
+        "an integer relu stops its errors before they are added",
+        _NN + "tape.py",
+        "and self._readers[id(x)] == 1:",
+        "and self._readers[id(x)] >= 1:",
+        "tests/test_int8_linear_relu.py -k several",
+    ),
+    Mutant(
+        "an integer relu lets every error through",
+        _OPS + "_int8_pointwise_triton.py",
+        "acc = tl.where(open_ > 0, acc, 0)",
+        "acc = tl.where(open_ > 0, acc, acc)",
+        "tests/interpret/test_int8_training.py -k gate",
+    ),
+    Mutant(
+        "an integer head moves in a step that is skipped",
+        _OPS + "_int8_head_triton.py",
+        "tl.where(tl.load(ok_ptr) != 0, 0, 4)",
+        "tl.where(tl.load(ok_ptr) != 0, 0, 0)",
+        "tests/interpret/test_int8_training.py -k step_of_a_head",
+    ),
+    Mutant(
+        "every group of an integer head has the first one's input exponent",
+        _OPS + "_int8_head_triton.py",
+        "tl.load(x_exponent_ptr + g * x_stride)",
+        "tl.load(x_exponent_ptr + g * 0)",
+        "tests/interpret/test_int8_training.py -k step_of_a_head",
+    ),
+    Mutant(
+        "a bias of an integer head learns from the first group alone",
+        _OPS + "_int8_head_triton.py",
+        "(g * errors + row) * columns",
+        "row * columns",
+        "tests/interpret/test_int8_training.py -k step_of_a_head",
     ),
     Mutant(
         "a head's relu lets every gradient through",

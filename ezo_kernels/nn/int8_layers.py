@@ -10,7 +10,8 @@ from torch import nn
 
 from ..ops._perturbation import PassError
 from ..ops.int8_conv2d import int8_conv1d, int8_conv2d
-from ..ops.int8_matmul import check_input, int8_linear
+from ..ops.int8_linear import int8_linear
+from ..ops.int8_matmul import check_input
 from ..ops.int8_tensor import LEAST_EXPONENT, MOST_EXPONENT, Int8Tensor
 from .context import ZOContext
 from .linear import EndsInRelu, become
@@ -84,7 +85,7 @@ class _Int8Layer:
         )
         if zo.tape is not None and (self.head_names or input.tape is not None):
             y = dataclasses.replace(y, tape=zo.tape)
-            zo.tape.note(self._kind, y, (input,), layer=self)
+            zo.tape.note(self._kind, y, (input,), layer=self, relu=finish.get("relu", False))
         return y
 
     def _load_from_state_dict(self, state, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
@@ -109,8 +110,6 @@ class Int8Linear(EndsInRelu, _Int8Layer, nn.Linear):
 
     def forward(self, input: Int8Tensor, *, relu: bool = False) -> Int8Tensor:
         """``relu``: :func:`.linear.linear_relu` of it."""
-        if relu and (self.head_names or input.tape is not None):  # the head's backward goes through each of the two
-            return F.relu(super().forward(input))
         return super().forward(input, **({"relu": True} if relu else {}))
 
 

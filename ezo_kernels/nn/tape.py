@@ -6,7 +6,8 @@ For a linear layer y = x W^T + b with the error e of y (int8, an exponent a grou
 
 each a product of int8 in int32; errors are rounded to nearest, a shift a group. Layers use the weights of the forward: the
 update comes after. A frozen layer passes its error on. A branch that sees no layer of the trunk has one group in the forward,
-and as many as the error in the backward.
+and as many as the error in the backward. A layer that ended in a relu has no error where its output is 0: what rounds it
+sees to that, or if it has another origin (a sum, a loss, a reshape) an operator of its own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from ..ops._constants import MOST_TERMS
-from ..ops.int8_matmul import int8_gemm, requantize
+from ..ops.int8_head import HeadGradient
+from ..ops.int8_matmul import gemm, requantize
 from ..ops.int8_pointwise import int8_add
-from ..ops.int8_tensor import Int8Tensor
+from ..ops.int8_tensor import Int8Tensor, counters
 
 #: What a note can be of; others are refused when the backward meets them.
 KINDS = ("linear", "relu", "reshape", "add")
+#: Errors of a bias, rows of all groups, that are kept for the update to add up; of more their sum is, which is smaller.
+MOST_ERRORS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,21 @@ class Tape:
         groups: of the whole step, over which a gradient is summed.
 
     Attributes:
-        gradients: parameter's qualified name -> list of (int32 [G, *shape], int32 [G] exponents), filled by :meth:`backward`.
+        gradients: parameter's qualified name -> its gradients of each group, a call each, filled by :meth:`backward`.
     """
 
     def __init__(self, groups: int = 1) -> None:
         self.groups = groups
         self.notes: list[Note] = []
         self._terms: dict[str, int] = defaultdict(int)
-        self.gradients: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self._readers: dict[int, int] = defaultdict(int)
+        self._relus: set[int] = set()
+        self._gated: set[int] = set()
+        self.gradients: dict[str, list[HeadGradient]] = defaultdict(list)
+
+    def counters(self) -> int:
+        """How often at most a backward of these notes asks for a counter a group, and the loss's error for its exponents."""
+        return 1 + sum(note.kind == "linear" for note in self.notes)
 
     def note(self, kind: str, y: Int8Tensor, inputs: tuple[Int8Tensor, ...], **info) -> None:
         if kind not in KINDS:
@@ -56,6 +67,10 @@ class Tape:
             raise NotImplementedError(
                 f"the head calls {kind}, which has no integer backward ({', '.join(KINDS)} have){after}: move the cut behind it"
             )
+        if info.get("relu"):
+            self._relus.add(id(y))
+        for x in inputs:
+            self._readers[id(x)] += 1
         self.notes.append(Note(kind, y, inputs, info))
 
     def backward(self, y: Int8Tensor, error: torch.Tensor, exponent: torch.Tensor, used: slice) -> None:
@@ -72,6 +87,8 @@ class Tape:
             e = errors.pop(id(note.y), None)
             if e is None:
                 continue
+            if note.info.get("relu") and id(note.y) not in self._gated:
+                (e,) = self._relu(note, e, used)
             for x, of_x in zip(note.inputs, getattr(self, "_" + note.kind)(note, e, used), strict=True):
                 if of_x is not None and x.tape is not None:
                     errors[id(x)] = int8_add(errors[id(x)], of_x) if id(x) in errors else of_x
@@ -91,15 +108,20 @@ class Tape:
                     f"{MOST_TERMS}; use fewer rows or queries"
                 )
         if "weight" in names:
-            acc, _ = int8_gemm(of_y.transpose(1, 2), of_x.transpose(1, 2))
-            self.gradients[names["weight"]].append((acc, e.exponent + x_exponent))
+            acc = gemm(of_y.transpose(1, 2), of_x.transpose(1, 2), None)
+            self.gradients[names["weight"]].append(HeadGradient(acc, e.exponent, x_exponent))
         if "bias" in names:
-            self.gradients[names["bias"]].append((of_y.sum(1, dtype=torch.int32), e.exponent))
+            grad = HeadGradient(of_y, e.exponent)
+            self.gradients[names["bias"]].append(grad if of_y.numel() <= MOST_ERRORS else grad.summed())
         if x.tape is None:
             return (None,)
-        acc, peak = int8_gemm(of_y, layer.weight.t()[None])
-        acc = acc.view(-1, *x.shape[1:])
-        return (requantize(acc, peak, e.exponent, layer.weight_exponent, "nearest"),)
+        peak = counters(x, e.groups)
+        acc = gemm(of_y, layer.weight.t()[None], peak).view(-1, *x.shape[1:])
+        gate = None
+        if id(x) in self._relus and self._readers[id(x)] == 1:  # of several readers errors are added first
+            self._gated.add(id(x))
+            gate = values
+        return (requantize(acc, peak, e.exponent, layer.weight_exponent, "nearest", gate),)
 
     @staticmethod
     def _relu(note: Note, e: Int8Tensor, used: slice):

@@ -5,12 +5,16 @@
 | x | int8 [groups, rows, K], any strides; one group may be shared by all |
 | W | int8 [N, K], any strides; of the batched product [groups, N, K] or one for all |
 | b | int8 [N] |
-| acc | int32 [groups, rows, N], contiguous (STORE) |
-| peak | int32 [groups], zero at first: largest |acc| (STORE, PEAK), read by REQUANTIZE |
-| out, exponent | int8 [groups, rows, N], its relu if RELU, int32 [groups] (REQUANTIZE) |
+| acc | int32 [groups, rows, N], contiguous (STORE, ONCE) |
+| peak | int32 [groups], zero at first: largest |acc| (STORE, PEAK, ONCE), read by REQUANTIZE |
+| out, exponent | int8 [groups, rows, N], its relu if RELU, int32 [groups] (REQUANTIZE, ONCE) |
+| arrived | int32 [groups], zero at first: programs that are done (ONCE) |
 
 A program makes BM rows of one group (both groups of a pair) by BN outputs: it reads a tile of W once, makes its z once,
 clamps W + z and W - z, and multiplies on the integer matrix unit. SWAP puts W's rows on its long side.
+
+ONCE: where outputs are few, the last program of a pair, or of a group without a sign, to have left its accumulators rounds
+those of all. Which one that is does not matter: what it reads is the same.
 
 Where accumulators go to memory and programs are few, K is cut into parts as in :mod:`._linear_small_triton`: each leaves its
 own, the first with the bias, and a second kernel adds them up and takes their peak.
@@ -21,6 +25,7 @@ from __future__ import annotations
 import torch
 
 from ._int8_triton import (
+    ONCE,
     PART,
     REQUANTIZE,
     align_bias,
@@ -38,10 +43,13 @@ from ._linear_triton import architecture
 from ._noise_triton import ASM, load_key, noise_args, signed32, sparse_int8_units
 from ._parts_triton import room_for_parts
 from ._tiles import LARGE, int8_parts, int8_tile
-from ._triton import jit, require, tl
+from ._triton import constexpr, jit, require, tl
 from ._variants import ARCHS, Variant
 from .int8_pass import ROUNDINGS
 from .noise import Noise
+
+#: Accumulators that the last program of a launch rounds at a time.
+_LAST_BLOCK = constexpr(4096)
 
 
 @jit
@@ -73,12 +81,26 @@ def _finish(
             leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
 
 
+@jit
+def _round(
+    acc_ptr, peak_ptr, out_ptr, exponent_ptr, group, own, size, x_exponent_ptr, w_exponent_ptr,
+    ROUNDING: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All accumulators of a group, which other programs have left."""
+    for first in range(0, size, BLOCK):
+        within = first + tl.arange(0, BLOCK)
+        at = group.to(tl.int64) * size + within
+        acc = tl.load(acc_ptr + at, mask=within < size, other=0)
+        leave(acc, acc_ptr, out_ptr, at, within < size, peak_ptr + group, REQUANTIZE, ROUNDING, RELU)
+    leave_exponent(exponent_ptr, group, x_exponent_ptr, own, w_exponent_ptr, peak_ptr)
+
+
 @jit(
     do_not_specialize=["site", "bias_site", "query", "packed", "rows", "repeats", "repeats_mul", "repeats_div", "steps"]
 )
 def int8_linear_kernel(
     x_ptr, w_ptr, b_ptr, x_exponent_ptr, w_exponent_ptr, b_exponent_ptr, key_ptr,
-    acc_ptr, peak_ptr, out_ptr, exponent_ptr, site, bias_site, query, packed, rows, N, K, repeats, repeats_mul,
+    acc_ptr, peak_ptr, out_ptr, exponent_ptr, arrived_ptr, site, bias_site, query, packed, rows, N, K, repeats, repeats_mul,
     repeats_div, steps, x_group, x_row, x_k, w_group, w_n, w_k, b_n,
     SIGNS: tl.constexpr, SHARED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -164,6 +186,20 @@ def int8_linear_kernel(
             x_exponent_ptr, w_exponent_ptr, b_exponent_ptr,
             acc_ptr, peak_ptr, out_ptr, exponent_ptr, SWAP, BIAS, WHAT, ROUNDING, RELU,
         )  # fmt: skip
+    if WHAT == ONCE:
+        tl.debug_barrier()  # all of this program's stores are before its arrival
+        if tl.atomic_add(arrived_ptr + q, 1, sem="acq_rel") == tl.num_programs(0) * tl.num_programs(1) - 1:
+            own = group * 0 if SHARED else group
+            _round(
+                acc_ptr, peak_ptr, out_ptr, exponent_ptr, group, own, rows * N, x_exponent_ptr, w_exponent_ptr, ROUNDING, RELU,
+                _LAST_BLOCK,
+            )  # fmt: skip
+            if SIGNS == 2:
+                own = group * 0 if SHARED else group + 1
+                _round(
+                    acc_ptr, peak_ptr, out_ptr, exponent_ptr, group + 1, own, rows * N, x_exponent_ptr, w_exponent_ptr,
+                    ROUNDING, RELU, _LAST_BLOCK,
+                )  # fmt: skip
 
 
 @jit(do_not_specialize=["parts"])
@@ -185,7 +221,11 @@ def constexprs(
     """Everything that :func:`int8_linear_kernel` is compiled for."""
     return {
         **{"SIGNS": signs, "SHARED": bool(shared), "BIAS": bias, "EVEN_K": even_k, "WHAT": what},
-        **{"ROUNDING": ROUNDINGS.index(rounding), "RELU": bool(relu and what == REQUANTIZE), "SWAP": tile.swap},
+        **{
+            "ROUNDING": ROUNDINGS.index(rounding),
+            "RELU": bool(relu and what in (REQUANTIZE.value, ONCE.value)),
+            "SWAP": tile.swap,
+        },
         **{"BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
         **{"ROUNDS": rounds, "ASM": ASM},
     }
@@ -193,14 +233,14 @@ def constexprs(
 
 def _launch(
     name, x, x_strides, w, w_strides, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, relu,
-    query, repeats, signs, rows, noise, acc, peak, out, exponent,
+    query, repeats, signs, rows, noise, acc, peak, out, exponent, arrived=None,
 ) -> None:  # fmt: skip
     """One grid over (tiles of rows, tiles of outputs, ``repeats``); strides are (group, row, column)."""
     n, k = w.shape[-2:]
     aligned = k % 16 == 0 and x_strides[2] == w_strides[2] == 1 and x_strides[1] % 16 == w_strides[1] % 16 == 0
     arch = architecture(x.device)
     tile = int8_tile(rows, n, k, aligned, arch)
-    parts, steps = int8_parts(tile, rows, n, k, repeats, arch) if signs and what == 0 else (1, 0)
+    parts, steps = int8_parts(tile, rows, n, k, repeats, arch) if signs and what == 0 else (1, -(-k // tile.bk))
     memory = room_for_parts(name, parts, acc, torch.int32) if parts > 1 else None
     if memory is None:
         parts = 1
@@ -213,7 +253,8 @@ def _launch(
     with torch.cuda.device_of(x):
         int8_linear_kernel[(tiles_m, tiles_n, repeats * parts)](
             x, w, or_dummy(b, w), x_exponent, w_exponent, or_dummy(b_exponent, w_exponent), key,
-            acc if memory is None else memory, peak, out, exponent, signed32(site), signed32(bias_site), query,
+            acc if memory is None else memory, peak, out, exponent, or_dummy(arrived, peak), signed32(site),
+            signed32(bias_site), query,
             noise_args(noise)[0], rows, n, k, repeats, *magic(repeats), steps, *x_strides, *w_strides,
             1 if b is None else b.stride(0),
             **constexprs(
@@ -231,9 +272,12 @@ def _launch(
 
 def launch_linear(
     x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, relu,
-    query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
+    query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent, arrived=None,
 ) -> None:  # fmt: skip
-    """Write what is asked for of every group; arguments as ``ezo::int8_linear``, x contiguous, all checked there."""
+    """Write what is asked for of every group; arguments as ``ezo::int8_linear``, x contiguous, all checked there.
+
+    With ``arrived`` everything, by ONCE.
+    """
     require()
     k = w.shape[1]
     rows = x.numel() // (k * x_exponent.numel())
@@ -242,19 +286,20 @@ def launch_linear(
         "int8_linear", x, (rows * k if x_exponent.numel() > 1 else 0, k, 1), w, (0, *w.stride()), b,
         x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, relu, query,
         queries if sign else peak.numel(), sign, rows, Noise("sparse_int8", rounds, p_zero, r_max),
-        acc, peak, out, exponent,
+        acc, peak, out, exponent, arrived,
     )  # fmt: skip
 
 
 def launch_gemm(x, w, acc, peak) -> None:
-    """acc[g] = x[g] w[g]^T and its largest magnitude; arguments as ``ezo::int8_gemm``."""
+    """acc[g] = x[g] w[g]^T and its largest magnitude, if there is room for it; arguments as ``ezo::int8_gemm``."""
     require()
     groups, rows, _ = x.shape
     x_group = x.stride(0) if groups > 1 else 0
     w_group = w.stride(0) if len(w) > 1 else 0
     _launch(
-        "int8_gemm", x, (x_group, *x.stride()[1:]), w, (w_group, *w.stride()[1:]), None, peak, peak, None, peak, 0, 0, 0,
-        "nearest", False, 0, groups, 0, rows, Noise("sparse_int8"), acc, peak, acc, peak,
+        "int8_gemm", x, (x_group, *x.stride()[1:]), w, (w_group, *w.stride()[1:]), None, acc, acc, None, acc, 0, 0,
+        0 if peak is not None else PART.value, "nearest", False, 0, groups, 0, rows, Noise("sparse_int8"),
+        acc, acc if peak is None else peak, acc, acc,
     )  # fmt: skip
 
 
@@ -266,12 +311,14 @@ _BLOCK = 1024
 _POINTERS = {
     **dict.fromkeys(("x_ptr", "w_ptr", "b_ptr", "out_ptr"), "*i8"),
     **dict.fromkeys(("x_exponent_ptr", "w_exponent_ptr", "b_exponent_ptr", "key_ptr"), "*i32"),
-    **dict.fromkeys(("acc_ptr", "peak_ptr", "exponent_ptr"), "*i32"),
+    **dict.fromkeys(("acc_ptr", "peak_ptr", "exponent_ptr", "arrived_ptr"), "*i32"),
 }
 _INTEGERS = (
     "site", "bias_site", "query", "packed", "rows", "N", "K", "repeats", "repeats_mul", "repeats_div", "steps",
     "x_group", "x_row", "w_group", "w_n",
 )  # fmt: skip
+#: What a launch leaves, as the report has it.
+_NAMES = {0: "store", 1: "peak", 2: "requantize", PART.value: "part", ONCE.value: "once"}
 #: Of these those that may be any number.
 _NUMBERS = ("site", "bias_site", "query", "packed", "rows", "repeats", "repeats_mul", "repeats_div", "steps")
 
@@ -288,7 +335,7 @@ def _variant(
     names = [name for name in (*_INTEGERS, "x_k", "w_k") if name not in ones]
     return Variant(
         kernel=int8_linear_kernel,
-        name=f"int8_linear/{rows}/{how}/{('store', 'peak', 'requantize', '', 'part')[what]}/{rounding}{'/relu' if relu else ''}"
+        name=f"int8_linear/{rows}/{how}/{_NAMES[what]}/{rounding}{'/relu' if relu else ''}"
         + ("" if n == 4096 else f"/{n}")
         + ("" if len(archs) == len(ARCHS) else f"/sm_{archs[0]}"),
         signature={**_POINTERS, **dict.fromkeys(names, "i32")},
@@ -318,6 +365,8 @@ def variants():
             yield _variant(rows, "pair", 0, "nearest", archs, False)
             if rows <= 64:
                 yield _variant(rows, "pair", PART.value, "nearest", archs, True)
+                yield _variant(rows, "pair", ONCE.value, "nearest", archs, True, relu=True)
+                yield _variant(rows, "plain", ONCE.value, "nearest", archs, False)
             yield _variant(rows, "pair", 2, "pseudo", archs, False)
             yield _variant(rows, "pair", 2, "nearest", archs, rows == 16, relu=True)
             yield _variant(rows, "shared", 1, "nearest", archs, rows == 16)

@@ -6,7 +6,8 @@
 | relu | x int8, flat | max(x, 0) |
 | pool | x int8 [planes, H, W] | int8 [planes, H', W'] |
 | add | a, b int8 [groups or 1, size] | peak int32 [groups], or int8 [groups, size] and exponent |
-| requantize | acc int32 [groups, size], peak | int8 [groups, size], a relu of it if asked for, exponent int32 [groups] |
+| requantize | acc int32 [groups, size], peak, gate | int8 [groups, size], a relu of it if asked for, exponent int32 [groups] |
+| gate | int8 [groups or 1, size], or none | 0 of requantize where it is not above 0 |
 """
 
 from __future__ import annotations
@@ -126,14 +127,17 @@ def int8_add_kernel(
 
 @jit
 def int8_requantize_kernel(
-    acc_ptr, peak_ptr, x_exponent_ptr, w_exponent_ptr, out_ptr, exponent_ptr, size,
+    acc_ptr, peak_ptr, x_exponent_ptr, w_exponent_ptr, gate_ptr, out_ptr, exponent_ptr, size, gate_group,
     SHARED: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The grid is (blocks of a group, groups)."""
+    """The grid is (blocks of a group, groups). Where ``gate`` is not above 0 the result is 0: rounding 0 gives it."""
     group = tl.program_id(1)
     within = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = group.to(tl.int64) * size + within
     acc = tl.load(acc_ptr + at, mask=within < size, other=0)
+    if gate_ptr is not None:
+        open_ = tl.load(gate_ptr + (group.to(tl.int64) * gate_group + within), mask=within < size, other=0)
+        acc = tl.where(open_ > 0, acc, 0)
     leave(acc, acc_ptr, out_ptr, at, within < size, peak_ptr + group, 2, ROUNDING, RELU)
     if tl.program_id(0) == 0:
         own = group * 0 if SHARED else group
@@ -199,7 +203,7 @@ def launch_add(a, b, a_exponent, b_exponent, what, peak, out, exponent) -> None:
         )  # fmt: skip
 
 
-def launch_requantize(acc, peak, x_exponent, w_exponent, rounding, relu, out, exponent) -> None:
+def launch_requantize(acc, peak, x_exponent, w_exponent, rounding, relu, gate, out, exponent) -> None:
     """Accumulators to int8 by their groups' peaks; arguments as ``ezo::int8_requantize``, contiguous."""
     require()
     groups = peak.numel()
@@ -207,7 +211,8 @@ def launch_requantize(acc, peak, x_exponent, w_exponent, rounding, relu, out, ex
     check_grid("int8_requantize", groups)
     with torch.cuda.device_of(acc):
         int8_requantize_kernel[(-(-size // _BLOCK), groups)](
-            acc, peak, x_exponent, w_exponent, out, exponent, size, SHARED=x_exponent.numel() == 1,
+            acc, peak, x_exponent, w_exponent, gate, out, exponent, size, 0 if gate is None or len(gate) == 1 else size,
+            SHARED=x_exponent.numel() == 1,
             ROUNDING=ROUNDINGS.index(rounding), RELU=relu, BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -221,7 +226,7 @@ def _variant(kernel, name: str, pointers: dict, integers: tuple, constexprs: dic
         name=name,
         signature={**{p: "*" + kind for p, kind in pointers.items()}, **dict.fromkeys(integers, "i32")},
         constexprs=constexprs,
-        num_warps=_WARPS,
+        num_warps=options.pop("warps", _WARPS),
         num_stages=3,
         expects=("no float", *options.pop("expects", ())),
         **options,
@@ -241,12 +246,15 @@ def variants():
             divisible=("columns",),
         )  # fmt: skip
         if rounding != "stochastic":
-            for relu in (False, True):
+            pointers = dict.fromkeys(("acc_ptr", "peak_ptr", "x_exponent_ptr", "w_exponent_ptr", "exponent_ptr"), "i32")
+            for how in ("", "/relu", "/gate"):
+                gate = how == "/gate"
                 yield _variant(
-                    int8_requantize_kernel, f"int8_requantize/{rounding}{'/relu' if relu else ''}",
-                    {**dict.fromkeys(("acc_ptr", "peak_ptr", "x_exponent_ptr", "w_exponent_ptr", "exponent_ptr"), "i32"),
-                     "out_ptr": "i8"},
-                    ("size",), {"SHARED": False, "ROUNDING": mode, "RELU": relu, "BLOCK": _BLOCK}, divisible=("size",),
+                    int8_requantize_kernel, f"int8_requantize/{rounding}{how}",
+                    {**pointers, "out_ptr": "i8", **({"gate_ptr": "i8"} if gate else {})}, ("size", "gate_group"),
+                    {"SHARED": False, "ROUNDING": mode, "RELU": how == "/relu", "BLOCK": _BLOCK,
+                     **({} if gate else {"gate_ptr": None})},
+                    divisible=("size", "gate_group"), representative=not gate or rounding == "nearest",
                 )  # fmt: skip
     yield _variant(
         int8_relu_kernel, "int8_relu", {"x_ptr": "i8", "out_ptr": "i8"}, ("size",), {"BLOCK": _BLOCK},

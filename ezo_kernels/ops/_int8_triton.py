@@ -21,7 +21,7 @@ from ._noise_triton import signed32, sparse_int8_units
 from ._triton import constexpr, jit, tl
 
 NEAREST, PSEUDO, STOCHASTIC = constexpr(0), constexpr(1), constexpr(2)
-STORE, PEAK, REQUANTIZE, PART = constexpr(0), constexpr(1), constexpr(2), constexpr(4)
+STORE, PEAK, REQUANTIZE, PART, ONCE = constexpr(0), constexpr(1), constexpr(2), constexpr(4), constexpr(5)
 _BIAS_SHIFT = constexpr(C.BIAS_SHIFT)
 
 #: Programs along the second and third axis of a grid.
@@ -181,7 +181,9 @@ def requantised(acc, peak_ptr, ROUNDING: tl.constexpr):
 
 @jit
 def leave(acc, acc_ptr, out_ptr, at, inside, peak_ptr, WHAT: tl.constexpr, ROUNDING: tl.constexpr, RELU: tl.constexpr):
-    """What a tile of accumulators leaves at ``at``: itself and its peak, its peak, its requantised values; PART: itself."""
+    """What a tile of accumulators leaves at ``at``: itself and its peak (STORE, ONCE), its peak, its requantised values, or
+    itself alone (PART).
+    """
     if WHAT == REQUANTIZE:
         y = requantised(acc, peak_ptr, ROUNDING)
         if RELU:

@@ -24,6 +24,8 @@ class Variant:
         constexprs: argument -> value; also the arguments that are passed as None. With ``signature`` it names every
             argument of the kernel.
         num_warps, num_stages: as launched.
+        maxnreg: most registers a thread, as launched; 0: the assembler chooses, which may spill a few to run more programs at
+            a time on a multiprocessor.
         archs: compute capabilities that the variant is for, among :data:`ARCHS`.
         expects: what the SASS must have: ``mma`` (a matrix instruction), ``integer mma`` (an int8 one), ``multiply``
             (Philox's wide multiplies: proof that the noise was not folded away). And what it may have, which is a fault
@@ -47,4 +49,5 @@ class Variant:
     loop_warps: int = 0
     z_per_program: int = 0
     divisible: tuple[str, ...] = ()
+    maxnreg: int = 0
     representative: bool = True

@@ -18,17 +18,17 @@ from ._int8_slab import check_way, choose, reserve
 from ._library import register
 from .conv2d import output_size, pooled_size
 from .int8_matmul import (
-    _CHUNK_BYTES,
+    CHUNK_BYTES,
     PEAK,
     REQUANTIZE,
     STORE,
     TWICE,
-    _of_activations,
     aligned_bias,
     check_input,
     check_weight,
     launch_phases,
     multiply,
+    of_activations,
     perturbed_weights,
     product_cpu,
     shift_of,
@@ -62,7 +62,7 @@ def _conv2d_cpu(
     # of a stride of one our product reads the planes where they lie; torch's needs them unfolded
     direct = tuple(stride) == (1, 1) and not int8_matmul.library_multiplies()
     an_image = max(4 * per * height * pitch, channels * padded[0] * padded[1]) if direct else k * height * pitch
-    most = max(1, _CHUNK_BYTES // an_image)
+    most = max(1, CHUNK_BYTES // an_image)
     mode = ROUNDINGS.index(rounding)
     x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
     pairs = list(zip(perturbed, biases, strict=True))
@@ -182,7 +182,7 @@ def int8_conv2d(
     stride, padding, dilation, size = output_size("int8_conv2d", x, weight, bias, stride, padding, dilation, groups)
     check_terms(weight[0].numel(), "int8_conv2d")
     out_size = pooled_size("int8_conv2d", size, pool)
-    rounding, weights = _of_activations(rounding), check_way(weights)
+    rounding, weights = of_activations(rounding), check_way(weights)
     site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
     signs = (0,) if p is None else tuple(p.signs)
     own_groups = x.groups if signs == (0,) else pass_groups(x, p, "int8_conv2d", site)

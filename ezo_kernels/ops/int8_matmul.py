@@ -18,16 +18,17 @@ import functools
 import torch
 
 from . import _cpu
-from ._int8_slab import check_way, choose, pitch_of, reserve
 from ._layout import grid
 from ._library import launcher, register
-from .int8_pass import ROUNDINGS, SCHEMA, STRATEGIES, IntegerPerturbation, check_rounding, check_terms, pass_groups
+from .int8_pass import ROUNDINGS, STRATEGIES, check_rounding, check_terms
 from .int8_tensor import Int8Tensor, counters, new, scratch
-from .noise import Noise, check_index, filler_cpu, row_ids
+from .noise import Noise, filler_cpu, row_ids
 
 #: What a product leaves behind: its accumulators, nothing but their largest magnitude, or requantised values; TWICE is the
-#: second, then the third.
-STORE, PEAK, REQUANTIZE, TWICE = 0, 1, 2, 3
+#: second, then the third, and ONCE the first and the third in one launch.
+STORE, PEAK, REQUANTIZE, TWICE, ONCE = 0, 1, 2, 3, 5
+#: Accumulators of a pair, or of a group by itself, up to which one program rounds them all: another launch takes longer.
+MOST_ONCE = 1 << 13
 
 
 def perturbed_weights(w, key, site: int, layout: str, groups: int, query, signs, noise: Noise):
@@ -63,7 +64,7 @@ def aligned_bias(b, b_exponent, x_exponent, w_exponent, outputs: int):
 
 
 #: Bytes of what the CPU unfolds or sums at a time: they stay in the second-level cache.
-_CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 21
 
 
 @functools.cache
@@ -115,77 +116,13 @@ def shift_of(peak: int) -> int:
     return max(0, int(peak).bit_length() - 7)
 
 
-def _linear_cpu(
-    x, w, b, x_exponent, w_exponent, b_exponent, key, site, bias_site, what, rounding, weights, relu,
-    query, queries, signs, rounds, p_zero, r_max, acc, peak, out, exponent,
-) -> None:  # fmt: skip
-    import numpy as np
-
-    K = _cpu.integers()
-
-    noise = Noise("sparse_int8", rounds, p_zero, r_max)
-    groups, (n, k) = peak.numel(), w.shape
-    parts = x.reshape(x_exponent.numel(), -1, k)
-    tail = (groups, query, signs, noise)
-    perturbed = perturbed_weights(w, key, site, "matrix", *tail)
-    biases = [None] * groups if b is None else perturbed_weights(b, key, bias_site, "matrix", *tail)
-    # an output that is not written still needs a shape to be compiled for
-    accs = (acc.view(groups, -1, n) if what == STORE else acc.new_empty(groups, 0, 0)).numpy()
-    outs = (out.view(groups, -1, n) if what == TWICE else out.new_empty(groups, 0, 0)).numpy()
-    mode, rows = ROUNDINGS.index(rounding), parts.shape[1]
-    x_exponents, w_scale, peaks, exponents = x_exponent.tolist(), int(w_exponent), peak.numpy(), exponent.numpy()
-    most = rows if what == STORE else max(1, _CHUNK_BYTES // (4 * n))
-    for g, (w_g, b_g) in enumerate(zip(perturbed, biases, strict=True)):
-        own = min(g, len(parts) - 1)
-        bias = aligned_bias(b_g, b_exponent, x_exponents[own], w_scale, n)
-        largest = shift = 0
-        for phase in (PEAK, REQUANTIZE) if what == TWICE else (STORE,):
-            for first in range(0, rows, most):
-                some = parts[own][first : first + most]
-                sums = accs[g] if what == STORE else K.workspace("rows", len(some) * n, np.int32).reshape(-1, n)
-                if phase != REQUANTIZE or rows > most:  # else the sums of the first time are still there
-                    product_cpu(some, w_g.t(), torch.from_numpy(sums))
-                top = K.finish_linear(sums, bias, phase, accs[g], shift, mode, relu, outs[g][first : first + most])
-                largest = max(largest, int(top))
-            shift = shift_of(largest)
-        peaks[g] = largest
-        if what == TWICE:
-            exponents[g] = x_exponents[own] + w_scale + shift
-
-
 def launch_phases(launch, args, at: int) -> None:
     """Launch a product once, or for TWICE as PEAK and as REQUANTIZE; ``at`` is the place of ``what`` in ``args``."""
     for phase in (PEAK, REQUANTIZE) if args[at] == TWICE else (args[at],):
         launch(*args[:at], phase, *args[at + 1 :])
 
 
-def _linear_cuda(*args) -> None:
-    from ._int8_matmul_triton import launch_linear
-
-    (*plain, weights, relu), tail = args[:13], args[13:]
-    x, w, x_exponent, signs = args[0], args[1], args[3], tail[2]
-    n, k = w.shape
-    way = choose(x.numel() // (k * x_exponent.numel()), n, k, tuple(signs), conv=False, asked=weights)
-    memory = reserve(way, x, len(signs) * pitch_of(k), "int8_linear") if way.name == "slab" else None
-    if memory is None:
-        launch_phases(launch_linear, (*plain, relu, *tail), 9)
-        return
-    from ._int8_slab_triton import launch_linear_slab
-
-    launch_linear_slab(*plain, relu, *tail, memory)
-
-
-_linear = register(
-    "int8_linear",
-    "(Tensor x, Tensor w, Tensor? b, Tensor x_exponent, Tensor w_exponent, Tensor? b_exponent, Tensor key, int site, "
-    f"int bias_site, int what, str rounding, str weights, bool relu, {SCHEMA}, Tensor(a!) acc, Tensor(b!) peak, "
-    "Tensor(c!) out, Tensor(d!) exponent) -> ()",
-    cpu=_linear_cpu,
-    cuda=_linear_cuda,
-)
-
-
-def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, relu, out, exponent) -> None:
+def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, relu, gate, out, exponent) -> None:
     K = _cpu.integers()
 
     groups = peak.numel()
@@ -195,33 +132,40 @@ def _requantize_cpu(acc, peak, x_exponent, w_exponent, rounding, relu, out, expo
         shift = shift_of(largest)
         K.requantize(accs[g], shift, ROUNDINGS.index(rounding), relu, outs[g])
         exponents[g] = x_exponents[min(g, len(x_exponents) - 1)] + w_scale + shift
+    if gate is not None:
+        out.view(groups, -1).masked_fill_(gate <= 0, 0)
 
 
-_requantize = register(
+requantize_into = register(
     "int8_requantize",
-    "(Tensor acc, Tensor peak, Tensor x_exponent, Tensor w_exponent, str rounding, bool relu, Tensor(a!) out, "
+    "(Tensor acc, Tensor peak, Tensor x_exponent, Tensor w_exponent, str rounding, bool relu, Tensor? gate, Tensor(a!) out, "
     "Tensor(b!) exponent) -> ()",
     cpu=_requantize_cpu,
     cuda=launcher("_int8_pointwise_triton", "launch_requantize"),
 )
 
 
-def requantize(acc, peak, x_exponent, w_exponent, rounding: str) -> Int8Tensor:
-    """Accumulators [G * rows, ...] int32 of largest magnitudes ``peak`` [G], as int8 with an exponent a group."""
+def requantize(acc, peak, x_exponent, w_exponent, rounding: str, gate: torch.Tensor | None = None) -> Int8Tensor:
+    """Accumulators [G * rows, ...] int32 of largest magnitudes ``peak`` [G], as int8 with an exponent a group.
+
+    ``gate``: int8 of as many elements, or of one group's; results are 0 where it is not above 0, as an error of a relu is.
+    """
     y = Int8Tensor(torch.empty(acc.shape, dtype=torch.int8, device=acc.device), torch.empty_like(peak))
     if acc.numel():
-        _requantize(acc, peak, x_exponent, w_exponent, _of_activations(rounding), False, y.values, y.exponent)
+        gate = None if gate is None else gate.reshape(-1, acc.numel() // peak.numel())
+        requantize_into(acc, peak, x_exponent, w_exponent, of_activations(rounding), False, gate, y.values, y.exponent)
     return y
 
 
 def multiply(
-    x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, relu: bool, w_exponent, run
+    x: Int8Tensor, shape, groups: int, strategy: str, rounding: str, relu: bool, w_exponent, run, run_once=None
 ) -> Int8Tensor:
     """The two halves of a product: ``run(what, acc, peak, out, exponent)``, once or twice, and the requantisation.
 
     Args:
         x: whose memory the result lives in.
         shape: of the result. relu: of what ``buffer`` rounds; ``run`` sees to it otherwise.
+        run_once: both halves of ``buffer``, with a counter a group; None where outputs are too many for one launch.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -233,9 +177,12 @@ def multiply(
         return y
     acc, block = scratch(x, shape, torch.int32)
     y = new(x, shape, groups)
-    if y.values.numel() and not x.values.is_meta:
+    arrived = None if run_once is None else counters(x, groups)
+    if arrived is not None and y.values.numel() and not x.values.is_meta:
+        run_once(acc, peak, y.values, y.exponent, arrived)
+    elif y.values.numel() and not x.values.is_meta:
         run(STORE, acc, peak, y.values, y.exponent)
-        _requantize(acc, peak, x.exponent, w_exponent, rounding, relu, y.values, y.exponent)
+        requantize_into(acc, peak, x.exponent, w_exponent, rounding, relu, None, y.values, y.exponent)
     del acc, block
     return y
 
@@ -261,70 +208,7 @@ def check_input(x, name: str) -> None:
         )
 
 
-def int8_linear(
-    x: Int8Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    p: IntegerPerturbation | None,
-    *,
-    weight_exponent: torch.Tensor,
-    bias_exponent: torch.Tensor | None = None,
-    site: int = 0,
-    bias_site: int = 0,
-    rounding: str = "nearest",
-    strategy: str = "buffer",
-    weights: str = "auto",
-    relu: bool = False,
-) -> Int8Tensor:
-    """Integer linear layer of every group.
-
-    Args:
-        x: [groups * B, ..., K], or of one group that all groups of the pass share.
-        weight: int8 [N, K]. Never written.
-        bias: int8 [N] or None.
-        p: the pass; None, or signs (0,), leaves the weights as they are and takes x of any groups.
-        weight_exponent, bias_exponent: int32 [1].
-        site, bias_site: ids of weight and bias.
-        rounding: ``nearest`` or ``pseudo``.
-        strategy: ``buffer`` or ``twice``.
-        weights: on a GPU, ``fused`` makes perturbed weights in the tile that multiplies, ``slab`` in memory (32 MB at most) for
-            plain products, ``auto`` by :func:`ezo_kernels.ops._int8_slab.choose`. The bits are the same.
-        relu: of the outputs, in the kernel that rounds, with the bits of the two.
-
-    Returns:
-        [groups * B, ..., N].
-
-    Raises:
-        TypeError: an argument that is not of integers.
-        ValueError: shapes, an unknown name, K past the limit of int32.
-    """
-    check_input(x, "int8_linear")
-    check_weight(weight, weight_exponent, bias, bias_exponent, "int8_linear")
-    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"int8_linear: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"int8_linear: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
-    check_terms(weight.shape[1], "int8_linear")
-    rounding, weights = _of_activations(rounding), check_way(weights)
-    site, bias_site = check_index(site, "site", 1 << 32), check_index(bias_site, "bias_site", 1 << 32)
-    signs = (0,) if p is None else tuple(p.signs)
-    groups = x.groups if signs == (0,) else pass_groups(x, p, "int8_linear", site)
-    rows = x.shape[0] // x.groups
-    values = x.values.contiguous()
-    tail = (0, 1, [0], 7, 0.0, 1) if signs == (0,) else p.schema_args()
-    key = p.key if p is not None else torch.zeros(2, dtype=torch.int32, device=x.device)
-
-    def run(what, acc, peak, out, exponent):
-        _linear(
-            values, weight, bias, x.exponent, weight_exponent, bias_exponent, key, site, bias_site, what, rounding, weights,
-            relu, *tail, acc, peak, out, exponent,
-        )  # fmt: skip
-
-    shape = (groups * rows, *x.shape[1:-1], weight.shape[0])
-    return multiply(x, shape, groups, strategy, rounding, relu, weight_exponent, run)
-
-
-def _of_activations(rounding: str) -> str:
+def of_activations(rounding: str) -> str:
     if check_rounding(rounding) == "stochastic":
         raise ValueError("activations are rounded to nearest or pseudo-stochastically, not stochastically")
     return rounding
@@ -336,10 +220,10 @@ def _of_activations(rounding: str) -> str:
 def _gemm_cpu(x, w, acc, peak) -> None:
     K = _cpu.integers()
 
-    peaks = peak.numpy()
     for g, own in enumerate(acc):
         product_cpu(x[g], w[min(g, len(w) - 1)].t(), own)
-        peaks[g] = K.largest(own.view(-1).numpy())
+        if peak is not None:
+            peak.numpy()[g] = K.largest(own.view(-1).numpy())
 
 
 def _gemm_cuda(x, w, acc, peak) -> None:
@@ -349,7 +233,7 @@ def _gemm_cuda(x, w, acc, peak) -> None:
 
 
 _gemm = register(
-    "int8_gemm", "(Tensor x, Tensor w, Tensor(a!) acc, Tensor(b!) peak) -> ()", cpu=_gemm_cpu, cuda=_gemm_cuda
+    "int8_gemm", "(Tensor x, Tensor w, Tensor(a!) acc, Tensor(b!)? peak) -> ()", cpu=_gemm_cpu, cuda=_gemm_cuda
 )
 
 
@@ -366,13 +250,18 @@ def int8_gemm(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Raises:
         TypeError: other dtypes. ValueError: shapes, K past the limit of int32.
     """
+    peak = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    return gemm(x, w, peak), peak
+
+
+def gemm(x: torch.Tensor, w: torch.Tensor, peak: torch.Tensor | None) -> torch.Tensor:
+    """The accumulators of :func:`int8_gemm`; its magnitudes go into ``peak``, zeros at first, if they are wanted."""
     if x.dtype != torch.int8 or w.dtype != torch.int8:
         raise TypeError(f"int8_gemm takes int8, got {x.dtype} and {w.dtype}")
     if x.dim() != 3 or w.dim() != 3 or x.shape[2] != w.shape[2] or w.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"int8_gemm: {tuple(x.shape)} does not fit {tuple(w.shape)}")
     check_terms(x.shape[2], "int8_gemm")
     acc = torch.empty((*x.shape[:2], w.shape[1]), dtype=torch.int32, device=x.device)
-    peak = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     if acc.numel():
         _gemm(x, w, acc, peak)
-    return acc, peak
+    return acc

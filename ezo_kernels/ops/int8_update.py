@@ -1,17 +1,12 @@
-"""Integer updates, in place: of the trunk from ternary g and z made again, of the head from accumulated gradients.
+"""The integer update of the trunk, in place, from ternary g and z made again; the head's is in :mod:`.int8_head`.
 
-    trunk: w <- clamp(w - round(sum_q g_q z_q / 2^shift), -127, 127)          g_q in {-1, 0, 1}
-    head:  w <- clamp(w - round(G / 2^n), -127, 127)              G = sum over groups, exponents aligned
-                                                                   n = max(0, bits of max |G| - m)
-    head with a remainder R, int8 as well:
-           256 w + R <- clamp(256 w + R - round(G / 2^(n - 8)), -127 * 256, 127 * 256), w the nearest
+    w <- clamp(w - round(sum_q g_q z_q / 2^shift), -127, 127)          g_q in {-1, 0, 1}
 
 | tensor | shape |
 |---|---|
 | params | list of int8, any shapes |
-| remainder | int8, of its parameter's shape |
 | g | int32 [queries], on the device |
-| shift, bits | int32 [1], on the device |
+| shift | int32 [1], on the device |
 """
 
 from __future__ import annotations
@@ -22,15 +17,13 @@ import torch
 
 from . import _cpu
 from ._layout import LAYOUTS, default_layout, grid, pointer
-from ._library import launcher, register
+from ._library import register
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_pointwise import rounding_lanes
 from .noise import Noise, check_index, filler_cpu, row_ids
 
 #: Widths of an update, in bits.
 LEAST_BITS, MOST_BITS = -8, 7
-#: Bits of a remainder behind those of its weight.
-REMAINDER_BITS = 8
 
 
 def check_bits(bits, name: str) -> int:
@@ -181,124 +174,3 @@ def int8_update_(
             params, key, g, shift, plan.table, list(plan.sites), [LAYOUTS.index(n) for n in layouts], query, rounding,
             noise.rounds, noise.p_zero, noise.r_max,
         )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------- head
-
-
-def _sum_groups_cpu(acc, exponent, out, peak) -> None:
-    K = _cpu.integers()
-
-    flat = out.view(-1).numpy()
-    peak.numpy()[0] = K.sum_aligned(acc.view(len(acc), -1).numpy(), exponent.numpy(), flat)
-
-
-_sum_groups = register(
-    "int8_sum_groups",
-    "(Tensor acc, Tensor exponent, Tensor(a!) out, Tensor(b!) peak) -> ()",
-    cpu=_sum_groups_cpu,
-    cuda=launcher("_int8_update_triton", "launch_sum_groups"),
-)
-
-
-def sum_groups(acc: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum over groups of ``acc[g] * 2**exponent[g]`` in the unit of the largest exponent, and its largest magnitude.
-
-    Args:
-        acc: int32 [G, ...]; the caller sees to it that the sum fits into 32 bits.
-        exponent: int32 [G].
-
-    Returns:
-        int32 [...] and int32 [1].
-    """
-    out = torch.empty(acc.shape[1:], dtype=torch.int32, device=acc.device)
-    peak = torch.zeros(1, dtype=torch.int32, device=acc.device)
-    if out.numel():
-        _sum_groups(acc.contiguous(), exponent, out, peak)
-    return out, peak
-
-
-def _head_update_cpu(w, remainder, grad, peak, bits, key, site, rounding, rounds) -> None:
-    import numpy as np
-
-    K = _cpu.integers()
-
-    if not int(peak):
-        return
-    n = max(0, int(peak).bit_length() - int(bits))
-    rows, columns = w.numel() // w.shape[-1], w.shape[-1]
-    lanes = np.empty((0, 0), np.uint16)
-    if rounding == "stochastic":
-        lanes = rounding_lanes(key, site, rows, columns, 0, rounds)
-    flat, mode = w.detach().view(-1).numpy(), ROUNDINGS.index(rounding)
-    if remainder is None:
-        K.update(flat, 1, grad.view(rows, columns).numpy(), n, mode, lanes)
-    else:
-        K.update_finely(flat, remainder.view(-1).numpy(), grad.view(-1).numpy(), n - REMAINDER_BITS, mode, lanes)
-    _wrote(w, remainder)
-
-
-def _head_update_cuda(w, remainder, *args) -> None:
-    from ._int8_update_triton import launch_head_update
-
-    launch_head_update(w, remainder, *args)
-    _wrote(w, remainder)
-
-
-def _wrote(*tensors: torch.Tensor | None) -> None:
-    """They were written behind torch's back."""
-    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
-
-
-_head_update = register(
-    "int8_head_update_",
-    "(Tensor(a!) w, Tensor(b!)? remainder, Tensor grad, Tensor peak, Tensor bits, Tensor key, int site, str rounding, "
-    "int rounds) -> ()",
-    cpu=_head_update_cpu,
-    cuda=_head_update_cuda,
-)
-
-
-@torch.no_grad()
-def int8_head_update_(
-    w: torch.Tensor,
-    grad: torch.Tensor,
-    peak: torch.Tensor,
-    bits: torch.Tensor,
-    *,
-    key: torch.Tensor,
-    site: int,
-    rounding: str = "pseudo",
-    rounds: int = 7,
-    remainder: torch.Tensor | None = None,
-) -> None:
-    """NITI's update: the gradient shifted to ``bits`` bits of its own largest magnitude, and subtracted, clamped.
-
-    With a remainder the step is rounded to 1/256 of a unit of w, and what w cannot hold of it stays in the remainder for the
-    next: the weights that a forward sees are int8 as before, but a step of less than one unit is no longer a matter of chance.
-
-    Args:
-        w: int8, contiguous, written.
-        grad: int32 of w's shape.
-        peak: int32 [1], its largest magnitude.
-        bits: int32 [1]: m, the learning rate; |step| is at most 2^m.
-        key, site, rounds: of the words of ``stochastic`` rounding.
-        rounding: ``nearest``, ``pseudo`` or ``stochastic``.
-        remainder: int8 of w's shape, contiguous, written: 1/256 of a unit each; zeros at first.
-
-    Raises:
-        TypeError: dtypes. ValueError: shapes, an unknown rounding.
-    """
-    if remainder is not None:
-        if remainder.dtype != torch.int8:
-            raise TypeError(f"int8_head_update_: the remainder must be int8, got {remainder.dtype}")
-        if remainder.shape != w.shape or not remainder.is_contiguous():
-            raise ValueError(
-                f"int8_head_update_: w {tuple(w.shape)} and its remainder {tuple(remainder.shape)} do not go together"
-            )
-    if w.dtype != torch.int8 or grad.dtype != torch.int32:
-        raise TypeError(f"int8_head_update_: w must be int8 and grad int32, got {w.dtype} and {grad.dtype}")
-    if w.shape != grad.shape or not w.is_contiguous() or not w.dim():
-        raise ValueError(f"int8_head_update_: w {tuple(w.shape)} and grad {tuple(grad.shape)} do not go together")
-    if w.numel():
-        _head_update(w, remainder, grad.contiguous(), peak, bits, key, site, check_rounding(rounding), rounds)

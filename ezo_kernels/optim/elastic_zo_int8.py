@@ -27,10 +27,11 @@ from ..nn.tape import Tape
 from ..ops._constants import INT8_VERSION, MOST_FRACTION_BITS
 from ..ops._int8_slab import check_way
 from ..ops._perturbation import PassError
+from ..ops.int8_head import HeadGradient, int8_head_step_
 from ..ops.int8_loss import FRACTION_BITS, nats
 from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding, sparse_noise
 from ..ops.int8_tensor import Int8Tensor
-from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_head_update_, int8_update_, sum_groups, update_shift
+from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_update_, update_shift
 from ..ops.noise import Noise, check_index, fold_key, rng_version
 from .arguments import check_antithetic
 from .capture import CapturedStep, graphs_for, refusals, refuse
@@ -383,15 +384,10 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         )  # fmt: skip
 
     def _update_head(self, gradients: dict, ok: torch.Tensor | None) -> None:
-        for i, (name, w) in enumerate(self._head.items()):
-            parts = gradients.get(name)
-            if not parts:
-                continue
-            acc, exponents = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-            total, peak = sum_groups(acc, exponents)
-            if ok is not None:
-                peak *= ok  # of a gradient of zero nothing is written
-            int8_head_update_(
-                w, total.view(w.shape), peak, self._head_bits, key=self._key, site=GRADIENT_SITE - 1 - i,
-                rounding=self.head_rounding, rounds=self.rounds, remainder=self._remainders.get(name),
-            )  # fmt: skip
+        learning = [(i, name) for i, name in enumerate(self._head) if gradients.get(name)]
+        int8_head_step_(
+            [self._head[name] for _, name in learning], [HeadGradient.joined(gradients[name]) for _, name in learning],
+            self._head_bits, key=self._key, sites=[GRADIENT_SITE - 1 - i for i, _ in learning],
+            rounding=self.head_rounding, rounds=self.rounds, ok=ok,
+            remainders=[self._remainders[name] for _, name in learning] if self._remainders else [],
+        )  # fmt: skip

@@ -78,12 +78,14 @@ class Int8Memory:
     def _record(self, x: Int8Tensor, p) -> ArenaPlan:
         """The plan of a pass, from a trial on the meta device."""
         trial = Int8Tensor(x.values.to("meta"), x.exponent.to("meta"), self.arena)
-        with self.arena.recording() as found, self._running(p):
+        with self.arena.recording() as found, self._running(p) as tape:
             with named_errors(self.model):
                 y = self.model(trial)
             if not isinstance(y, Int8Tensor):
                 raise TypeError(f"the model must return an Int8Tensor, got {type(y).__name__}")
             self.arena.counters(y.groups, torch.int64)  # of the loss
+            for _ in range(0 if tape is None else tape.counters()):
+                self.arena.counters(y.groups, torch.int32)
             del y, trial
         return found[0]
 

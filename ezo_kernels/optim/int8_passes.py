@@ -17,7 +17,7 @@ from ..ops.int8_loss import (
     int8_squared_error,
 )
 from ..ops.int8_signs import int8_signs, ternary_gradient
-from ..ops.int8_tensor import Int8Tensor, check_exponent
+from ..ops.int8_tensor import Int8Tensor, check_exponent, counters
 from .losses import grouped_losses
 
 
@@ -108,7 +108,7 @@ class Int8Passes:
         return slice(0 if sign == 1 else 1, None, 2)
 
     def _backward(self, tape: Tape, out: Int8Tensor, y, error, used: slice, p) -> None:
-        exponent = torch.zeros_like(out.exponent)
+        exponent = counters(out, out.groups)  # zeros
         if error is None:
             first = 0 if p is None else p.query * (1 + self.antithetic) + (p.signs[0] == -1)
             error = int8_cross_entropy_gradient(out, y, self._key, query=first, rounds=self.rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ezo_kernels.ops import (
     _int8_conv2d_triton,
     _int8_matmul_triton,
     _int8_triton,
+    int8_linear,
     int8_matmul,
     int8_pointwise,
 )
@@ -92,7 +94,7 @@ def linear(on_cpu, x, w, b, p, b_exponent=-10, w_exponent=-7, **options):
     options = {"site": SITE, "bias_site": BIAS_SITE, "weight_exponent": exponent(w_exponent), **options}
     if b is not None:
         options["bias_exponent"] = exponent(b_exponent)
-    return compare(on_cpu, int8_matmul.int8_linear, x, w, b, p, **options)
+    return compare(on_cpu, int8_linear, x, w, b, p, **options)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])
@@ -199,11 +201,29 @@ def test_the_pair_is_its_two_signs(key):
         "weight_exponent": exponent(-7),
         "bias_exponent": exponent(-9),
     }
-    pair = int8_matmul.int8_linear(x, w, b, make_pass(key), **options)
+    pair = int8_linear(x, w, b, make_pass(key), **options)
     for i, sign in enumerate((1, -1)):
         own = Int8Tensor(x.values.chunk(2)[i], x.exponent[i : i + 1])
-        y = int8_matmul.int8_linear(own, w, b, make_pass(key, (sign,)), **options)
+        y = int8_linear(own, w, b, make_pass(key, (sign,)), **options)
         assert torch.equal(y.values, pair.values.chunk(2)[i]) and torch.equal(y.exponent, pair.exponent[i : i + 1])
+
+
+@pytest.mark.parametrize(("relu", "rounding"), [(False, "nearest"), (True, "pseudo")])
+@pytest.mark.parametrize(
+    ("queries", "signs", "shared"), [(1, (1, -1), False), (2, (1, -1), True), (3, (-1,), False), (2, (0,), False)]
+)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 1, 5), (9, 70, 40), (33, 100, 33)])
+def test_once_is_what_two_launches_give(on_cpu, key, monkeypatch, rows, n, k, queries, signs, shared, relu, rounding):
+    """The last program rounds for all: with tiles of a few outputs there are many, and groups more than a block of it."""
+    p = make_pass(key, signs, queries)
+    groups = 1 if shared else p.groups
+    x, w, b = tensor(groups * rows, k, groups=groups), ints(n, k, seed=1), ints(n, seed=2)
+    monkeypatch.setattr(_int8_matmul_triton, "int8_tile", lambda *a: dataclasses.replace(int8_tile(*a), bm=16, bn=32))
+    how, found = {"strategy": "buffer", "relu": relu, "rounding": rounding, "weights": "fused"}, []
+    for most in (1 << 20, 0):
+        monkeypatch.setattr(sys.modules["ezo_kernels.ops.int8_linear"], "MOST_ONCE", most)
+        found.append(linear(on_cpu, x, w, b, p, **how))
+    assert torch.equal(found[0].values, found[1].values) and torch.equal(found[0].exponent, found[1].exponent)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

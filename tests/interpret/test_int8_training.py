@@ -7,6 +7,8 @@ import torch
 from test_int8 import SITE, compare, exponent, ints, tensor
 
 from ezo_kernels.ops import (
+    int8_head,
+    int8_linear,
     int8_loss,
     int8_matmul,
     int8_update,
@@ -117,9 +119,7 @@ def test_the_forward_and_the_update_make_the_same_z(key):
     noise = Noise("sparse_int8", p_zero=0.33, r_max=63)
     p = IntegerPerturbation(key, noise, 6, 1, (1,))
     x = Int8Tensor(torch.eye(70, dtype=torch.int8), exponent(0))
-    y = int8_matmul.int8_linear(
-        x, torch.zeros(33, 70, dtype=torch.int8), None, p, weight_exponent=exponent(0), site=SITE
-    )
+    y = int8_linear(x, torch.zeros(33, 70, dtype=torch.int8), None, p, weight_exponent=exponent(0), site=SITE)
     w = torch.zeros(33, 70, dtype=torch.int8)
     one = torch.ones(1, dtype=torch.int32)
     int8_update.int8_update_(
@@ -132,10 +132,77 @@ def test_the_forward_and_the_update_make_the_same_z(key):
 def test_sum_groups(on_cpu, spread):
     acc = ints(3, 7, 200, low=-(1 << 28), high=1 << 28, dtype=torch.int32)
     exponents = torch.tensor([-5 - spread, -5, -5 - spread // 2], dtype=torch.int32)
-    compare(on_cpu, int8_update.sum_groups, acc, exponents)
+    compare(on_cpu, int8_head.sum_groups, acc, exponents)
     if spread:
         acc[0] = -(1 << 31)
-        compare(on_cpu, int8_update.sum_groups, acc, exponents)
+        compare(on_cpu, int8_head.sum_groups, acc, exponents)
+
+
+@pytest.mark.parametrize("gates", [1, 3])
+def test_requantize_behind_a_gate(on_cpu, gates):
+    acc, gate = ints(3 * 9, 50, low=-70000, high=70000, dtype=torch.int32), ints(gates * 9, 50, seed=1, low=-2, high=3)
+    peak, exponents = acc.view(3, -1).abs().amax(1), torch.tensor([-3, 2, 0], dtype=torch.int32)
+    how = (acc, peak, exponents, exponent(-7), "nearest")
+    compare(on_cpu, int8_matmul.requantize, *how, gate)
+    ours, plain = int8_matmul.requantize(*how, gate), int8_matmul.requantize(*how)
+    shut = gate.view(gates, -1) <= 0
+    assert torch.equal(ours.values, plain.values.view(3, -1).masked_fill(shut, 0).view_as(acc))
+    assert torch.equal(ours.exponent, plain.exponent)
+
+
+def head_of(shapes, groups, errors: int, seed: int):
+    """Parameters and their gradients of each group: those of vectors as errors of so many rows, if any."""
+    params, gradients = [], []
+    for i, shape in enumerate(shapes):
+        params.append(ints(*shape, seed=seed + i, low=-128))
+        scale = 5 * 10**i
+        if errors and len(shape) == 1:
+            values = ints(groups, errors, *shape, seed=seed + 10 + i)
+        else:
+            values = ints(groups, *shape, seed=seed + 10 + i, low=-scale, high=scale + 1, dtype=torch.int32)
+        exponents = torch.arange(groups, dtype=torch.int32) % 3 - 9
+        other = (None, torch.tensor([4], dtype=torch.int32), -2 * exponents)[i % 3]
+        gradients.append(int8_head.HeadGradient(values, exponents, other))
+    return params, gradients
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "pseudo", "stochastic"])
+@pytest.mark.parametrize("ok", [None, True, False])
+@pytest.mark.parametrize("remains", [False, True])
+@pytest.mark.parametrize(
+    ("shapes", "most"),
+    [([(9,)], 4), ([(5, 37), (5,), (70, 200), (70,)], 4), ([(3, 4), (3,)], 1), ([(2, 3, 4), (0,)], 4)],
+)
+def test_the_step_of_a_head(monkeypatch, on_cpu, key, shapes, most, remains, ok, rounding):
+    """In one launch, or as many as a large head has: the bits of the reference, which makes one parameter after another."""
+    monkeypatch.setattr(int8_head, "MOST_TENSORS", most)
+    for errors, groups, bits in ((0, 1, 7), (40, 2, 1), (5, 3, -2)):
+        (params, gradients), (others, _) = head_of(shapes, groups, errors, 0), head_of(shapes, groups, errors, 0)
+        rests = [[ints(*shape, seed=7, low=-128) for shape in shapes] for _ in "ab"] if remains else [[], []]
+        how = {"key": key, "sites": [SITE - i for i in range(len(shapes))], "rounding": rounding}
+        how["ok"] = None if ok is None else torch.tensor(ok)
+        int8_head.int8_head_step_(params, gradients, exponent(bits), **how, remainders=rests[0])
+        on_cpu(int8_head.int8_head_step_, others, gradients, exponent(bits), **how, remainders=rests[1])
+        for a, b in zip((*params, *rests[0]), (*others, *rests[1]), strict=True):
+            assert torch.equal(a, b)
+        start, _ = head_of(shapes, groups, errors, 0)
+        assert (bits < 7 or remains) or ok is False or not all(map(torch.equal, params, start))
+        assert ok is not False or all(map(torch.equal, params, start))
+
+
+def test_the_step_of_a_head_is_that_of_each_parameter(key):
+    params, gradients = head_of([(5, 37), (5,)], 2, 6, 0)
+    others, rests = [w.clone() for w in params], [ints(*w.shape, seed=3) for w in params]
+    others_rests = [rest.clone() for rest in rests]
+    int8_head.int8_head_step_(
+        params, gradients, exponent(2), key=key, sites=[8, 9], rounding="stochastic", remainders=rests
+    )
+    for w, rest, grad, site in zip(others, others_rests, gradients, (8, 9), strict=True):
+        total, peak = int8_head.sum_groups(*grad.summed()[:2])
+        how = {"key": key, "site": site, "rounding": "stochastic", "remainder": rest}
+        int8_head.int8_head_update_(w, total, peak, exponent(2), **how)
+    for a, b in zip((*params, *rests), (*others, *others_rests), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "pseudo", "stochastic"])
@@ -147,11 +214,11 @@ def test_head_update(on_cpu, key, rounding, bits):
         grad = ints(*shape, seed=1, low=-largest, high=largest + 1, dtype=torch.int32)
         peak = grad.abs().max().reshape(1)
         options = {"key": key, "site": SITE, "rounding": rounding, "rounds": 7}
-        int8_update.int8_head_update_(w, grad, peak, exponent(bits), **options)
-        on_cpu(int8_update.int8_head_update_, other, grad, peak, exponent(bits), **options)
+        int8_head.int8_head_update_(w, grad, peak, exponent(bits), **options)
+        on_cpu(int8_head.int8_head_update_, other, grad, peak, exponent(bits), **options)
         assert torch.equal(w, other)
         before = ints(*shape, seed=2, low=-128)
         rests = before.clone(), before.clone()
-        int8_update.int8_head_update_(w, grad, peak, exponent(bits), **options, remainder=rests[0])
-        on_cpu(int8_update.int8_head_update_, other, grad, peak, exponent(bits), **options, remainder=rests[1])
+        int8_head.int8_head_update_(w, grad, peak, exponent(bits), **options, remainder=rests[0])
+        on_cpu(int8_head.int8_head_update_, other, grad, peak, exponent(bits), **options, remainder=rests[1])
         assert torch.equal(w, other) and torch.equal(*rests) and (largest == 200) <= (not torch.equal(before, rests[0]))
