@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import torch
 
+from ._int8_pointwise_triton import launch_requantize
 from ._int8_triton import (
     ONCE,
     PART,
@@ -240,7 +241,9 @@ def _launch(
     aligned = k % 16 == 0 and x_strides[2] == w_strides[2] == 1 and x_strides[1] % 16 == w_strides[1] % 16 == 0
     arch = architecture(x.device)
     tile = int8_tile(rows, n, k, aligned, arch)
-    parts, steps = int8_parts(tile, rows, n, k, repeats, arch) if signs and what == 0 else (1, -(-k // tile.bk))
+    parts, steps = 1, -(-k // tile.bk)
+    if signs and what in (0, ONCE.value):
+        parts, steps = int8_parts(tile, rows, n, k, repeats, arch)
     memory = room_for_parts(name, parts, acc, torch.int32) if parts > 1 else None
     if memory is None:
         parts = 1
@@ -248,6 +251,7 @@ def _launch(
     if max(n + tile.bn, k + tile.bk, rows + tile.bm) >= 1 << 31:
         raise NotImplementedError(f"{name}: {rows} rows, {n} outputs, {k} inputs: 2^31 is the limit")
     check_grid(name, tiles_n, repeats * parts)
+    once = what == ONCE.value
     if memory is not None:
         what = PART.value
     with torch.cuda.device_of(x):
@@ -268,6 +272,8 @@ def _launch(
             int8_sum_parts_kernel[(-(-size // _BLOCK), groups)](
                 memory, acc, peak, size, acc.numel(), parts, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False
             )
+            if once:
+                launch_requantize(acc, peak, x_exponent, w_exponent, rounding, relu, None, out, exponent)
 
 
 def launch_linear(
