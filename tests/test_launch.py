@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+import ezo_kernels as ezo  # noqa: E402
 from bench import static  # noqa: E402
 from ezo_kernels import ops  # noqa: E402
 from ezo_kernels.ops import _library  # noqa: E402
@@ -275,3 +276,20 @@ def test_cross_entropy(launches, dtype):
     one, many = ["cross_entropy_kernel"], ["cross_entropy_kernel", "cross_entropy_mean_kernel"]
     backward = ["cross_entropy_backward_kernel"]
     assert [launch.name for launch in launches] == 2 * (one + backward) + many + backward
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("head", [["fc3"], ["fc2", "fc3"]], ids=str)
+def test_a_whole_step_with_a_head(launches, monkeypatch, head, dtype):
+    """LeNet-5 as a GPU takes it; but for the trunk's update, whose table holds addresses of a GPU."""
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
+    opt = ezo.ElasticZO(ezo.convert_(ezo.models.LeNet5().to(dtype), head=head))
+    opt._checked = opt._rows_checked = True  # nothing runs that could be looked at
+    versions = [p._version for p in opt.head]
+    opt.train_step(torch.ones(32, 1, 28, 28, dtype=dtype), torch.arange(32) % 10)
+    names = [launch.name for launch in launches]
+    backward = ["grouped_linear_backward_kernel"] * len(head)
+    layers = [name for name in names if name in ("conv2d_kernel", "linear_kernel", "linear_small_kernel")]
+    assert names[0] == "fold_key_kernel" and len(layers) == 5
+    assert names[names.index("cross_entropy_kernel") :] == ["cross_entropy_kernel", *backward, "coefficients_kernel"]
+    assert all(p._version > version for p, version in zip(opt.head, versions, strict=True)), "autograd must hear of it"
