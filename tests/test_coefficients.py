@@ -178,7 +178,7 @@ def test_its_own_sgd_is_torchs(monkeypatch, options):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)  # g has the losses' rounding over eps
 
 
-@pytest.mark.parametrize("change", ["momentum", "weight_decay", "maximize", "hook", "own", "tensor lr"])
+@pytest.mark.parametrize("change", ["momentum", "weight_decay", "maximize", "hook", "own", "tensor lr", "group"])
 def test_what_is_left_to_the_heads_optimizer(monkeypatch, change):
     monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
     own = (lambda p: torch.optim.SGD(p, lr=0.05)) if change == "own" else None
@@ -186,6 +186,9 @@ def test_what_is_left_to_the_heads_optimizer(monkeypatch, change):
     inner = opt.head_optimizer.optimizer
     if change == "hook":
         inner.register_step_post_hook(lambda *a: None)
+    elif change == "group":
+        inner.param_groups[0]["params"].pop()
+        inner.add_param_group({"params": [opt.model.fc3.bias], "lr": 0.2})
     elif change == "tensor lr":
         inner.param_groups[0]["lr"] = torch.tensor(0.05)
     elif change != "own":

@@ -91,11 +91,10 @@ class GuardedOptimizer:
 
     def fill(self) -> None:
         """Bring the device's learning rates up to date; nothing to do unless one changed."""
-        if not self._lrs:
-            return
-        for i, group in enumerate(self.optimizer.param_groups):
-            if group["lr"] != self._filled[i]:
-                self._lrs[i].fill_(group["lr"])
+        # groups that were added later have none, and a rate that is a tensor is on the device already
+        for i, (lr, group) in enumerate(zip(self._lrs, self.optimizer.param_groups, strict=False)):
+            if not torch.is_tensor(group["lr"]) and group["lr"] != self._filled[i]:
+                lr.fill_(group["lr"])
                 self._filled[i] = group["lr"]
 
     @torch.no_grad()
