@@ -157,12 +157,18 @@ def test_launches_of_a_step(monkeypatch, head, queries, most):
     assert after[:2] == ["coefficients", "update_"]
 
 
+def counted(monkeypatch) -> list:
+    """A list that grows with each call of torch's SGD."""
+    calls, inner = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: calls.append(1) or inner(self, *a))
+    return calls
+
+
 def run(monkeypatch, at_once, head=("fc2", "fc3"), steps=4, **options):
     """Bits of a LeNet-5 after some steps, and whether the head's optimizer was called."""
     monkeypatch.setattr(_library, "bound_by_launches", lambda device: at_once)
     opt = ezo.ElasticZO(ezo.convert_(lenet(), head=list(head)), lr=1e-3, seed=1, **options)
-    calls, inner = [], opt.head_optimizer.optimizer.step
-    opt.head_optimizer.optimizer.step = lambda *a: calls.append(1) or inner(*a)
+    calls = counted(monkeypatch)
     for i in range(steps):
         opt.train_step(*batch(9, i))
     assert opt.skipped == 0
@@ -178,7 +184,9 @@ def test_its_own_sgd_is_torchs(monkeypatch, options):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)  # g has the losses' rounding over eps
 
 
-@pytest.mark.parametrize("change", ["momentum", "weight_decay", "maximize", "hook", "own", "tensor lr", "group"])
+@pytest.mark.parametrize(
+    "change", ["momentum", "weight_decay", "maximize", "hook", "own", "tensor lr", "group", "wrapped"]
+)
 def test_what_is_left_to_the_heads_optimizer(monkeypatch, change):
     monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
     own = (lambda p: torch.optim.SGD(p, lr=0.05)) if change == "own" else None
@@ -191,25 +199,29 @@ def test_what_is_left_to_the_heads_optimizer(monkeypatch, change):
         inner.add_param_group({"params": [opt.model.fc3.bias], "lr": 0.2})
     elif change == "tensor lr":
         inner.param_groups[0]["lr"] = torch.tensor(0.05)
-    elif change != "own":
+    elif change not in ("own", "wrapped"):
         inner.param_groups[0][change] = 0.5
-    calls, step = [], inner.step
-    inner.step = lambda *a: calls.append(1) or step(*a)
+    calls = counted(monkeypatch)
+    if change == "wrapped":
+        step = inner.step
+        inner.step = lambda: step()
     opt.train_step(*batch(9))
     assert calls
 
 
-def test_its_lr_follows_a_schedule(monkeypatch):
+@pytest.mark.parametrize("of_head", [False, True])
+def test_its_lr_follows_a_schedule(monkeypatch, of_head):
     monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
     opt = ezo.ElasticZO(ezo.convert_(lenet(), head=["fc3"]), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.0 if step else 1.0)
-    moved = []
+    whose = opt.head_optimizer.optimizer if of_head else opt
+    schedule = torch.optim.lr_scheduler.LambdaLR(whose, lambda step: 0.0 if step else 1.0)
+    moved, calls = [], counted(monkeypatch)
     for i in range(2):
         before = opt.model.fc3.weight.detach().clone()
         opt.train_step(*batch(9, i))
         schedule.step()
         moved.append(not torch.equal(before, opt.model.fc3.weight))
-    assert moved == [True, False]
+    assert moved == [True, False] and not calls
 
 
 def test_a_check_that_was_not_used_is_not_left_to_the_next_step(monkeypatch):
@@ -222,3 +234,20 @@ def test_a_check_that_was_not_used_is_not_left_to_the_next_step(monkeypatch):
             opt.train_step(x * float("inf"), y)
     opt.train_step(x, y)
     assert opt.skipped == 0 and opt.step_count == 1
+
+
+def test_an_error_is_the_one_that_is_raised(monkeypatch):
+    """Of a capture that failed nothing can be reset on the device; what was collected is dropped all the same."""
+    opt = ezo.ElasticZO(ezo.convert_(lenet(), head=["fc3"]), lr=1e-3)
+
+    class Lost:
+        def zero_(self):
+            raise RuntimeError("previous error during capture")
+
+    monkeypatch.setattr(opt, "_bad", Lost())
+    monkeypatch.setattr(opt, "_update", lambda coef: 1 / 0)
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", lambda *a: None)
+    monkeypatch.setattr(updates, "coefficients", lambda *a, **k: coefficients(*a, **{**k, "bad": None}))
+    with pytest.raises(ZeroDivisionError):
+        opt.train_step(*batch(9))
+    assert opt._losses is None and opt._micro == 0 and all(p.grad is None for p in opt.head)

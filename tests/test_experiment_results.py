@@ -9,7 +9,7 @@ import pytest
 
 from bench import int8_training
 from ezo_kernels.cli.experiments.catalogue import EXPERIMENTS, LAYERS
-from ezo_kernels.cli.experiments.recipes import BEST, GRID, HEADS, LONG_INT8, best_int8
+from ezo_kernels.cli.experiments.recipes import BEST, GRID, HEAD_INT8, HEADS, LONG_INT8, PURE_INT8, best_int8
 from ezo_kernels.cli.experiments.scope import Scope
 from ezo_kernels.cli.experiments.trial import Trial
 from ezo_kernels.cli.recipe import Recipe, parse_schedule
@@ -65,6 +65,8 @@ def test_long_runs_of_integers_have_the_schedule_of_their_evidence(data, head, a
     """That of a run of ten epochs leaves a third of MNIST's validation split after sixty-four."""
     options, milestones = int8_training.INT8[data][arm]
     ours = best_int8(data, head, 0, 64, "integer")
+    short = best_int8(data, head, 0, 10, "integer")
+    assert short.r_max == (PURE_INT8 if head == "0" else HEAD_INT8)["r_max"]
     assert ours.head_remainder == options.get("head_remainder", False)
     for name in ("r_max", "p_zero", "bits", "head_bits")[: 4 if head != "0" else 3]:
         kind = float if name == "p_zero" else int

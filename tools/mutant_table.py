@@ -1134,6 +1134,20 @@ MUTANTS = (
         "tests/interpret/test_int8_training.py -k step_of_a_head",
     ),
     Mutant(
+        "exponents of every other group are read as if they were neighbours",
+        _OPS + "int8_head.py",
+        "[None if x is None else x.contiguous() for x in others]",
+        "others",
+        "tests/interpret/test_int8_training.py -k step_of_a_head",
+    ),
+    Mutant(
+        "what somebody has put around the head's step is not called",
+        "ezo_kernels/optim/head.py",
+        """if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):""",
+        "if step is False:",
+        "tests/test_coefficients.py -k left_to",
+    ),
+    Mutant(
         "a bias of an integer head learns from the first group alone",
         _OPS + "_int8_head_triton.py",
         "(g * errors + row) * columns",

@@ -22,12 +22,12 @@ from .linear import input_precision
 
 #: Rows of all groups up to which one program may go through them for a tile of dW; a library's product splits more.
 MOST_ROWS = 512
-_N, _K, _WARPS = 32, 32, 4
+_N, _K, _WARPS, _STAGES = 32, 32, 8, 2
 
 
 def inner_block(size: int) -> int:
     """Rows or outputs that a step takes of ``size``."""
-    return min(64, max(16, 1 << (size - 1).bit_length()))
+    return min(32, max(16, 1 << (size - 1).bit_length()))
 
 
 @jit
@@ -48,19 +48,19 @@ def _of_weight(
     i = (at // k_tiles) * BN + tl.arange(0, BN)
     j = (at % k_tiles) * BK + tl.arange(0, BK)
     product = tl.zeros((BN, BK), tl.float32)
-    total = tl.zeros((BN,), tl.float32)
+    total = tl.zeros((BN, R), tl.float32)
     for first in range(0, rows, R):
         r = first + tl.arange(0, R)
         dy = _slope(dy_ptr, y_ptr, r[None, :] * n + i[:, None], (r[None, :] < rows) & (i[:, None] < n))
         if dw_ptr is not None:
             x = tl.load(x_ptr + r[:, None] * k + j[None, :], mask=(r[:, None] < rows) & (j[None, :] < k), other=0.0)
             product = tl.dot(dy, x, product, input_precision=PRECISION)
-        total += tl.sum(dy.to(tl.float32), axis=1)
+        total += dy.to(tl.float32)
     if dw_ptr is not None:
         inside = (i[:, None] < n) & (j[None, :] < k)
         tl.store(dw_ptr + i[:, None] * k + j[None, :], product.to(dw_ptr.dtype.element_ty), mask=inside)
     if db_ptr is not None:
-        tl.store(db_ptr + i, total.to(db_ptr.dtype.element_ty), mask=(i < n) & (at % k_tiles == 0))
+        tl.store(db_ptr + i, tl.sum(total, axis=1).to(db_ptr.dtype.element_ty), mask=(i < n) & (at % k_tiles == 0))
 
 
 @jit
@@ -112,7 +112,7 @@ def launch_grouped_linear_backward(dy, x, w, y, dx, dw, db) -> None:
     with torch.cuda.device_of(dy):
         grouped_linear_backward_kernel[(of_weight + of_x,)](
             dy, x, w, y, dx, dw, db, rows, n, k, of_weight, PRECISION=input_precision(x.dtype, ""),
-            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, enable_fp_fusion=False,
+            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, num_stages=_STAGES, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -141,6 +141,6 @@ def variants():
                 "BK": _K,
             }  # fmt: skip
             yield Variant(
-                grouped_linear_backward_kernel, f"grouped_linear_backward/{dtype}/{name}", signature, constexprs, _WARPS, 3,
-                expects=() if dtype == "fp32" else ("mma",),
+                grouped_linear_backward_kernel, f"grouped_linear_backward/{dtype}/{name}", signature, constexprs, _WARPS,
+                _STAGES, expects=() if dtype == "fp32" else ("mma",),
             )  # fmt: skip

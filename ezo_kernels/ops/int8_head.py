@@ -189,23 +189,10 @@ def in_one_launch(params, grads) -> bool:
     return few and max(grad.numel() for grad in grads) < 1 << 30
 
 
-def _step_cuda(params, remainders, grads, exponents, x_exponents, ok, bits, key, sites, rounding, rounds) -> None:
-    from ._int8_head_triton import launch_head_step, launch_head_update, launch_sum_groups
+def _step_cuda(params, remainders, *args) -> None:
+    from ._int8_head_triton import launch_head_step
 
-    if in_one_launch(params, grads):
-        launch_head_step(params, remainders, grads, exponents, x_exponents, ok, bits, key, sites, rounding, rounds)
-    else:
-        peaks = torch.zeros((len(params), 1), dtype=torch.int32, device=key.device)
-        totals = []
-        for i, w in enumerate(params):
-            grad = HeadGradient(grads[i], exponents[i], x_exponents[i]).summed()
-            totals.append(torch.empty(w.shape, dtype=torch.int32, device=w.device))
-            launch_sum_groups(grad.values, grad.exponent, totals[i], peaks[i])
-        if ok is not None:
-            peaks *= ok  # of a gradient of zero nothing is written
-        for i, w in enumerate(params):
-            rest = remainders[i] if remainders else None
-            launch_head_update(w, rest, totals[i], peaks[i], bits, key, sites[i], rounding, rounds)
+    launch_head_step(params, remainders, *args)
     _wrote(*params, *remainders)
 
 
@@ -268,9 +255,20 @@ def int8_head_step_(
             raise TypeError(f"int8_head_step_: gradients must be int32 or int8, got {values.dtype}")
     check_rounding(rounding)
     own = [i for i, w in enumerate(params) if w.numel()]
-    if own:
+    if own and in_one_launch([params[i] for i in own], [gradients[i].values for i in own]):
+        others = [gradients[i].x_exponent for i in own]
         _step(
             [params[i] for i in own], [remainders[i] for i in own] if remainders else [],
-            [gradients[i].values.contiguous() for i in own], [gradients[i].exponent for i in own],
-            [gradients[i].x_exponent for i in own], ok, bits, key, [sites[i] for i in own], rounding, rounds,
+            [gradients[i].values.contiguous() for i in own], [gradients[i].exponent.contiguous() for i in own],
+            [None if x is None else x.contiguous() for x in others], ok, bits, key, [sites[i] for i in own], rounding, rounds,
+        )  # fmt: skip
+        return
+    for i in own:  # one sum at a time: they are as large as the parameters, four times
+        values, exponent, _ = gradients[i].summed()
+        total, peak = sum_groups(values, exponent)
+        if ok is not None:
+            peak *= ok  # of a gradient of zero nothing is written
+        int8_head_update_(
+            params[i], total.view(params[i].shape), peak, bits, key=key, site=sites[i], rounding=rounding, rounds=rounds,
+            remainder=remainders[i] if remainders else None,
         )  # fmt: skip

@@ -10,6 +10,7 @@ where w + eps s z_q and w - eps s z_q are what the groups run with, and s is the
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import torch
@@ -331,8 +332,9 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
             with torch.no_grad():
                 for buffer, old in self._buffers:
                     buffer.copy_(old)
-            self._bad.zero_()
             self._drop()
+            with contextlib.suppress(RuntimeError):  # of a capture that failed nothing has run
+                self._bad.zero_()
             if isinstance(error, PassError):
                 raise ValueError(self._named(error)) from error
             raise

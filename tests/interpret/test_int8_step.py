@@ -40,6 +40,7 @@ def run(head, steps: int = 2, **options):
         (("fc2",), {"mode": "sequential"}),
         (("fc1", "fc2"), {"queries": 2}),
         (("fc2",), {"queries": 3, "antithetic": False}),
+        (("fc1", "fc2"), {"head_grad": "minus", "queries": 3}),
         (("fc1", "fc2"), {"head_grad": "minus", "head_rounding": "pseudo", "fraction_bits": 0}),
     ],
 )

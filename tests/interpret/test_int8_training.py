@@ -161,7 +161,8 @@ def head_of(shapes, groups, errors: int, seed: int):
         else:
             values = ints(groups, *shape, seed=seed + 10 + i, low=-scale, high=scale + 1, dtype=torch.int32)
         exponents = torch.arange(groups, dtype=torch.int32) % 3 - 9
-        other = (None, torch.tensor([4], dtype=torch.int32), -2 * exponents)[i % 3]
+        strided = (-2 * exponents).repeat_interleave(2)[::2]  # as those of every other group are
+        other = (None, torch.tensor([4], dtype=torch.int32), strided)[(i + 2) % 3]
         gradients.append(int8_head.HeadGradient(values, exponents, other))
     return params, gradients
 

@@ -25,8 +25,10 @@ HEADS = {
 #: learning rate
 PURE_INT8 = {"r_max": "15,31@0.3,63@0.6,127@0.85", "p_zero": "0.9,0.97@0.3,0.99@0.6,0.9975@0.85", "bits": "0"}
 
-#: data -> the same of runs six times as long and longer, and with a head: those of ``bench/int8_training.py``, which came of
-#: the validation split
+#: epochs from which on a run is long
+LONG_EPOCHS = 32
+#: data -> the same of long runs, and of any with a head: those of ``bench/int8_training.py``, which came of the validation
+#: split
 LONG_INT8 = {
     "mnist": {"r_max": "15,127@0.006,63@0.1,127@0.8", "p_zero": "0.9,0.997@0.006,0.9985@0.4,0.9993@0.6,0.9997@0.8"},
     "fashion_mnist": {"r_max": "15,63@0.01,127@0.3", "p_zero": "0.9,0.99@0.01,0.996@0.3,0.9985@0.65,0.9994@0.87"},
@@ -72,8 +74,9 @@ def best(data: str, head: str, seed: int, epochs: int) -> Recipe:
 
 def best_int8(data: str, head: str, seed: int, epochs: int, loss: str) -> Recipe:
     """The integers' own, at the forward passes of ``epochs`` epochs with two a step."""
-    own = LONG_INT8.get(data, LONG_INT8["mnist"]) if head == "0" else HEAD_INT8
-    return Recipe(data=data, head=head, seed=seed, epochs=epochs, precision="int8", bits="0", loss=loss, **own)
+    pure = LONG_INT8.get(data, LONG_INT8["mnist"]) if epochs >= LONG_EPOCHS else PURE_INT8
+    own = {"bits": "0", **(pure if head == "0" else HEAD_INT8)}
+    return Recipe(data=data, head=head, seed=seed, epochs=epochs, precision="int8", loss=loss, **own)
 
 
 def recipe(data: str, head: str, seed: int, epochs: int, precision: str = "fp32", **options) -> Recipe:
