@@ -186,7 +186,7 @@ def memory_experiment() -> str:
 
 
 def baseline() -> str:
-    """``ezo experiment baseline`` as far as it was run: errors, beside full ZO's and the frozen trunk's."""
+    """``ezo experiment baseline`` as far as it was run: errors, beside full ZO's in the same numbers and the frozen trunk's."""
     record = _read("experiments/baseline.json")
     if not record:
         return "`ezo experiment baseline` has not been run."
@@ -197,8 +197,8 @@ def baseline() -> str:
     rows = {(row["data"], row["arm"]): row for row in record["table"]}
     lines = [
         "| data | LeNet-5 | forwards an image | queries, a sign each | seeds | validation error, % | test error, % "
-        "| over full ZO | over the frozen trunk |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| over full ZO | over the frozen trunk | bytes of a step, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def over(row: dict, base: dict | None) -> str:
@@ -214,7 +214,11 @@ def baseline() -> str:
             f"{100 * m['mean']:.2f}" + (f" ± {100 * m['spread']:.2f}" if m["spread"] is not None else "")
             for m in (row["metrics"]["validation_error"], row["metrics"]["test_error"])
         ]
-        full, frozen = rows.get((data, "full ZO, fp32")), rows.get((data, f"frozen trunk, head {recipe['head']}, fp32"))
+        kind = arm[arm.index("int8") :] if "int8" in arm else "fp32"
+        full, frozen = (
+            rows.get((data, f"full ZO, {kind}")),
+            rows.get((data, f"frozen trunk, head {recipe['head']}, {kind}")),
+        )
         signs = (
             ""
             if not zeroth
@@ -224,7 +228,7 @@ def baseline() -> str:
         )
         lines.append(
             f"| {data} | {arm} | {forwards} | {signs} | {len(row['seeds'])} | {' | '.join(errors)} | {over(row, full)} | "
-            f"{over(row, frozen)} |"
+            f"{over(row, frozen)} | {row['metrics']['step_bytes']['mean'] / 1e6:.2f} |"
         )
     return "\n".join(lines)
 

@@ -46,8 +46,10 @@ def arguments(op):
                          [0, 0], 0, "stochastic", 7, 0.3, 40),
         "int8_signs": (torch.tensor([5, 3]), True, exponents(0), torch.tensor(0), torch.zeros(1, dtype=torch.int64)),
         "int8_sum_groups": (sums.view(2, 3, 4), two, empty(3, 4, dtype=torch.int32), exponents(0)),
-        "int8_head_step_": ([randint(3, 4), randint(4)], [randint(3, 4), randint(4)], [sums.view(2, 3, 4), randint(2, 3, 4)],
-                            [two, two.clone()], [one, None], torch.tensor(True), exponents(1), key, [1, 2], "pseudo", 7),
+        "int8_head_step_": (
+            [randint(3, 4), randint(4)], [randint(3, 4), randint(4)], [sums.view(2, 3, 4), randint(2, 3, 4)],
+            [two, two.clone()], [one, None], torch.tensor(True), exponents(1), key, [1, 2], "pseudo", 7, exponents(*[0] * 12),
+        ),
         "int8_head_update_": (randint(3, 4), randint(3, 4), torch.full((3, 4), 9, dtype=torch.int32), exponents(9),
                               exponents(1), key, 1, "pseudo", 7),
     }[op]  # fmt: skip

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops import _library
 from ..ops._constants import MOST_TERMS
 from ..ops.int8_head import HeadGradient
 from ..ops.int8_matmul import gemm, requantize
@@ -25,7 +26,8 @@ from ..ops.int8_tensor import Int8Tensor, counters
 
 #: What a note can be of; others are refused when the backward meets them.
 KINDS = ("linear", "relu", "reshape", "add")
-#: Errors of a bias, rows of all groups, that are kept for the update to add up; of more their sum is, which is smaller.
+#: Errors of a bias, rows of all groups, that are kept for the update to add up where launches count; of more their sum is,
+#: which is smaller.
 MOST_ERRORS = 1 << 16
 
 
@@ -112,7 +114,8 @@ class Tape:
             self.gradients[names["weight"]].append(HeadGradient(acc, e.exponent, x_exponent))
         if "bias" in names:
             grad = HeadGradient(of_y, e.exponent)
-            self.gradients[names["bias"]].append(grad if of_y.numel() <= MOST_ERRORS else grad.summed())
+            keep = _library.bound_by_launches(of_y.device) and of_y.numel() <= MOST_ERRORS
+            self.gradients[names["bias"]].append(grad if keep else grad.summed())
         if x.tape is None:
             return (None,)
         peak = counters(x, e.groups)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _cpu
+from . import _cpu, _library
 from ._library import launcher, register
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_pointwise import rounding_lanes
@@ -172,12 +172,12 @@ class HeadGradient(NamedTuple):
         return cls(torch.cat(values), torch.cat(exponents))
 
 
-def _step_cpu(params, remainders, grads, exponents, x_exponents, ok, bits, key, sites, rounding, rounds) -> None:
+def _step_cpu(params, remainders, grads, exponents, x_exponents, ok, bits, key, sites, rounding, rounds, sums) -> None:
     if ok is not None and not bool(ok):
         return
     for i, w in enumerate(params):
         grad = HeadGradient(grads[i], exponents[i], x_exponents[i]).summed()
-        total, peak = torch.empty(w.shape, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        total, peak = sums[: w.numel()].view(w.shape), torch.zeros(1, dtype=torch.int32)
         _sum_groups_cpu(grad.values, grad.exponent, total, peak)
         rest = remainders[i] if remainders else None
         _head_update_cpu(w, rest, total, peak, bits, key, sites[i], rounding, rounds)
@@ -192,6 +192,7 @@ def in_one_launch(params, grads) -> bool:
 def _step_cuda(params, remainders, *args) -> None:
     from ._int8_head_triton import launch_head_step
 
+    *args, _ = args
     launch_head_step(params, remainders, *args)
     _wrote(*params, *remainders)
 
@@ -199,7 +200,7 @@ def _step_cuda(params, remainders, *args) -> None:
 _step = register(
     "int8_head_step_",
     "(Tensor(a!)[] params, Tensor(b!)[] remainders, Tensor[] grads, Tensor[] exponents, Tensor?[] x_exponents, Tensor? ok, "
-    "Tensor bits, Tensor key, int[] sites, str rounding, int rounds) -> ()",
+    "Tensor bits, Tensor key, int[] sites, str rounding, int rounds, Tensor(c!)? sums) -> ()",
     cpu=_step_cpu,
     cuda=_step_cuda,
 )
@@ -256,11 +257,14 @@ def int8_head_step_(
     check_rounding(rounding)
     own = [i for i, w in enumerate(params) if w.numel()]
     if own and in_one_launch([params[i] for i in own], [gradients[i].values for i in own]):
-        others = [gradients[i].x_exponent for i in own]
+        others, sums = [gradients[i].x_exponent for i in own], None
+        if not _library.bound_by_launches(key.device):  # a GPU's programs have theirs in registers
+            sums = torch.empty(max(params[i].numel() for i in own), dtype=torch.int32, device=key.device)
         _step(
             [params[i] for i in own], [remainders[i] for i in own] if remainders else [],
             [gradients[i].values.contiguous() for i in own], [gradients[i].exponent.contiguous() for i in own],
             [None if x is None else x.contiguous() for x in others], ok, bits, key, [sites[i] for i in own], rounding, rounds,
+            sums,
         )  # fmt: skip
         return
     for i in own:  # one sum at a time: they are as large as the parameters, four times

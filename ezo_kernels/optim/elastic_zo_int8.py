@@ -385,9 +385,12 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
 
     def _update_head(self, gradients: dict, ok: torch.Tensor | None) -> None:
         learning = [(i, name) for i, name in enumerate(self._head) if gradients.get(name)]
-        int8_head_step_(
-            [self._head[name] for _, name in learning], [HeadGradient.joined(gradients[name]) for _, name in learning],
-            self._head_bits, key=self._key, sites=[GRADIENT_SITE - 1 - i for i, _ in learning],
-            rounding=self.head_rounding, rounds=self.rounds, ok=ok,
-            remainders=[self._remainders[name] for _, name in learning] if self._remainders else [],
-        )  # fmt: skip
+        # parts of several passes are joined, one parameter's at a time
+        at_once = all(len(gradients[name]) == 1 for _, name in learning)
+        for own in [learning] if at_once else [[one] for one in learning]:
+            int8_head_step_(
+                [self._head[name] for _, name in own], [HeadGradient.joined(gradients[name]) for _, name in own],
+                self._head_bits, key=self._key, sites=[GRADIENT_SITE - 1 - i for i, _ in own],
+                rounding=self.head_rounding, rounds=self.rounds, ok=ok,
+                remainders=[self._remainders[name] for _, name in own] if self._remainders else [],
+            )  # fmt: skip

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import ezo_kernels as ezo
-from ezo_kernels.ops import Int8UpdatePlan, _int8_conv2d_triton, _int8_matmul_triton
+from ezo_kernels.ops import Int8UpdatePlan, _int8_conv2d_triton, _int8_matmul_triton, _library
 from ezo_kernels.ops._int8_update_triton import update_table
 from tests.int8_models import same, state, tiny, tiny_batch
 
@@ -46,6 +46,15 @@ def run(head, steps: int = 2, **options):
 )
 def test_steps_are_the_references_bit_for_bit(head, options, on_cpu):
     ours, theirs = run(head, **options), on_cpu(run, head, **options)
+    assert ours[0] == theirs[0] and same(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"head_grad": "minus", "queries": 3}, {"mode": "sequential"}], ids=str)
+def test_biases_that_the_update_adds_up(monkeypatch, on_cpu, options):
+    """As a GPU has it: errors are kept, and no launch is made for their sum."""
+    theirs = on_cpu(run, ("fc1", "fc2"), **options)
+    monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
+    ours = run(("fc1", "fc2"), **options)
     assert ours[0] == theirs[0] and same(ours[1], theirs[1])
 
 
