@@ -50,7 +50,7 @@ from .int8_pass import ROUNDINGS
 from .noise import Noise
 
 #: Accumulators that the last program of a launch rounds at a time.
-_LAST_BLOCK = constexpr(4096)
+_LAST_BLOCK = constexpr(2048)
 
 
 @jit
