@@ -312,6 +312,7 @@ def test_updates_refuse():
         (lambda: ops.int8_head_update_(w, exponents(1), n, n, key=key, site=1), ValueError, r"\(1,\)"),
         (lambda: head_step(), ValueError, "1 params, 0 gradients"),
         (lambda: head_step(g, g), ValueError, r"\(1,\) of 1 groups for w \(3, 4\)"),
+        (lambda: head_step(w[0], g), ValueError, r"\(4,\) of 1 groups for w \(3, 4\)"),
         (lambda: head_step(w[None], g), ValueError, r"\(1, 3, 4\) of 1 groups for w \(3, 4\)"),
         (lambda: head_step(w[None].float(), g), TypeError, "float32"),
         (lambda: head_step(w[None].int(), g, exponents(1, 2)), ValueError, "of 1 groups"),

@@ -247,8 +247,10 @@ def int8_head_step_(
     for w, (values, exponent, x_exponent) in zip(params, gradients, strict=True):
         groups = exponent.numel()
         errors = values.dtype == torch.int8
-        fits = values.shape == (groups, values.shape[1], *w.shape) if errors else values.shape == (groups, *w.shape)
-        if not fits or (errors and w.dim() != 1) or (x_exponent is not None and x_exponent.numel() not in (1, groups)):
+        fits = values.shape == (groups, *w.shape)
+        if errors:
+            fits = w.dim() == 1 and values.dim() == 3 and values.shape[::2] == (groups, *w.shape)
+        if not fits or (x_exponent is not None and x_exponent.numel() not in (1, groups)):
             raise ValueError(
                 f"int8_head_step_: a gradient {tuple(values.shape)} of {groups} groups for w {tuple(w.shape)}"
             )
