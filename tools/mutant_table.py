@@ -702,8 +702,8 @@ MUTANTS = (
     Mutant(
         "a schedule does not reach a captured head",
         "ezo_kernels/optim/head.py",
-        'self._lrs[i].fill_(group["lr"])',
-        "self._lrs[i].fill_(self._lrs[i] or 0.05)",
+        'lr.fill_(group["lr"])',
+        "lr.fill_(lr or 0.05)",
         "tests/test_capture.py -k 'schedules or load_state'",
     ),
     # measurements
