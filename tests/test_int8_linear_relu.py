@@ -82,29 +82,35 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def trained(make, head, **options):
+    """With relus by a function, and by the two: losses and parameters after four steps, and the operators of the last."""
+    x = ezo.quantize(torch.randn(5, 12, generator=torch.Generator().manual_seed(0)))
+    y, start = torch.tensor([0, 1, 2, 3, 0]), make(True).state_dict()
+    for fused in (True, False):
+        model = make(fused)
+        model.load_state_dict(start)
+        opt = ezo.ElasticZOInt8(
+            ezo.convert_(model, head=head, precision="int8"), r_max=15, p_zero=0.5, seed=3, **options
+        )
+        losses = [int(opt.train_step(x, y)) for _ in range(3)]
+        with Launches() as seen:
+            losses.append(int(opt.train_step(x, y)))
+        yield losses, model.state_dict(), seen.names
+
+
+def assert_same(ours, theirs) -> None:
+    assert ours[0] == theirs[0] and all(torch.equal(ours[1][name], value) for name, value in theirs[1].items())
+
+
 @pytest.mark.parametrize("strategy", ["twice", "buffer"])
 @pytest.mark.parametrize("head", [0, ["out"], ["second", "out"]], ids=str)
 def test_a_step_has_the_bits_of_the_two_in_fewer_launches(strategy, head):
-    x = ezo.quantize(torch.randn(5, 12, generator=torch.Generator().manual_seed(0)))
-    y, found = torch.tensor([0, 1, 2, 3, 0]), []
-    start = Layers(True).state_dict()
-    for fused in (True, False):
-        model = Layers(fused)
-        model.load_state_dict(start)
-        model = ezo.convert_(model, head=head, precision="int8")
-        opt = ezo.ElasticZOInt8(model, r_max=15, p_zero=0.5, seed=3, strategy=strategy)
-        losses = [opt.train_step(x, y) for _ in range(3)]
-        with Launches() as seen:
-            losses.append(opt.train_step(x, y))
-        assert seen.names.count("ezo::int8_relu") == (0 if fused else 2)
-        masked = sum(
-            name.startswith("aten::masked_fill") and not name.startswith("aten::masked_fill_") for name in seen.names
-        )
-        assert masked == (0 if fused or not head else len(head) - 1)  # what rounds an error sees to it
-        found.append((model.state_dict(), losses))
-    (ours, own), (theirs, other) = found
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(own, other, strict=True))
+    fused, apart = trained(Layers, head, strategy=strategy)
+    assert_same(fused, apart)
+    masks = 0 if not head else len(head) - 1  # what rounds an error sees to them
+    for (_, _, names), relus, masked in ((fused, 0, 0), (apart, 2, masks)):
+        assert names.count("ezo::int8_relu") == relus
+        assert sum(name in ("aten::masked_fill.Scalar", "aten::masked_fill.Tensor") for name in names) == masked
 
 
 class Residual(nn.Module):
@@ -125,17 +131,7 @@ class Residual(nn.Module):
 
 
 def test_a_relu_that_several_layers_read():
-    x = ezo.quantize(torch.randn(5, 12, generator=torch.Generator().manual_seed(0)))
-    y, found = torch.tensor([0, 1, 2, 3, 0]), []
-    start = Residual(True).state_dict()
-    for fused in (True, False):
-        model = Residual(fused)
-        model.load_state_dict(start)
-        model = ezo.convert_(model, head=["second", "third", "out"], precision="int8")
-        opt = ezo.ElasticZOInt8(model, r_max=15, p_zero=0.5, head_bits=4, seed=3)
-        found.append(([int(opt.train_step(x, y)) for _ in range(4)], model.state_dict()))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
+    assert_same(*trained(Residual, ["second", "third", "out"], head_bits=4))
 
 
 def test_a_layer_that_no_pass_perturbs_is_the_same():
