@@ -127,9 +127,8 @@ class GuardedOptimizer:
         )
         if not plain or groups[0]["maximize"] or any(getattr(self.optimizer, hook, None) for hook in hooks):
             return {}
-        step = vars(self.optimizer).get(
-            "step"
-        )  # what somebody has put around it must be called; torch's schedulers only count
+        # what somebody has put around it must be called; torch's schedulers only count
+        step = vars(self.optimizer).get("step")
         if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
             return {}
         if _global_optimizer_pre_hooks or _global_optimizer_post_hooks or not in_one_launch(learning):
