@@ -288,29 +288,24 @@ def launch_head_step(params, remainders, grads, exponents, x_exponents, ok, bits
 
 
 def _step_variants():
-    """LeNet-5's fc3, and fc2 and fc3: weight and bias in turn."""
+    """LeNet-5's fc3, and fc2 and fc3: weight and bias in turn; by pseudo-stochastic rounding behind a float loss, too."""
     for shapes in (((10, 84), (1, 10)), ((84, 120), (1, 84), (10, 84), (1, 10))):
         for rounding, remainder in ((1, 0), (2, 0), (2, REMAINDER_BITS)):
-            pointers, constexprs = (
-                {},
-                {"REMAINDER": remainder, "ROUNDING": rounding, "ok_ptr": None, "ROUNDS": 7, "ASM": True},
-            )
+            pointers = {"bits_ptr": "i32", "key_ptr": "i32", **({"ok_ptr": "i8"} if rounding == 1 else {})}
+            constexprs = {"REMAINDER": remainder, "ROUNDING": rounding, "ROUNDS": 7, "ASM": True}
+            constexprs |= {} if rounding == 1 else {"ok_ptr": None}
             for i in range(MOST_TENSORS):
                 names = {f"w{i}_ptr": "i8", f"rest{i}_ptr": "i8", f"grad{i}_ptr": "i8" if i % 2 else "i32"}
                 names |= {f"exponent{i}_ptr": "i32", f"x{i}_ptr": "i32"}
-                here = i < len(shapes)
-                absent = {
-                    n for n in names if not here or (n.startswith("rest") and not remainder) or (n[0] == "x" and i % 2)
-                }
-                pointers |= {n: kind for n, kind in names.items() if n not in absent}
-                constexprs |= dict.fromkeys(absent)
-                tile = _tile(*shapes[i], i % 2 == 1) if here else (1, 16, 0)
+                missing = "wrgex" if i >= len(shapes) else ("" if remainder else "r") + ("x" if i % 2 else "")
+                pointers |= {n: kind for n, kind in names.items() if n[0] not in missing}
+                constexprs |= {n: None for n in names if n[0] in missing}
+                tile = _tile(*shapes[i], i % 2 == 1) if i < len(shapes) else (1, 16, 0)
                 constexprs |= dict(zip((f"R{i}", f"C{i}", f"E{i}"), tile, strict=True))
             name = f"int8_head_step/{len(shapes)}/{ROUNDINGS[rounding]}{'/remainder' if remainder else ''}"
             yield _variant(
-                int8_head_step_kernel, name, {**pointers, "bits_ptr": "i32", "key_ptr": "i32"}, tuple(_NUMBERS), constexprs,
-                warps=_STEP_WARPS, maxnreg=_REGISTERS, expects=("multiply",) if rounding == 2 else (),
-                representative=len(shapes) == 4,
+                int8_head_step_kernel, name, pointers, tuple(_NUMBERS), constexprs, warps=_STEP_WARPS, maxnreg=_REGISTERS,
+                expects=("multiply",) if rounding == 2 else (), representative=len(shapes) == 4,
             )  # fmt: skip
 
 
