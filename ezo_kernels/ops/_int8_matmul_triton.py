@@ -51,6 +51,8 @@ from .noise import Noise
 
 #: Accumulators that the last program of a launch rounds at a time.
 _LAST_BLOCK = constexpr(2048)
+#: Of a thread of such a launch, whose programs are few: the assembler would spill to run more of them on a multiprocessor.
+_ONCE_REGISTERS = 255
 
 
 @jit
@@ -265,6 +267,7 @@ def _launch(
                 tile, signs, not x_strides[0], b is not None, k % tile.bk == 0, what, rounding, relu, noise.rounds
             ),
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+            **({"maxnreg": _ONCE_REGISTERS} if what == ONCE.value else {}),
         )  # fmt: skip
         if memory is not None:
             groups = peak.numel()
@@ -357,6 +360,7 @@ def _variant(
         z_per_loop=tile.bn * tile.bk if signs else 0,
         divisible=tuple(n for n in names if n not in _NUMBERS) if how not in ("tail", "gemm") else (),
         representative=tested,
+        maxnreg=_ONCE_REGISTERS if what == ONCE.value else 0,
     )  # fmt: skip
 
 
