@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from ._int8_pointwise_triton import _variant, rounding_lanes
-from ._int8_triton import STOCHASTIC, bit_length, check_grid, clamp8, raise_peak, round_shift
+from ._int8_pointwise_triton import _variant, rounding_lanes, tiles_of
+from ._int8_triton import STOCHASTIC, bit_length, clamp8, raise_peak, round_shift
 from ._noise_triton import ASM, signed32
 from ._tiles import element_tile
 from ._triton import jit, require, tl
@@ -233,15 +233,9 @@ def launch_sum_groups(acc, exponent, out, peak) -> None:
 def launch_head_update(w, remainder, grad, peak, bits, key, site, rounding, rounds) -> None:
     """Update one parameter of the head, in place; arguments as ``ezo::int8_head_update_``."""
     require()
-    columns = w.shape[-1]
-    rows = w.numel() // columns
-    tile = element_tile(rows, "sparse_int8")
-    tiles = -(-rows // tile.rows), -(-columns // tile.columns)
-    check_grid("int8_head_update_", tiles[1])
-    if rows + tile.rows >= 1 << 31:
-        raise NotImplementedError(f"int8_head_update_: {rows} rows, 2^31 is the limit")
+    rows, columns, tile, grid = tiles_of("int8_head_update_", w)
     with torch.cuda.device_of(w):
-        int8_head_update_kernel[tiles](
+        int8_head_update_kernel[grid](
             w, remainder, grad, peak, bits, key, signed32(site), rows, columns,
             REMAINDER=0 if remainder is None else REMAINDER_BITS, ROUNDING=ROUNDINGS.index(rounding),
             R=tile.rows, C=tile.columns, ROUNDS=rounds, ASM=ASM, num_warps=tile.warps, enable_fp_fusion=False,

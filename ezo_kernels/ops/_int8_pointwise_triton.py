@@ -29,7 +29,7 @@ from ._int8_triton import (
     shifted,
 )
 from ._noise_triton import ASM, lane_units, load_key, signed32
-from ._tiles import element_tile
+from ._tiles import ElementTile, element_tile
 from ._triton import constexpr, jit, require, tl
 from ._variants import Variant
 from .int8_pass import ROUNDINGS
@@ -147,18 +147,28 @@ def int8_requantize_kernel(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
-def launch_round(x, shift, rounding, key, site, query, rounds, out) -> None:
-    """``out`` = clamp(round(x / 2^shift)); x contiguous."""
-    require()
+def tiles_of(name: str, x: torch.Tensor) -> tuple[int, int, ElementTile, tuple[int, int]]:
+    """Rows and columns of x as a matrix, the tile of a program, and the grid.
+
+    Raises:
+        NotImplementedError: too many of either for one launch.
+    """
     columns = x.shape[-1] if x.dim() else 1
     rows = x.numel() // columns
     tile = element_tile(rows, "sparse_int8")
-    tiles = -(-rows // tile.rows), -(-columns // tile.columns)
-    check_grid("int8_round", tiles[1])
+    grid = -(-rows // tile.rows), -(-columns // tile.columns)
+    check_grid(name, grid[1])
     if rows + tile.rows >= 1 << 31:
-        raise NotImplementedError(f"int8_round: {rows} rows, 2^31 is the limit")
+        raise NotImplementedError(f"{name}: {rows} rows, 2^31 is the limit")
+    return rows, columns, tile, grid
+
+
+def launch_round(x, shift, rounding, key, site, query, rounds, out) -> None:
+    """``out`` = clamp(round(x / 2^shift)); x contiguous."""
+    require()
+    rows, columns, tile, grid = tiles_of("int8_round", x)
     with torch.cuda.device_of(x):
-        int8_round_kernel[tiles](
+        int8_round_kernel[grid](
             x, key, out, shift, signed32(site), query, rows, columns, ROUNDING=ROUNDINGS.index(rounding),
             R=tile.rows, C=tile.columns, ROUNDS=rounds, ASM=ASM, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
