@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import UserDict
+from collections import OrderedDict, UserDict, defaultdict
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ezo_kernels as ezo
+from ezo_kernels.optim.batches import parts_of
 
 
 class WithLoss(nn.Module):
@@ -57,6 +59,48 @@ def test_an_output_that_cannot_be_split_is_run_one_group_at_a_time(wrap, says):
     assert torch.equal(opt.losses, want.losses)
     with pytest.raises(ValueError, match=says + ".*sequential"):
         one_step(WithLoss(wrap), x, y, "stacked", loss_fn=pick, labels=y)
+
+
+@dataclass
+class Fields(OrderedDict):
+    """Keys that are attributes, too, as those of Hugging Face's ModelOutput, which takes no mapping."""
+
+    logits: torch.Tensor
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        self["logits"] = self.logits
+
+
+def filled(output, logits):
+    output[0] = logits
+    return output
+
+
+@pytest.mark.parametrize(
+    "make", [dict, OrderedDict, lambda: defaultdict(list)], ids=["dict", "OrderedDict", "defaultdict"]
+)
+def test_an_output_by_number_is_split_into_its_groups(make):
+    class Numbered(nn.Linear):
+        def forward(self, x):
+            return filled(make(), super().forward(x))
+
+    (x, y), found = data(), []
+    for mode in ("stacked", "sequential"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), Numbered(4, 3))
+        opt, _ = one_step(model, x, y, mode, loss_fn=lambda out, y: F.cross_entropy(out[0], y))
+        found.append(opt.losses)
+    assert opt.g.item() != 0 and torch.equal(*found)
+
+
+def test_a_group_of_a_mapping_is_of_its_class():
+    logits = torch.arange(4.0).view(4, 1)
+    for output in (Fields(logits), filled(OrderedDict(), logits), filled(defaultdict(list), logits)):
+        for part, rows in zip(parts_of(output, 2), logits.chunk(2), strict=True):
+            assert type(part) is type(output) and [*part] == [*output] and torch.equal(*part.values(), rows)
+            assert not isinstance(part, Fields) or torch.equal(part.logits, rows)
+            assert not isinstance(part, defaultdict) or part["new"] == []
 
 
 class Batch(dict):

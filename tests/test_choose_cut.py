@@ -303,6 +303,10 @@ def test_bad_input():
         choose_cut(model, (x[:1], y[:1]))
     with pytest.raises(ValueError, match="3 rows: at least 4"):
         choose_cut(nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 5)), (x[:3], y[:3]))
+    with pytest.raises(ValueError, match="the sample has 4 rows in x and 3 in y"):
+        choose_cut(model, (x, y[:3]))
+    with pytest.raises(ValueError, match="the sample has 4 rows in x and 1 in y"):  # and not broadcast
+        choose_cut(model, (x, torch.zeros(1, 5)), loss_fn=F.mse_loss)
     with pytest.raises(ValueError, match="draw_target"):
         choose_cut(model, (x, y), loss_fn=lambda out, y: F.cross_entropy(out, y))
     for name in ("memory_budget", "time_budget"):
@@ -337,6 +341,8 @@ def test_gains_of_more_rows_than_a_batch():
     for bad, said in (
         (x, "signal_sample as the pair"),
         ((x[:15], y[:15]), "signal_sample has 15 rows, fewer than the 16"),
+        ((x[:64], y[:5]), "signal_sample has 64 rows in x and 5 in y"),
+        ((x[:64], y), "signal_sample has 64 rows in x and 256 in y"),
         ((x,), "signal_sample: .* got 1 items"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -125,6 +125,14 @@ def test_integer_head_follows_the_forward_not_the_registration():
     assert model.training
 
 
+def scripted():
+    return torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+def traced():
+    return torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
 def pruned(name):
     return prune.l1_unstructured(nn.Linear(4, 2), name, 0.5)
 
@@ -141,6 +149,12 @@ def pruned(name):
         (zoo.GPT, {"head": "lm_head"}, ValueError, "wte.weight.*lm_head.weight|lm_head.weight.*wte.weight"),
         (lambda: nn.DataParallel(nn.Linear(2, 2)), {}, NotImplementedError, "DataParallel"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), {}, NotImplementedError, "SyncBatchNorm"),
+        (scripted, {}, NotImplementedError, r"^ScriptModule \(the model\) is refused: .*the module that was scripted"),
+        (scripted, {"head": 1}, NotImplementedError, r"ScriptModule \(the model\)"),
+        (scripted, {"head": "all"}, NotImplementedError, r"ScriptModule \(the model\)"),
+        (scripted, {"precision": "int8"}, NotImplementedError, r"ScriptModule \(the model\)"),
+        (traced, {}, NotImplementedError, r"ScriptModule \(the model\)"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), scripted()), {"head": ["1"]}, NotImplementedError, r"ScriptModule \(1\)"),
         (lambda: nn.Sequential(nn.LSTM(2, 2)), {}, NotImplementedError, "LSTM"),
         (lambda: nn.Sequential(nn.LazyLinear(3)), {}, ValueError, "lazy"),
         (lambda: nn.Linear(2, 2).double(), {}, TypeError, "float64"),
@@ -188,6 +202,8 @@ def test_what_is_no_model_is_refused():
         ezo.convert_(nn.Linear(2, 2), filter_fn=3)
     with pytest.raises(NotImplementedError, match="DataParallel"):
         ezo.ElasticZO(nn.DataParallel(ezo.convert_(seeded(ezo.models.LeNet5))))
+    with pytest.raises(NotImplementedError, match="ScriptModule is refused"):
+        ezo.ElasticZO(scripted())
 
 
 def test_root_module_and_shared_module_convert():

@@ -117,12 +117,22 @@ def test_quantize_of_zeros_and_with_an_exponent():
         assert quantize(torch.zeros(1), exponent).exponent.tolist() == [exponent]
 
 
+def test_one_number_without_a_dimension_comes_back():
+    for x in (torch.tensor(1.5), torch.tensor(-3e-5, dtype=torch.float64)):
+        q = quantize(x)
+        assert q.shape == () and q.groups == 1 and q.dequantize().shape == ()
+        assert q.dequantize().item() == pytest.approx(x.item(), rel=1 / 127)
+    row = quantize(torch.tensor([1.0, -2.0]))[1]
+    assert row.dequantize().item() == -2.0
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
         (lambda: quantize(torch.ones(2), 65), ValueError, "65"),
         (lambda: quantize(torch.ones(2), -65), ValueError, "-65"),
         (lambda: quantize(torch.ones(2), 1.5), TypeError, "float"),
+        (lambda: quantize(torch.ones(2), True), TypeError, "exponent must be an int, got bool"),
         (lambda: quantize(torch.ones(2).int()), TypeError, "int32"),
         (lambda: quantize([1.0]), TypeError, "list"),
         (lambda: quantize(torch.tensor([math.inf])), ValueError, "finite"),
@@ -131,6 +141,11 @@ def test_quantize_of_zeros_and_with_an_exponent():
         (lambda: Int8Tensor(randint(2), torch.zeros(1)), TypeError, "float32"),
         (lambda: Int8Tensor(randint(3), exponents(0, 0)), ValueError, "3 rows.*2"),
         (lambda: Int8Tensor(randint(3), exponents(0)[0]), ValueError, "groups"),
+        (lambda: Int8Tensor(randint(3)[0], exponents(0, 0)), ValueError, r"shape \(\).*2 groups"),
+        (lambda: quantize(torch.ones(2)).dequantize(torch.int32), TypeError, "dequantize.*torch.int32"),
+        (lambda: quantize(torch.ones(2)).dequantize(float), TypeError, "dequantize.*float"),
+        (lambda: quantize(torch.ones(2)).to(torch.float32), TypeError, r"torch.float32.*dequantize\(torch.float32\)"),
+        (lambda: quantize(torch.ones(2)).to(torch.int32), TypeError, r"torch.int32.*dequantize\(\)"),
     ],
 )
 def test_quantize_and_int8tensor_refuse(call, error, match):

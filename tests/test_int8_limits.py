@@ -93,7 +93,9 @@ def test_a_loss_function_that_returns_no_loss_is_refused(loss):
         ("cross_entropy", [0, 1, 2], "list"),
         ("cross_entropy", None, "NoneType"),
         ("squared_error", torch.zeros(3, 4), "float32"),
+        ("squared_error", torch.zeros(3, 4), r"ezo_kernels.quantize\(y\)$"),
         ("squared_error", torch.zeros(3, dtype=torch.int64), "int64"),
+        ("squared_error", torch.zeros(3, dtype=torch.int64), r"ezo_kernels.quantize\(y.float\(\)\).*'cross_entropy'"),
     ],
 )
 def test_targets_of_another_kind_are_refused(loss, y, match):

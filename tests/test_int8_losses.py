@@ -140,6 +140,12 @@ def test_squared_error_is_the_oracles(apart, device):
     ("call", "error", "match"),
     [
         (lambda y, t: ops.int8_cross_entropy(y, t.float()), TypeError, "float32"),
+        (
+            lambda y, t: ops.int8_cross_entropy(y, t.numpy()),
+            TypeError,
+            "labels must be a torch.Tensor, got numpy.ndarray",
+        ),
+        (lambda y, t: ops.int8_cross_entropy(y, t.tolist()), TypeError, "labels must be a torch.Tensor, got list"),
         (lambda y, t: ops.int8_cross_entropy(y, t[:2]), ValueError, r"\(2,\)"),
         (lambda y, t: ops.int8_cross_entropy(y, t, fraction_bits=9), ValueError, "fraction_bits"),
         (lambda y, t: ops.int8_cross_entropy(y.values, t), TypeError, "int8"),

@@ -196,6 +196,8 @@ def test_bad_input():
     model, x = ezo.models.MLP(6, 5, 4), torch.randn(3, 6)
     with pytest.raises(TypeError, match="Module"):
         memory_plan("lenet5", x)
+    with pytest.raises(NotImplementedError, match=r"ScriptModule \(the model\) is refused"):
+        memory_plan(torch.jit.trace(model, x), x)
     with pytest.raises(TypeError, match="pair"):
         memory_plan(model, 3)
     with pytest.raises(ValueError, match="3 items"):
@@ -212,6 +214,66 @@ def test_bad_input():
         memory_plan(nn.BatchNorm1d(6), x)
     with pytest.raises(ValueError, match=r"\(x, y\)"):
         memory_plan(nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), x)
+
+
+class Deciding(nn.Module):
+    """A forward that looks at values, or calls what torch cannot fake: ``how(layers, x)``."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.a, self.b, self.o, self.how = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4), how
+
+    def forward(self, x):
+        return self.o(self.how(self, x))
+
+
+OPERATORS = torch.library.Library("ezo_tests", "FRAGMENT")
+OPERATORS.define("without_fake(Tensor x) -> Tensor")
+OPERATORS.impl("without_fake", torch.clone, "CPU")
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said", "cause"),
+    [
+        (lambda m, x: m.a(x) if x.sum() > 0 else m.b(x), ValueError, "for values: aten._local_scalar_dense", "DataDep"),
+        (lambda m, x: m.a(x) * x.sum().item(), ValueError, "for values: aten._local_scalar_dense", "DataDependent"),
+        (lambda m, x: m.a(x[x[:, 0] > 0]), ValueError, "for values: aten.nonzero", "DynamicOutputShape"),
+        (
+            lambda m, x: m.a(torch.ops.ezo_tests.without_fake(x)),
+            NotImplementedError,
+            "without_fake.*register_fake",
+            "Unsupported",
+        ),
+    ],
+    ids=["if", "item", "mask", "no fake"],
+)
+def test_a_forward_that_cannot_be_planned_is_refused(how, error, said, cause):
+    model, sample = Deciding(how), (torch.randn(8, 6), torch.arange(8) % 4)
+    for call in (memory_plan, ezo.choose_cut, lambda model, sample: paper_tally(model, sample[0])):
+        with pytest.raises(error, match=said) as caught:
+            call(model, sample)
+        assert type(caught.value.__cause__).__name__.startswith(cause)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "said"),
+    [
+        (torch.zeros(3), TypeError, r"int64 class ids.*got torch.float32 of \(3,\) for an output of \(3, 4\)"),
+        (torch.zeros(3, dtype=torch.int32), TypeError, r"int64 class ids.*got torch.int32 of \(3,\)"),
+        (torch.zeros(3, 1), ValueError, r"got torch.float32 of \(3, 1\) for an output of \(3, 4\)"),
+    ],
+)
+def test_targets_that_a_cross_entropy_cannot_take_are_refused(y, error, said):
+    model, x = ezo.models.MLP(6, 5, 4), torch.randn(3, 6)
+    for call in (memory_plan, ezo.choose_cut):
+        with pytest.raises(error, match=said):
+            call(model, (x, y))
+
+
+def test_probabilities_and_other_losses_take_floats():
+    model, x = ezo.models.MLP(6, 5, 4), torch.randn(3, 6)
+    assert memory_plan(model, (x, torch.full((3, 4), 0.25))).refused == ()
+    assert memory_plan(model, (x, torch.zeros(3)), loss_fn=lambda out, y: F.mse_loss(out.sum(1), y)).refused == ()
 
 
 def test_live_bytes_follow_views_and_frees():

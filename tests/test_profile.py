@@ -134,6 +134,8 @@ def test_rooflines(tmp_path):
         (["--threads", 0], "--threads is 0"),
         (["--out", "nowhere/at/all"], "no folder"),
         (["--bits", "1"], "--bits: no meaning"),
+        (["--hidden", "3"], "--hidden: no meaning with --model lenet5"),
+        (["--method", "bp"], "--noise: no meaning with --method bp"),
         (["--roofline", "nothing.json"], "nothing.json"),
         (["--max-steps", 3], "--max-steps"),
     ],

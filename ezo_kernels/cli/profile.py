@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import outputs, system
-from .recipe import FLOAT_ONLY, INT8_ONLY, Recipe
+from .recipe import Recipe
 from .run import Run, data_for, loss_fn
 from .train import get_data
 
@@ -206,10 +206,7 @@ def profile(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     recipe = Recipe(**given)
-    strangers = [name for name in (FLOAT_ONLY if recipe.integer else INT8_ONLY) if name in given]
-    if strangers:
-        options = ", ".join("--" + name.replace("_", "-") for name in strangers)
-        raise ValueError(f"{options}: no meaning with --precision {recipe.precision}")
+    recipe.check_given(given)
     device = system.pick_device(args.device)
     bandwidth = copy_bandwidth(args.roofline, device.type) if args.roofline else None
     data, recipe = get_data(recipe, args.data_dir, args.offline)

@@ -18,6 +18,14 @@ LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
 FLOAT_ONLY = ("noise", "scales", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "head_remainder", "loss", "fraction_bits")
+_OF_ZEROTH_ORDER = (
+    "noise", "p_zero", "rounds", "queries", "antithetic", "scales", "mode", "lr", "eps", "clip",
+)  # fmt: skip
+#: options that nothing in a run of this method, or with this model, reads
+UNREAD = {
+    "method": {"mezo": ("antithetic", "scales", "mode"), "bp": _OF_ZEROTH_ORDER, "frozen": _OF_ZEROTH_ORDER},
+    "model": {"lenet5": ("hidden", "points"), "mlp": ("points",), "pointnet": ("hidden",)},
+}
 
 #: p_zero when none is named: of int8, a rising one beside r_max's; else none
 DEFAULT_P_ZERO = {True: "0.97,0.98@0.3,0.99@0.6,0.9975@0.8", False: "0"}
@@ -157,6 +165,24 @@ class Recipe:
                     check_bits(value, name)
                 else:
                     sparse_noise(**{name: value})
+
+    def check_given(self, given) -> None:
+        """Refuse options that were given and that nothing in this run reads. Recipes made by code may hold them: at defaults.
+
+        Args:
+            given: names of the options on the command line.
+
+        Raises:
+            ValueError: some are, all those that do not go with one other option are named.
+        """
+        unread = {"precision": FLOAT_ONLY if self.integer else INT8_ONLY}
+        unread |= {name: by_value.get(getattr(self, name), ()) for name, by_value in UNREAD.items()}
+        for name, names in unread.items():
+            strangers = [option for option in names if option in given]
+            if strangers:
+                options = ", ".join("--" + option.replace("_", "-") for option in strangers)
+                instead = " (its learning rate is --head-lr)" if name == "method" and "lr" in strangers else ""
+                raise ValueError(f"{options}: no meaning with --{name} {getattr(self, name)}{instead}")
 
     @property
     def head_argument(self) -> list[str] | int | str:

@@ -22,7 +22,7 @@ from ..optim import Diagnostics
 from . import checkpoint as ckpt
 from . import outputs, system
 from .methods import make_optimizer, noise_version
-from .recipe import FLOAT_ONLY, INT8_ONLY, Recipe
+from .recipe import Recipe
 from .run import Run, data_for
 
 #: where Ctrl-C leaves the run if no --checkpoint was given
@@ -167,10 +167,7 @@ def train(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     resumed = ckpt.read(args.resume) if args.resume else None
     recipe = ckpt.merge(given, resumed, args.resume)
-    strangers = [name for name in (FLOAT_ONLY if recipe.integer else INT8_ONLY) if name in given]
-    if strangers:
-        options = ", ".join("--" + name.replace("_", "-") for name in strangers)
-        raise ValueError(f"{options}: no meaning with --precision {recipe.precision}")
+    recipe.check_given(given)
     if resumed:
         ckpt.check_rng(noise_version(recipe), resumed, args.resume)
     device = system.pick_device(args.device)

@@ -17,7 +17,7 @@ from .context import Site, ZOContext
 from .cut import in_head, resolve_head
 from .int8_layers import Int8Conv1d, Int8Conv2d, Int8Linear
 from .linear import release
-from .plan import Plan
+from .plan import Plan, refuse_classes
 
 WEIGHT_LAYERS: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -182,6 +182,7 @@ def _where(node: torch.fx.Node) -> str:
 
 def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Module:
     """As :func:`ezo_kernels.convert_` with ``precision="int8"``; raises before anything is touched."""
+    refuse_classes(model)
     chosen = resolve_head(model, head, sample)
     _refuse(model, chosen)
     plan = Plan(head=chosen)

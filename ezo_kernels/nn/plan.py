@@ -31,6 +31,7 @@ REFUSED: dict[type, str] = {
     nn.DataParallel: "it replicates the model each forward and drops the pass; use one GPU a process",
     nn.parallel.DistributedDataParallel: "it reduces gradients that zeroth-order layers do not have",
     nn.SyncBatchNorm: "its statistics are over processes; use BatchNorm2d",
+    torch.jit.ScriptModule: "its forward is compiled and calls no layer of ours; give the module that was scripted or traced",
 }
 
 
@@ -88,11 +89,20 @@ def _not_fused(module: nn.Module, trunk: set[nn.Parameter]) -> str | None:
     return None
 
 
-def _refuse(model: nn.Module, head: tuple[str, ...], trunk: set[nn.Parameter]) -> None:
+def refuse_classes(model: nn.Module) -> None:
+    """Refuse what cannot be trained this way wherever the cut is; before a head is looked for, which needs a trace.
+
+    Raises:
+        NotImplementedError: the model is one of REFUSED, or holds one.
+    """
     for name, module in model.named_modules():
         for cls, why in REFUSED.items():
             if isinstance(module, cls):
                 raise NotImplementedError(f"{cls.__name__} ({name or 'the model'}) is refused: {why}")
+
+
+def _refuse(model: nn.Module, head: tuple[str, ...], trunk: set[nn.Parameter]) -> None:
+    for name, module in model.named_modules():
         own = [p for p in module.parameters() if p in trunk]
         if not own or in_head(name, head):
             continue
@@ -166,6 +176,7 @@ class _Use:
 
 def make_plan(model: nn.Module, head, filter_fn=None, sample=None, strategy: str = "auto") -> Plan:
     """Decide everything; raises instead of touching the model. Arguments as :func:`ezo_kernels.convert_`."""
+    refuse_classes(model)
     plan = Plan(head=resolve_head(model, head, sample))
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

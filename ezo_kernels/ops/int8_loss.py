@@ -70,8 +70,12 @@ _cross_entropy = register(
 
 def _check_logits(logits: Int8Tensor, labels: torch.Tensor, name: str) -> None:
     check_input(logits, name)
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"{name}: labels must be int64, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if not isinstance(labels, torch.Tensor):
+        kind = type(labels)
+        own = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"{name}: labels must be a torch.Tensor, got {own}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
     rows = logits.shape[0] // logits.groups
     if logits.dim() != 2 or labels.shape != (rows,) or not rows:
         raise ValueError(

@@ -16,6 +16,8 @@ LEAST_EXPONENT, MOST_EXPONENT = -64, 64
 def check_exponent(exponent, what: str = "an exponent") -> int:
     """``exponent`` as a Python int in [-64, 64], or TypeError / ValueError."""
     try:
+        if isinstance(exponent, bool):  # an index, too
+            raise TypeError
         exponent = operator.index(exponent)
     except TypeError:
         raise TypeError(f"{what} must be an int, got {type(exponent).__name__}") from None
@@ -62,6 +64,8 @@ class Int8Tensor:
             raise ValueError(f"exponent must be [groups], got {tuple(self.exponent.shape)}")
         if self.exponent.device != self.values.device:
             raise ValueError(f"values are on {self.values.device} and exponent on {self.exponent.device}")
+        if not self.values.dim() and self.groups != 1:
+            raise ValueError(f"values of shape () have no rows for {self.groups} groups")
         if self.values.dim() and self.values.shape[0] % self.groups:
             raise ValueError(f"{self.values.shape[0]} rows are no multiple of {self.groups} groups")
 
@@ -111,6 +115,16 @@ class Int8Tensor:
         return self[rows]
 
     def to(self, device) -> Int8Tensor:
+        """As torch's, to a device.
+
+        Raises:
+            TypeError: a dtype.
+        """
+        if isinstance(device, torch.dtype):
+            way = f"dequantize({device})" if device.is_floating_point else "dequantize()"
+            raise TypeError(
+                f"an Int8Tensor moves to devices and stays int8, got {device}: {way} gives its values as floats"
+            )
         if torch.device(device) == self.device:
             return self
         return Int8Tensor(self.values.to(device), self.exponent.to(device))
@@ -120,7 +134,15 @@ class Int8Tensor:
         return tuple(self[first : first + rows] for first in range(0, len(self), rows))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values as floats, exactly."""
+        """The values as floats, exactly.
+
+        Raises:
+            TypeError: a dtype that is not of floats.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dequantize gives floats: its dtype must be a floating one of torch's, got {dtype}")
+        if not self.values.dim():
+            return Int8Tensor(self.values[None], self.exponent).dequantize(dtype)[0]
         per_row = self.exponent.repeat_interleave(self.values.shape[0] // self.groups)
         scale = torch.ldexp(torch.ones_like(per_row, dtype=dtype), per_row)
         return self.values.to(dtype) * scale.view(-1, *(1,) * (self.values.dim() - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -35,6 +36,15 @@ def stack(x, groups: int, rows: int):
     return pytree.tree_map(repeat, x) if groups > 1 else x
 
 
+def _like(output: dict, row: dict) -> dict:
+    """``row`` as a dict of the class of ``output``."""
+    if type(output) is defaultdict:
+        return defaultdict(output.default_factory, row)
+    # Hugging Face's ModelOutput, and what is written in its manner, has a field for each key and takes no mapping.
+    by_name = type(output) not in (dict, OrderedDict) and all(isinstance(k, str) for k in row)
+    return type(output)(**row) if by_name else type(output)(row)
+
+
 def parts_of(output, groups: int) -> list:
     """The rows of each group of a stacked output: a tensor, or any nest of tuples, lists, dicts and Hugging Face outputs."""
     if groups == 1:
@@ -46,9 +56,9 @@ def parts_of(output, groups: int) -> list:
                 "run them one by one (mode='sequential')"
             )
         return [aligned(own) for own in output.chunk(groups)]
-    if isinstance(output, dict):  # Hugging Face's ModelOutput is an OrderedDict with attributes
+    if isinstance(output, dict):
         split = {k: parts_of(v, groups) for k, v in output.items()}
-        return [type(output)(**{k: own[g] for k, own in split.items()}) for g in range(groups)]
+        return [_like(output, {k: own[g] for k, own in split.items()}) for g in range(groups)]
     if isinstance(output, (tuple, list)):
         columns = [parts_of(v, groups) for v in output]
         rows = [[own[g] for own in columns] for g in range(groups)]

@@ -40,9 +40,15 @@ class Int8Passes:
         if isinstance(x, torch.Tensor) and x.dtype == torch.int8:
             x = Int8Tensor(x, torch.zeros(1, dtype=torch.int32, device=x.device))
         if not isinstance(x, Int8Tensor):
+            integers = isinstance(x, torch.Tensor) and not x.is_floating_point()
+            floats = f"{what}.float()" if integers else what  # quantize takes no integers
+            if what == "x":
+                otherwise = ", or images with ezo_kernels.data.quantize_images"
+            else:
+                otherwise = "; if it is class labels, use loss='cross_entropy'" if integers else ""
             raise TypeError(
                 f"{what} must be an Int8Tensor or int8, got {getattr(x, 'dtype', type(x).__name__)}: quantise it with "
-                "ezo_kernels.quantize(x), or images with ezo_kernels.data.quantize_images"
+                f"ezo_kernels.quantize({floats}){otherwise}"
             )
         if x.groups != 1 or not x.dim() or not x.shape[0]:
             raise ValueError(f"{what} must be a batch of one group with at least one row, got {tuple(x.shape)}")

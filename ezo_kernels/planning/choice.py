@@ -21,7 +21,7 @@ from ..optim import ElasticZO
 from ..optim.batches import rows_of
 from .fake import fake_batch, fake_mode, fake_model
 from .memory import MODES, OPTIMIZERS, MemoryPlan, batch_of, check_model, memory_plan, new_optimizer, shown
-from .signal import Products, draw_for, measure, micro_batches, segments
+from .signal import Products, check_targets, draw_for, measure, micro_batches, segments
 from .table import size, table
 
 #: Share of the best allowed cut's gain that is enough: of the cuts that reach it, the one of fewest bytes is taken. Set by
@@ -254,7 +254,7 @@ def choose_cut(
     Raises:
         TypeError: an argument of another type.
         ValueError: a budget that no cut can meet, with the smallest that can; a sample without y or of one row (of fewer
-            than four, with batch norm); a signal_sample without y or of fewer rows; what
+            than four, with batch norm); a signal_sample without y or of fewer rows; a y of another length than its x; what
             :func:`ezo_kernels.memory_plan` refuses.
     """
     memory_budget, time_budget = _budget(memory_budget, "memory_budget"), _budget(time_budget, "time_budget")
@@ -278,6 +278,7 @@ def choose_cut(
             raise ValueError("gains need targets: give signal_sample as the pair (x, y)")
         if rows_of(rows_x) < rows_of(x):
             raise ValueError(f"signal_sample has {rows_of(rows_x)} rows, fewer than the {rows_of(x)} of the sample")
+    check_targets(rows_x, rows_y, loss_fn, "the sample" if signal_sample is None else "signal_sample")
     with torch.random.fork_rng():  # random layers of a timed head draw from torch's global state
         return _choose(
             model, sample, memory_budget, time_budget, (rows_x, rows_y), loss_fn, draw_target, mode, optimizer, queries,

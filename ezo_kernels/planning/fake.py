@@ -15,17 +15,31 @@ def fake_mode(*, numbers_are_zero: bool = False):
     Args:
         numbers_are_zero: a number that the host asks a tensor for is zero, where it is otherwise refused. For code that checks
             values which were checked before their twins were made, not for a model that decides by them.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # imports sympy: not when the package is imported
 
-    class Twins(FakeTensorMode):
+    Raises (what runs in it):
+        ValueError: it asks a tensor for values. NotImplementedError: it calls an operator that torch has no fake of.
+    """
+    from torch._subclasses import fake_tensor as fakes  # imports sympy: not when the package is imported
+
+    class Twins(fakes.FakeTensorMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             # Writes in place and returns nothing, but torch has no fake of it.
             if func is torch.ops.aten._fused_adam_.tensor_lr:
                 return None
             if numbers_are_zero and func is torch.ops.aten._local_scalar_dense.default:
                 return 0
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            try:
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            except (fakes.DataDependentOutputException, fakes.DynamicOutputShapeException) as error:
+                raise ValueError(
+                    f"the plan runs the model without values, and its forward or loss asks for values: {func}. What depends "
+                    "on them (if x.sum() > 0, x.item(), x[mask]) cannot be planned"
+                ) from error
+            except fakes.UnsupportedOperatorException as error:
+                raise NotImplementedError(
+                    f"the plan runs the model without values, and {func} cannot run so: give it a fake form "
+                    "(torch.library.register_fake)"
+                ) from error
 
     # Without a fake of its own an operator would otherwise run for real, on zeros of the full size.
     return Twins(allow_non_fake_inputs=True, allow_fallback_kernels=False)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..nn.convert import convert_
 from ..nn.cut import all_cuts
+from ..nn.plan import refuse_classes
 from ..ops.int8_tensor import Int8Tensor
 from ..ops.noise import check_index
 from ..optim import ElasticZO
@@ -161,9 +162,10 @@ def _floats(x):
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that is converted, or that has nothing to train."""
+    """Refuse a model that is converted, that has nothing to train, or that no conversion takes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_classes(model)
     if "_ezo" in model.__dict__:
         raise ValueError("the model is converted already: unconvert_ it, a plan tries every cut on its own")
     if not any(p.requires_grad for p in model.parameters()):
@@ -182,6 +184,21 @@ def _classes(model: nn.Module, x) -> torch.Tensor:
     if not isinstance(out, torch.Tensor) or out.dim() < 2 or not out.is_floating_point():
         raise ValueError("the model's output is not [B, classes, ...]: give the sample as the pair (x, y), and loss_fn")
     return torch.zeros((out.shape[0], *out.shape[2:]), dtype=torch.int64, device=out.device)
+
+
+def _check_targets(model: nn.Module, x, y, loss_fn) -> None:
+    """Refuse targets that F.cross_entropy would refuse in the middle of a fake step, in words about its insides."""
+    if loss_fn is not F.cross_entropy or not isinstance(y, torch.Tensor) or y.dtype == torch.int64:
+        return
+    with torch.no_grad():
+        out = call(model, x, {})
+    if not isinstance(out, torch.Tensor) or (y.is_floating_point() and y.shape == out.shape):
+        return
+    error = ValueError if y.is_floating_point() and y.dim() == out.dim() else TypeError
+    raise error(
+        f"F.cross_entropy takes int64 class ids, or probabilities of the output's shape: got {y.dtype} of {tuple(y.shape)} "
+        f"for an output of {tuple(out.shape)}"
+    )
 
 
 def new_optimizer(name: str, parameters) -> torch.optim.Optimizer:
@@ -277,9 +294,10 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
         queries: directions a step.
 
     Raises:
-        TypeError: a sample or a model of another type.
+        TypeError: a sample or a model of another type, labels of another dtype.
         ValueError: a converted model, one with nothing to train or without a weight layer, an empty batch, an output that no
-            class ids fit.
+            class ids fit, a forward or a loss that asks a tensor for values (``if x.sum() > 0``).
+        NotImplementedError: a model that :func:`ezo_kernels.convert_` refuses whatever the head, an operator without a fake.
     """
     check_model(model)
     check_index(queries, "queries", 1 << 12)
@@ -297,6 +315,7 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
         tally = tally_of(twin, x)
         if real_y is None:
             y = _classes(twin, x)
+        _check_targets(twin, x, y, loss_fn)
         found, refused = [], []
         for n in range(len(cuts)):
             head = head_of(cuts, n)

@@ -151,6 +151,16 @@ def _rows(batch, rows: int, part: slice):
     return pytree.tree_map(take, batch)
 
 
+def check_targets(x, y, loss_fn, what: str) -> None:
+    """Refuse targets that cannot be split with their rows, which a loss would broadcast or complain of, a micro-batch each.
+
+    Raises:
+        ValueError: a y of another length than x; of a loss of one's own only the caller knows.
+    """
+    if loss_fn in DRAWS and isinstance(y, torch.Tensor) and y.dim() and len(y) != rows_of(x):
+        raise ValueError(f"{what} has {rows_of(x)} rows in x and {len(y)} in y")
+
+
 def micro_batches(model: nn.Module, x) -> tuple[int, int]:
     """How many micro-batches a sample gives, and their rows.
 

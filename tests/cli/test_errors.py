@@ -13,6 +13,11 @@ from ezo_kernels.cli.run import Run
 from ezo_kernels.data.files import PARTS
 from tests.cli.outcome import refused
 
+#: options of zeroth order, which the other methods do not read, at their defaults: given is what counts
+UNREAD = {
+    "noise": "gaussian", "p-zero": "0", "rounds": "7", "queries": "1", "mode": "auto", "eps": "1e-3", "clip": "5", "lr": "1e-4",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "options, said",
@@ -55,6 +60,18 @@ from tests.cli.outcome import refused
         (("--scales", "fc3=2"), "the trunk has nothing named 'fc3'"),
         (("--scales", "conv1=2", "--method", "mezo"), "goes with method elastic, not mezo"),
         (("--scales", "conv1=2", "--precision", "int8"), "scales"),
+        (("--hidden", "3"), "--hidden: no meaning with --model lenet5"),
+        (("--hidden", "256,128", "--model", "pointnet"), "--hidden: no meaning with --model pointnet"),
+        (("--points", "128"), "--points: no meaning with --model lenet5"),
+        (("--queries", "4", "--noise", "clt4", "--method", "bp"), "--noise, --queries: no meaning with --method bp"),
+        (("--lr", "0.1", "--method", "bp"), "--lr: no meaning with --method bp (its learning rate is --head-lr)"),
+        (("--mode", "auto", "--method", "mezo"), "--mode: no meaning with --method mezo"),
+        (("--antithetic", "--method", "mezo"), "--antithetic: no meaning with --method mezo"),
+        *(
+            ((f"--{name}", value, "--method", method), f"--{name}: no meaning with --method {method}")
+            for method in ("bp", "frozen")
+            for name, value in UNREAD.items()
+        ),
         (("--resume", "absent.pt"), "absent.pt: no such checkpoint"),
         (("--data-dir", "absent"), "absent: no such file or folder"),
         (("--json", "absent/a.json"), "--json absent/a.json: there is no folder absent"),
