@@ -1,4 +1,9 @@
-"""Runs tests/interpret in Triton's interpreter, which is chosen when triton is imported: a process of its own."""
+"""The kernels on the CPU, each of two ways in a process of its own, which chooses it when triton is imported.
+
+In Triton's interpreter, tests/interpret; and compiled for sm_90, their PTX carried out by tests/ptx: tests/compiled, and of
+tests/interpret what is listed here. Any file of either folder runs in the second way with EZO_TESTS_PTX=90 (or 80) and a
+TRITON_CACHE_DIR of its own, in the first with TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +17,38 @@ import pytest
 
 pytest.importorskip("triton")
 
-FOLDER = pathlib.Path(__file__).parent / "interpret"
+FOLDER = pathlib.Path(__file__).parent
+#: of tests/interpret what runs as it is compiled, which is as quick and shows more
+COMPILED = ("batch_norm", "coefficients", "conv2d", "cross_entropy", "dropout", "int8", "int8_signs", "int8_step")
+
+
+def run(files: list[pathlib.Path], record_property, name: str, **environment: str) -> None:
+    """Every test of these files passes, none is skipped, and there are some in each."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *map(str, files)],
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+    )
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed)", done.stdout)}
+    record_property(name, counts)
+    print(counts)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert set(counts) == {"passed"}
+    for path in files:
+        assert re.search(rf"PASSED \S*{path.parent.name}/{path.name}::", done.stdout), f"nothing in {path.name} ran"
 
 
 @pytest.mark.interpret
 def test_kernels_in_the_interpreter(record_property):
-    """Every test there passes, none is skipped, and there are some in each file."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", str(FOLDER)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=FOLDER.parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed)", run.stdout)}
-    record_property("interpreter", counts)
-    print(counts)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert set(counts) == {"passed"}
-    for path in FOLDER.glob("test_*.py"):
-        assert re.search(rf"PASSED \S*{path.name}::", run.stdout), f"nothing in {path.name} ran"
+    compiled = {f"test_{name}.py" for name in COMPILED}
+    files = [path for path in sorted((FOLDER / "interpret").glob("test_*.py")) if path.name not in compiled]
+    run(files, record_property, "interpreter", TRITON_INTERPRET="1")
+
+
+@pytest.mark.interpret
+def test_kernels_as_they_are_compiled(record_property, tmp_path):
+    files = [FOLDER / "interpret" / f"test_{name}.py" for name in COMPILED]
+    files += sorted((FOLDER / "compiled").glob("test_*.py"))
+    run(files, record_property, "compiled", EZO_TESTS_PTX="90", TRITON_CACHE_DIR=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The kernels on CPU tensors, in Triton's interpreter: a process of its own, started by tests/test_interpreter.py.
+"""The kernels on CPU tensors, in a process of its own, started by tests/test_interpreter.py: interpreted, or compiled.
 
 The fixture ``cuda_kernels`` makes the public functions run their CUDA launchers on CPU tensors; ``on_cpu(fn)``
 runs the CPU reference inside such a test, for comparison. The interpreter proves indexing, masks, shapes and strides in
@@ -11,11 +11,15 @@ import os
 
 import pytest
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["*"]
-
 from ezo_kernels.ops import _library
 from ezo_kernels.ops.noise import Noise, key_tensor
+
+if ARCH := int(os.environ.get("EZO_TESTS_PTX", "0")):
+    from tests.ptx.driver import install
+
+    install(ARCH)
+elif os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["*"]
 
 #: Every noise that a float weight takes, sparse with its own p_zero. Then the error allowed: none where it is exact.
 NOISES = {
