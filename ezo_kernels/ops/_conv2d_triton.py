@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ._int8_triton import check_grid
 from ._linear_triton import architecture
 from ._noise_triton import ASM, NOISE_ID, UNIT, load_key, signed32, z_units
+from ._rounding_triton import of_precision
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
 from .linear import input_precision
@@ -123,7 +125,9 @@ def conv2d_kernel(
             (w_ptr + w_row)[:, None] + w_column[None, :], mask=inside_n[:, None] & inside_k[None, :], other=0.0
         ).to(tl.float32)
         if SIGN == 0:
-            plus = tl.dot(w.to(x_ptr.dtype.element_ty), x_plus, plus, input_precision=PRECISION)
+            plus = tl.dot(
+                of_precision(w.to(x_ptr.dtype.element_ty), PRECISION, ASM), x_plus, plus, input_precision=PRECISION
+            )
         else:
             columns = (first_tap + u // TAP) * pad_channels + first_channel + u % TAP
             z = z_units(
@@ -131,9 +135,19 @@ def conv2d_kernel(
                 NOISE, ROUNDS, UNIT, ASM, threshold, scale,
             )  # fmt: skip
             step = z * eps
-            plus = tl.dot((w + step).to(x_ptr.dtype.element_ty), x_plus, plus, input_precision=PRECISION)
+            plus = tl.dot(
+                of_precision((w + step).to(x_ptr.dtype.element_ty), PRECISION, ASM),
+                x_plus,
+                plus,
+                input_precision=PRECISION,
+            )
             if PAIR:
-                minus = tl.dot((w - step).to(x_ptr.dtype.element_ty), x_minus, minus, input_precision=PRECISION)
+                minus = tl.dot(
+                    of_precision((w - step).to(x_ptr.dtype.element_ty), PRECISION, ASM),
+                    x_minus,
+                    minus,
+                    input_precision=PRECISION,
+                )
 
     if b_ptr is not None:
         bias = tl.load(b_ptr + o.to(tl.int64) * b_o, mask=inside_n, other=0.0).to(tl.float32)
@@ -237,6 +251,7 @@ def launch_conv2d(
     positions = batch * out_height * out_width * pool * pool
     if positions >= 1 << 31:
         raise NotImplementedError(f"perturbed_conv2d: {positions} output positions in a group, at most 2^31 - 1")
+    check_grid("perturbed_conv2d", queries)
     precision = input_precision(x.dtype, precision) if x.dtype == torch.float32 else "16"
     tiles = conv_tiles(positions, outputs, channels, conv_groups, noise.name, precision, architecture(x.device))
     tiles_m, tiles_n = -(-positions // tiles.bm), -(-outputs // tiles.bn)

@@ -21,7 +21,7 @@ from ._address import address, strided
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._noise_triton import UNIT as UNITS
 from ._parts_triton import finish, room_for_parts, sum_parts
-from ._rounding_triton import round_z
+from ._rounding_triton import of_precision, round_z
 from ._strategy import regular
 from ._tiles import LARGE, linear_parts, linear_tile
 from ._triton import jit, require, tl
@@ -53,8 +53,9 @@ def bias_noise(
 
 
 @jit
-def _multiply(w, x, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+def _multiply(w, x, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr):
     """acc + w x^T ([BN, BM]) if SWAP, else acc + x w^T; x is [BM, BK], w [BN, BK] ([BK, BN] if TRANSPOSED)."""
+    w = of_precision(w, PRECISION, ASM)
     if SWAP:
         if TRANSPOSED:
             w = tl.trans(w)
@@ -170,7 +171,7 @@ def linear_kernel(
             x = tl.load(x_at, mask=(rk < left)[None, :], other=0.0)
             w = tl.load(w_at, mask=(rk < left)[:, None] if TRANSPOSED else (rk < left)[None, :], other=0.0)
         if SIGNS == 0:
-            acc = _multiply(w.to(dtype), x, acc, SWAP, TRANSPOSED, PRECISION)
+            acc = _multiply(w.to(dtype), x, acc, SWAP, TRANSPOSED, PRECISION, ASM)
         else:
             # beyond K z is not zero, but x is
             if TRANSPOSED:
@@ -193,14 +194,14 @@ def linear_kernel(
                     y = tl.load(y_at)
                 else:
                     y = tl.load(y_at, mask=(rk < left)[None, :], other=0.0)
-                acc = _multiply(plus, x, acc, SWAP, TRANSPOSED, PRECISION)
-                other = _multiply(minus, y, other, SWAP, TRANSPOSED, PRECISION)
+                acc = _multiply(plus, x, acc, SWAP, TRANSPOSED, PRECISION, ASM)
+                other = _multiply(minus, y, other, SWAP, TRANSPOSED, PRECISION, ASM)
                 if not SHARED:
                     y_at += x_step
             elif SIGNS == 1:
-                acc = _multiply(plus, x, acc, SWAP, TRANSPOSED, PRECISION)
+                acc = _multiply(plus, x, acc, SWAP, TRANSPOSED, PRECISION, ASM)
             else:
-                acc = _multiply(minus, x, acc, SWAP, TRANSPOSED, PRECISION)
+                acc = _multiply(minus, x, acc, SWAP, TRANSPOSED, PRECISION, ASM)
         x_at += x_step
         w_at += w_step
     b_plus, b_minus = eps, eps

@@ -8,6 +8,14 @@ _SMALLEST_NORMAL, _ULP, _ULPS, _TWO_M16 = map(constexpr, (2.0**-14, 2.0**-24, 2.
 
 
 @jit
+def of_precision(w, PRECISION: tl.constexpr, ASM: tl.constexpr):
+    """A weight as the tensor core shall read it: of fp32 it drops the last 13 bits, which would shrink every product."""
+    if ASM and PRECISION == "tf32":
+        w = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [w], dtype=tl.float32, is_pure=True, pack=1)
+    return w
+
+
+@jit
 def round_z(z, dtype: tl.constexpr, ASM: tl.constexpr):
     """fp32 z rounded to nearest even in ``dtype``, bf16 or fp16, as fp32 again; z is finite."""
     if dtype == tl.bfloat16 and not ASM:
