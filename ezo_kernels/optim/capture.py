@@ -108,6 +108,21 @@ class _Same:
     __hash__ = None
 
 
+def _settings(module: nn.Module) -> list:
+    """Where a module of torch's or ours keeps numbers and words that its forward reads, such as a dropout's p.
+
+    A user's own module is left out: what it counts would be another number at each step.
+    """
+    if not type(module).__module__.startswith(("torch.nn.", "ezo_kernels.")):
+        return []
+    own = vars(module)
+    return [
+        (own.get, name)
+        for name, value in own.items()
+        if name != "training" and name[0] != "_" and isinstance(value, (bool, int, float, str, tuple, type(None)))
+    ]
+
+
 def identity_of(loss_fn, problems: list[str]):
     """What tells one loss from another: its code, not the function object, which a loop may make anew each step."""
     if loss_fn is None:
@@ -116,7 +131,8 @@ def identity_of(loss_fn, problems: list[str]):
         own = _Same(*loss_fn.args, *loss_fn.keywords.values())
         return identity_of(loss_fn.func, problems), tuple(loss_fn.keywords), own
     if isinstance(loss_fn, nn.Module):
-        return _Same(loss_fn, *loss_fn.parameters(), *loss_fn.buffers()), loss_fn.training
+        set_to = [get(name) for module in loss_fn.modules() for get, name in _settings(module)]
+        return _Same(loss_fn, *loss_fn.parameters(), *loss_fn.buffers()), loss_fn.training, set_to
     if isinstance(loss_fn, types.BuiltinFunctionType) and not isinstance(loss_fn.__self__, torch.Tensor):
         return _Same(loss_fn)
     if isinstance(loss_fn, types.FunctionType):
@@ -222,7 +238,8 @@ class CapturedStep:
     """Replays the step of one optimizer, which offers it:
 
     ``_eager(*inputs)`` the step; ``_fill_scalars()`` host numbers to device scalars; ``_baked()`` the host numbers and
-    ``_held()`` the tensors beside the model's that a graph keeps; ``_tables()`` what a step makes anew when parameters have
+    ``_held()`` the tensors beside the model's that a graph keeps; ``_looks()`` whether a step would look at values, as a check
+    that has not passed yet does; ``_tables()`` what a step makes anew when parameters have
     moved, and a graph reads where it was; ``_results(loss)`` the tensors that a step leaves, 8-byte dtypes first;
     ``_took(results)`` takes them over.
 
@@ -238,6 +255,7 @@ class CapturedStep:
         self._candidate: _Candidate | None = None
         self._slots: list | None = None
         self._modules: list = []
+        self._settings: list = []
 
     def __getstate__(self) -> dict:
         return {"graphs": self._graphs}  # a copy has tensors of its own: it captures anew
@@ -250,15 +268,17 @@ class CapturedStep:
 
     def _where(self, opt) -> tuple:
         """Addresses of everything that lives longer than a step, read from where the modules keep it, and dtypes: a model that
-        was cast twice may lie where it was.
+        was cast twice may lie where it was. And what torch's modules and ours are set to.
         """
         if self._slots is None:
             self._modules = list(opt.model.modules())
+            self._settings = [setting for m in self._modules for setting in _settings(m)]
             self._slots = [
                 (table.get, n) for m in self._modules for table in (m._parameters, m._buffers) for n in table
             ]
         own = [None if (t := get(name)) is None else (t.data_ptr(), t.dtype) for get, name in self._slots]
-        return own, [t.data_ptr() for t in opt._held()], [m.training for m in self._modules]
+        held = [t.data_ptr() for t in opt._held()]
+        return own, held, [m.training for m in self._modules], [get(name) for get, name in self._settings]
 
     def step(self, opt, loss_fn, *inputs) -> torch.Tensor:
         """The step ``opt._eager(*inputs)``, by replay if all is as it was captured.
@@ -286,7 +306,7 @@ class CapturedStep:
             candidate = self._candidate = _Candidate(key, static)
         else:
             _copy(candidate.inputs, leaves)
-        if candidate.steps < WARM_UP:
+        if candidate.steps < WARM_UP or opt._looks():
             with self._graphs.stream():
                 loss = opt._eager(*_unflatten(candidate.inputs, spec))
             candidate.steps += 1

@@ -73,7 +73,10 @@ class Int8Memory:
         return held if self.arena.buffer is None else [self.arena.buffer, *held]
 
     def _tables(self) -> object:
-        return self._update_plan
+        return self._update_plan, self.arena.buffer
+
+    def _looks(self) -> bool:
+        return False
 
     def _record(self, x: Int8Tensor, p) -> ArenaPlan:
         """The plan of a pass, from a trial on the meta device."""
