@@ -24,6 +24,7 @@ from ezo_kernels import ops  # noqa: E402
 from ezo_kernels.ops import _library  # noqa: E402
 from ezo_kernels.ops._update_triton import update_table  # noqa: E402
 from ezo_kernels.ops.batch_norm import batch_norm, move_running_statistics  # noqa: E402
+from ezo_kernels.ops.dropout import dropout_mask  # noqa: E402
 from ezo_kernels.ops.grouped_linear import grouped_linear  # noqa: E402
 from ezo_kernels.ops.noise import fold_key, key_tensor  # noqa: E402
 
@@ -284,7 +285,7 @@ def test_a_whole_step_with_a_head(launches, monkeypatch, head, dtype):
     """LeNet-5 as a GPU takes it; but for the trunk's update, whose table holds addresses of a GPU."""
     monkeypatch.setattr(_library, "bound_by_launches", lambda device: True)
     opt = ezo.ElasticZO(ezo.convert_(ezo.models.LeNet5().to(dtype), head=head))
-    opt._checked = opt._rows_checked = True  # nothing runs that could be looked at
+    opt._checks.off = True  # nothing runs that could be looked at
     versions = [p._version for p in opt.head]
     opt.train_step(torch.ones(32, 1, 28, 28, dtype=dtype), torch.arange(32) % 10)
     names = [launch.name for launch in launches]
@@ -293,3 +294,19 @@ def test_a_whole_step_with_a_head(launches, monkeypatch, head, dtype):
     assert names[0] == "fold_key_kernel" and len(layers) == 5
     assert names[names.index("cross_entropy_kernel") :] == ["cross_entropy_kernel", *backward, "coefficients_kernel"]
     assert all(p._version > version for p, version in zip(opt.head, versions, strict=True)), "autograd must hear of it"
+
+
+def test_a_grid_of_one_axis_for_rows_of_any_length(launches):
+    """64 channels of 512 x 512 are 65,536 blocks of columns, and CUDA's second axis ends at 65,535."""
+    dropout_mask(1, 64 * 512 * 512, 0.5, key_tensor(1, 2), site=1 << 31)
+    assert launches[0].grid == (65536, 1, 1)
+
+
+def test_too_many_queries_for_an_axis_are_refused(launches):
+    p = pass_of("clt4", queries=1 << 16)
+    with pytest.raises(NotImplementedError, match="perturbed_embedding: 65536"):
+        ops.perturbed_embedding(torch.zeros(1, 1, dtype=torch.int64), torch.ones(9, 8), p, site=3, shared=True)
+    with pytest.raises(NotImplementedError, match="perturbed_conv2d: 65536"):
+        ops.perturbed_conv2d(
+            torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), None, p, site=3, shared=True, strategy="fused"
+        )

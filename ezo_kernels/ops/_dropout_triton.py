@@ -24,8 +24,9 @@ def dropout_mask_kernel(
     ROUNDS: tl.constexpr, ASM: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k0, k1 = load_key(key_ptr)
-    r = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    first = tl.program_id(1) * COLUMNS
+    tiles = tl.cdiv(features, COLUMNS)
+    r = tl.program_id(0) // tiles * R + tl.arange(0, R)[:, None]
+    first = tl.program_id(0) % tiles * COLUMNS
     c = first + tl.arange(0, COLUMNS)[None, :]
     blocks = first + tl.arange(0, COLUMNS // 8)[None, :] * 8
     counter2 = (query.to(tl.uint32) << 8) | _S_DROPOUT
@@ -40,7 +41,8 @@ def launch_dropout_mask(
     """Fill ``out``, bool [rows, features], contiguous."""
     require()
     rows, features = out.shape
-    grid = (triton.cdiv(rows, _ROWS), triton.cdiv(features, _COLUMNS))
+    # one axis: the others end at 65535
+    grid = (triton.cdiv(rows, _ROWS) * triton.cdiv(features, _COLUMNS),)
     with torch.cuda.device_of(out):
         dropout_mask_kernel[grid](
             out.view(torch.int8), key, signed32(site), query, threshold, rows, features,

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 
+from ._int8_triton import check_grid
 from ._noise_triton import ASM, NOISE_ID, UNIT, load_key, signed32, z_units
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -117,6 +118,7 @@ def launch_embedding(ids, w, key, eps, site, shared, query, queries, signs, nois
     count = rows.shape[0] // groups
     if count >= 1 << 31:
         raise NotImplementedError(f"perturbed_embedding: {count} ids in a group, at most 2^31 - 1")
+    check_grid("perturbed_embedding", queries)
     bi, bd = _tile(width, noise.name)
     tiles_d = -(-width // bd)
     with torch.cuda.device_of(w):

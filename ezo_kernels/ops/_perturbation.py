@@ -137,12 +137,17 @@ def check_pass(x: torch.Tensor, tensors, p: Perturbation, rows: int, shared: boo
     return rows // p.groups
 
 
+#: Where a group's rows begin: MKL's bits depend on an address by 64 bytes, and cuBLAS chooses a kernel by up to 256.
+_BOUNDARY = {"cpu": 64, "cuda": 256}
+
+
 def aligned(part: torch.Tensor) -> torch.Tensor:
-    """``part`` at a 64-byte boundary of its storage, densely strided: MKL's bits depend on both, and groups must not."""
+    """``part`` at a boundary of its storage, densely strided: a library's bits depend on both, and groups must not."""
     if torch.compiler.is_compiling():  # a trace cannot ask where memory lies
         return part.clone()
     dense = part.is_contiguous() or (part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last))
-    return part if dense and (part.storage_offset() * part.element_size()) % 64 == 0 else part.clone()
+    apart = part.storage_offset() * part.element_size() % _BOUNDARY.get(part.device.type, 256)
+    return part if dense and not apart else part.clone()
 
 
 def group_slices(x: torch.Tensor, groups: int, shared: bool):

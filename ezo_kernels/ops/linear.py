@@ -127,10 +127,15 @@ def strategy_for(x, w, out, groups, arch, transposed, precision, strategy, z_dty
 
 
 def input_precision(dtype: torch.dtype, precision: str) -> str:
-    """``ieee`` or ``tf32`` of fp32 products: as asked, else torch's float32 matmul precision."""
+    """``ieee`` or ``tf32`` of fp32 products: as asked, else as torch takes them on CUDA."""
     if dtype != torch.float32:
         return "ieee"
-    return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+    if precision:
+        return precision
+    # torch's older switch can no longer be read once its newer one was set, which tells of both
+    own = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.get_float32_matmul_precision() != "highest" if own is None else own == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def _linear_cuda(
