@@ -13,7 +13,7 @@ from ezo_kernels import _nvtx
 from tests.test_step import batch, lenet
 
 LAYERS = ["trunk conv1", "trunk conv2", "trunk fc1", "trunk fc2", "head fc3"]
-STEP = ["forward", *LAYERS, "loss", "head backward", "g", "update", "head update"]
+STEP = ["forward", *LAYERS, "loss", "head backward", "g", "head update", "update"]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_stacked_step(seen):
 
 def test_a_step_one_group_at_a_time(seen):
     second_step(optimizer(nvtx=True, mode="sequential", queries=2), *batch(8), seen)
-    assert seen == ["forward", *LAYERS, "head backward"] * 4 + ["g", "update", "head update"]
+    assert seen == ["forward", *LAYERS, "head backward"] * 4 + ["g", "head update", "update"]
 
 
 def test_pure_zeroth_order_and_pure_backpropagation(seen):

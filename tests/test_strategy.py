@@ -327,7 +327,7 @@ def test_summary_shows_what_a_pass_takes(noise, monkeypatch):
 
         monkeypatch.setattr(module, "strategy_for", asked)
     opt = ezo.ElasticZO(model, noise=noise, mode="stacked")
-    opt._checked = opt._rows_checked = True  # one pass and no check
+    opt._checks.off = True  # one pass and no check
     opt.train_step(x, torch.zeros(6, dtype=torch.long))
     names = ["conv", "line", "wide", "twice"]
     assert [(t.name, t.workspace_bytes) for t in taken[:4]] == [shown[name] for name in names]

@@ -174,7 +174,11 @@ def _run(module: Grouped, forward, args, kwargs):
             f"(shapes {shapes}); run them one by one (mode='sequential')",
             module.owned[0][1] if module.owned else None,
         )
-    split = [zo.parts(leaf) if zo.is_stacked(leaf) else itertools.repeat(leaf, zo.p.groups) for leaf in leaves]
+    mask = _mask_of_all(module, args, kwargs)
+    split = [
+        zo.parts(leaf) if leaf is not mask and zo.is_stacked(leaf) else itertools.repeat(leaf, zo.p.groups)
+        for leaf in leaves
+    ]
 
     def one_by_one():
         for g, mine in enumerate(zip(*split, strict=True)):
@@ -185,6 +189,14 @@ def _run(module: Grouped, forward, args, kwargs):
             del out
 
     return _joined(module, one_by_one())
+
+
+def _mask_of_all(module: Grouped, args, kwargs) -> torch.Tensor | None:
+    """The [target, source] mask of attention, which is every row's, however many rows a target has."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return None
+    mask = kwargs.get("attn_mask", args[5] if len(args) > 5 else None)
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def _joined(module: Grouped, outputs):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 
+import torch
+
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
+
 
 def number(value, name: str, *, least: float, strict: bool = False) -> float:
     """``value`` as a float, at least ``least`` (above it, if ``strict``).
@@ -17,6 +21,8 @@ def number(value, name: str, *, least: float, strict: bool = False) -> float:
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     if not math.isfinite(value) or value < least or (strict and value == least):
         raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {least}, got {value}")
+    if abs(value) > _LARGEST or (strict and abs(value) < _SMALLEST):
+        raise ValueError(f"{name} is held in fp32, between {_SMALLEST:.2g} and {_LARGEST:.2g}, got {value}")
     return float(value)
 
 

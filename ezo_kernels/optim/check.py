@@ -1,11 +1,13 @@
-"""The first step's check: every trunk parameter is perturbed wherever it is used, and nothing else is random.
+"""What a first step checks: every trunk parameter is perturbed wherever it is used, nothing else is random, rows are apart.
 
-What it cannot accept it names, before anything has changed.
+What it cannot accept it names, before anything has changed. A step is a first one again where modules have gone from train to
+eval or back, and for the rows where a batch has other shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 
 import torch
@@ -20,6 +22,48 @@ _SHAPE_ONLY = {
 }  # fmt: skip
 
 
+class Checks:
+    """What has been looked at: a model in which modes of its modules, and stacked batches of which shapes.
+
+    Attributes:
+        off: nothing is looked at any more.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.off = False
+        self._modules = list(model.modules())
+        self._modes: tuple[bool, ...] = ()
+        self._forwards: set[tuple] = set()
+        self._batch: tuple = ()
+        self._rows: set[tuple] = set()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._modes = tuple(module.training for module in self._modules)
+
+    def stacked(self, batch, groups: int) -> None:
+        """Its batch runs as one, ``groups`` times."""
+        leaves = (batch[0],) if type(batch[0]) is torch.Tensor and not batch[1] else pytree.tree_leaves(batch)
+        shapes = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
+        self._batch = (groups, shapes, self._modes)
+
+    @property
+    def forward_is_new(self) -> bool:
+        """Whether no step has checked the model as it is now."""
+        return not self.off and self._modes not in self._forwards
+
+    @property
+    def rows_are_new(self) -> bool:
+        """Whether no stacked pass of such a batch has been compared with its groups one by one."""
+        return not self.off and (not self._batch or self._batch not in self._rows)
+
+    def forward_passed(self) -> None:
+        self._forwards.add(self._modes)
+
+    def rows_passed(self) -> None:
+        self._rows.add(self._batch)
+
+
 def eagerly(now: bool):
     """A context in which nothing is compiled, if ``now``: a check looks at Python calls, and its groups must run alike."""
     if not now or "torch._dynamo" not in sys.modules:  # nobody has compiled anything
@@ -28,7 +72,7 @@ def eagerly(now: bool):
 
 
 class RawReads(TorchFunctionMode):
-    """Collects trunk parameters that some torch function reads as they are, unperturbed.
+    """Collects trunk parameters that some torch function reads as they are, unperturbed, and draws from a user's generator.
 
     To make a view reads nothing: the view stands for its parameter from then on (a Conv1d's weight seen as a Conv2d's).
     """
@@ -37,6 +81,7 @@ class RawReads(TorchFunctionMode):
         super().__init__()
         self.names = dict(names)
         self.found: dict[str, str] = {}
+        self.drawn: list[str] = []
         self.views: list[torch.Tensor] = []  # alive, so that no other tensor gets their id
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -45,6 +90,8 @@ class RawReads(TorchFunctionMode):
         if getattr(func, "namespace", None) == "ezo":
             return out
         name = getattr(func, "__name__", str(func))
+        if kwargs.get("generator") is not None:
+            self.drawn.append(f"torch's {name} with a generator of its own")
         if name in _SHAPE_ONLY or not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(out)):
             return out
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -80,21 +127,29 @@ def unvisited(zo, listed: dict[int, str]) -> str | None:
 
 @contextlib.contextmanager
 def _randomness(model: nn.Module, found: list[str]):
-    """Names (innermost first) of modules that draw from torch's generators while they run, then of what is around them."""
+    """Names (innermost first) of modules that draw from torch's, Python's or NumPy's generators while they run, then of what
+    is around them.
+    """
     names = {m: n for n, m in model.named_modules()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def state():
-        host = torch.get_rng_state()
-        return torch.cat([host, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else host
+        torchs = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else ())]
+        numpy = sys.modules.get("numpy")
+        numpys = (
+            ()
+            if numpy is None
+            else [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()]
+        )
+        return [t.tolist() for t in torchs], random.getstate(), numpys
 
-    entered: list[torch.Tensor] = []
+    entered: list = []
 
     def enter(module, _):
         entered.append(state())
 
     def leave(module, *_):
-        if not torch.equal(entered.pop(), state()) and module in names:
+        if entered.pop() != state() and module in names:
             found.append(f"{names[module] or 'the model'} ({type(module).__name__})")
 
     hooks = []
@@ -104,7 +159,7 @@ def _randomness(model: nn.Module, found: list[str]):
     before = state()
     try:
         yield
-        if not found and not torch.equal(before, state()):
+        if not found and before != state():
             found.append("the closure or the loss function, which had better draw before the step")
     finally:
         for hook in hooks:
@@ -149,11 +204,12 @@ def _put_back(model: nn.Module, held: dict) -> None:
 
 @contextlib.contextmanager
 def _checked(model: nn.Module, zo, names: dict[int, str], listed: dict[int, str], held: dict):
-    random: list[str] = []
+    drawing: list[str] = []
     reads = RawReads(names)
     zo.visited = set()
-    with _randomness(model, random), reads:
+    with _randomness(model, drawing), reads:
         yield
+    drawing += reads.drawn
     problems = []
     if reads.found:
         what = ", ".join(f"{n!r} (by {f})" for n, f in sorted(reads.found.items()))
@@ -164,9 +220,9 @@ def _checked(model: nn.Module, zo, names: dict[int, str], listed: dict[int, str]
     missing = unvisited(zo, listed)
     if missing:
         problems.append(missing)
-    if random:
+    if drawing:
         problems.append(
-            f"random in a way that would differ between the signs: {random[0]}. Use nn.Dropout modules (they are converted), "
+            f"random in a way that would differ between the signs: {drawing[0]}. Use nn.Dropout modules (they are converted), "
             "set its rate to 0, or call eval() on it"
         )
     written = _written(model, held)

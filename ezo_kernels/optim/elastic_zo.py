@@ -26,7 +26,7 @@ from ..ops.noise import check_index, fold_key, rng_version
 from .arguments import check_antithetic, number
 from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
-from .check import eagerly
+from .check import Checks, eagerly
 from .head import GuardedOptimizer, make_head_optimizer
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
@@ -121,6 +121,8 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
             raise ValueError(f"queries must be at least 1, got {queries}")
         check_antithetic(antithetic, queries, head_grad)
         self.antithetic = antithetic
+        if not isinstance(stochastic_rounding, bool):
+            raise TypeError(f"stochastic_rounding must be a bool, got {type(stochastic_rounding).__name__}")
         seed = check_index(seed, "seed", 1 << 64)
         self.noise = Noise(noise, rounds, p_zero)
         if noise == "sparse_int8":
@@ -153,7 +155,9 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         self._slots = [_slot(model, s.names[0]) for s in self.zo.manifest]
         self._sites = tuple(s.site for s in self.zo.manifest)
         self._layouts = tuple(s.layout for s in self.zo.manifest)
-        self._checked = self._rows_checked = False
+        self._checks, self._told = Checks(model), False
+        heads = {id(p) for p in self.head}
+        self._head_names = {n: p for n, p in model.named_parameters() if id(p) in heads}
         self._losses: torch.Tensor | None = None
         self._micro = 0
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -214,6 +218,9 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
     def _tables(self) -> object:
         return self._plan
 
+    def _looks(self) -> bool:
+        return self.mode == "stacked" and bool(self.trunk) and self._must_check_rows
+
     def _mode(self, mode: str) -> str:
         if mode != "auto" or not self.trunk:
             return "stacked" if mode == "auto" else mode
@@ -225,7 +232,10 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         return "sequential" if any(list(modules[n].children()) for n in composite) else "stacked"
 
     def _fill_scalars(self) -> None:
-        group = self.param_groups[0]
+        group, *others = self.param_groups
+        for other in others:
+            if not torch.is_tensor(other.get("lr", 0.0)):
+                number(other["lr"], "lr of the head", least=0.0)
         if group["clip"] is not None:
             number(group["clip"], "clip", least=0.0, strict=True)
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
@@ -233,6 +243,10 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
             if value != self._filled[name]:
                 number(value, name, least=0.0, strict=name == "eps")
                 if name == "eps":
+                    if self._micro:
+                        raise ValueError(
+                            f"eps was {self._filled[name]} for the losses accumulated so far, and is now {value}"
+                        )
                     self._scaled_eps.fill(value)
                 tensor.fill_(value)
                 self._filled[name] = value
@@ -241,11 +255,20 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
 
     def _begin(self) -> Perturbation | None:
         """Device scalars and the key of this step; the pass of all its groups."""
-        if not self.trunk:
-            return None
+        if context_of(self.model) is not self.zo:
+            raise ValueError("the model was converted anew since this ElasticZO was made: make a new one")
         for (table, name), p, site in zip(self._slots, self.trunk, self.zo.manifest, strict=True):
             if table[name] is not p:
                 raise ValueError(f"{site.names[0]!r} was replaced by another Parameter: make a new ElasticZO")
+        for name, p in self._head_names.items():
+            owner, _, leaf = name.rpartition(".")
+            if self.model.get_submodule(owner)._parameters.get(leaf) is not p:
+                raise ValueError(f"{name!r} was replaced by another Parameter: make a new ElasticZO")
+            if not p.requires_grad:
+                raise ValueError(f"{name!r} of the head was frozen (requires_grad_(False)): make a new ElasticZO")
+        if not self.trunk:
+            self._fill_scalars()
+            return None
         if self.trunk[0].device != self.device:
             raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
         self._fill_scalars()
@@ -276,6 +299,8 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         """
         x = plain(x)
         rows_of(x)
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of the output and y, got {type(loss_fn).__name__}")
         if self._captured is None:
             return self._eager(x, y, loss_fn, model_kwargs, update)
         if not update:
@@ -284,19 +309,34 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
 
     def _eager(self, x, y, loss_fn, model_kwargs: dict, update: bool = True) -> torch.Tensor:
         def losses(p):
+            failed = None
             if p is None:
                 return self._plain(lambda: loss_fn(call(self.model, x, model_kwargs), y))
             if self.mode == "stacked":
                 try:
                     return self._stacked(p, x, y, loss_fn, model_kwargs)
-                except NotStackedError as error:
-                    if self.requested_mode == "stacked" or self._rows_checked:
+                except Exception as error:
+                    if not self._may_run_apart(error):
                         raise
-                    warnings.warn(f"{self._named(error)}; doing so from now on", stacklevel=5)
-                    self.mode, self.zo.batch_stats = "sequential", {}
-            return self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
+                    failed = error
+                self.zo.batch_stats = {}
+                for parameter in self.head:
+                    parameter.grad = None
+            own = self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
+            if failed is not None:
+                why = self._named(failed) if isinstance(failed, PassError) else f"a stacked pass failed: {failed}"
+                how = "; doing so" if isinstance(failed, NotStackedError) else "; running the groups one by one"
+                warnings.warn(f"{why}{how} from now on", stacklevel=5)
+                self.mode = "sequential"
+            return own
 
         return self._take(losses, update)
+
+    def _may_run_apart(self, error: Exception) -> bool:
+        """Whether the groups may run one by one after ``error`` of a stacked pass: no pass of such a batch has passed yet."""
+        if self.requested_mode == "stacked" or isinstance(error, torch.OutOfMemoryError):
+            return False
+        return self._must_check_rows and self._micro == 0
 
     def step(self, closure=None) -> torch.Tensor:
         """One step by torch's contract: ``closure()`` runs the model and returns the loss; it never calls backward.
@@ -322,18 +362,21 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         if self._losses is None:
             self._drop()
         try:
+            self._checks.begin()
             with eagerly(self._must_check), self._phase.layers(self.model, self._in_head):
                 losses = run(self._begin())
-            self._checked = self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
+            self._checks.forward_passed()
+            self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
             self._losses = losses if self._losses is None else self._losses + losses
             self._micro += 1
             mean = self._finish() if update else None
         except BaseException as error:
-            with torch.no_grad():
-                for buffer, old in self._buffers:
-                    buffer.copy_(old)
+            buffers = self._buffers
             self._drop()
-            with contextlib.suppress(RuntimeError):  # of a capture that failed nothing has run
+            # of a capture that failed nothing has run, and while it lasts nothing can
+            with torch.no_grad(), contextlib.suppress(RuntimeError):
+                for buffer, old in buffers:
+                    buffer.copy_(old)
                 self._bad.zero_()
             if isinstance(error, PassError):
                 raise ValueError(self._named(error)) from error

@@ -219,6 +219,10 @@ def make_head_optimizer(
         return None
     if made is None:
         return torch.optim.SGD(head, lr=lr, fused=fused or None)
+    if not (isinstance(made, torch.optim.Optimizer) or callable(made)):
+        raise TypeError(
+            f"head_optimizer must be a torch optimizer or a function that makes one, got {type(made).__name__}"
+        )
     optimizer = made if isinstance(made, torch.optim.Optimizer) else made(head)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"head_optimizer must give a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -22,13 +22,17 @@ class Passes:
 
     @property
     def _must_check(self) -> bool:
-        """Whether this is the first step, of a model whose values can be looked at."""
-        return not self._checked and bool(self.trunk) and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
+        """Whether this is a first step, of a model whose values can be looked at."""
+        return bool(self.trunk) and self._checks.forward_is_new and not self._is_fake
 
     @property
     def _must_check_rows(self) -> bool:
-        """Whether this is the first stacked pass, of a model whose values can be looked at."""
-        return not self._rows_checked and not isinstance(self.trunk[0], torch._subclasses.FakeTensor)
+        """Whether this is the first stacked pass of such a batch, of a model whose values can be looked at."""
+        return self._checks.rows_are_new and not self._is_fake
+
+    @property
+    def _is_fake(self) -> bool:
+        return isinstance(self.trunk[0], torch._subclasses.FakeTensor)
 
     def _named(self, error: PassError) -> str:
         """The error with the name of the layer that it is about."""
@@ -139,6 +143,7 @@ class Passes:
     def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
         groups = p.groups
         rows = rows_of(x)
+        self._checks.stacked((x, kwargs), groups)
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             with self._phase("forward"), self.zo.running(p, rows * groups):
                 output = call(self.model, stack(x, groups, rows), stack(kwargs, groups, rows))
@@ -159,7 +164,8 @@ class Passes:
                 )
             self.zo.batch_stats = stats
             # NaN is not told from NaN: a step that is skipped has shown nothing
-            self._rows_checked = all(bool(torch.isfinite(loss).all()) for loss in losses)
+            if all(bool(torch.isfinite(loss).all()) for loss in losses):
+                self._checks.rows_passed()
         if self.head:
             with self._phase("head backward"), self.zo.backward(p, rows * groups):
                 if gradient is not None:

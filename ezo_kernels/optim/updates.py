@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..nn.grouped import update_batch_norms
@@ -21,12 +23,20 @@ class Updates:
             own, head_is_done = self._coefficients()
         mean = own.mean if self._micro == 1 else None
         self.g, ok = own.g, own.ok
+        try:
+            # first, for it is code of others, that may raise
+            if self.head_optimizer is not None and not head_is_done:
+                with self._phase("head update"):
+                    self.head_optimizer.step(ok, own.skip)
+        except BaseException:
+            self._step.sub_(ok.long())
+            self.skipped.sub_(1 - ok.long().view(()))
+            raise
         if self.trunk:
             with self._phase("update"):
                 self._update(own.coef)
-        if self.head_optimizer is not None and not head_is_done:
-            with self._phase("head update"):
-                self.head_optimizer.step(ok, own.skip)
+        if self.head and torch.is_autocast_enabled(self.device.type):
+            torch.clear_autocast_cache()  # casts of the head's weights as they were, where autocast is around many steps
         update_batch_norms(self.zo, ok)
         for buffer, old in self._buffers:
             buffer.copy_(torch.where(ok, buffer, old))
@@ -39,6 +49,14 @@ class Updates:
         True with them if the head's step has been taken, too.
         """
         learning = [p for p in self.head if p.grad is not None]
+        if len(learning) < len(self.head) and not self._told:
+            self._told = True
+            names = [name for name, p in self._head_names.items() if p.grad is None]
+            warnings.warn(
+                f"the head's {', '.join(map(repr, names))} got no gradient, and will not learn from such a step: does the "
+                "forward use it, outside of torch.utils.checkpoint(use_reentrant=True)?",
+                stacklevel=6,
+            )
         grads, bad, small = [p.grad for p in learning], None, {}
         self.losses = self._losses
         if self._micro > 1:
