@@ -45,13 +45,21 @@ def cubin(name: str, options, arch: int) -> bytes:
     Raises:
         RuntimeError: what NVRTC says of it.
     """
+    return _compiled(name, options, f"sm_{arch}", "CUBIN")
+
+
+def ptx(name: str, options, arch: int) -> str:
+    """The PTX of a file of csrc; raises as :func:`cubin`."""
+    return _compiled(name, options, f"compute_{arch}", "PTX").rstrip(b"\0").decode()
+
+
+def _compiled(name: str, options, target: str, kind: str) -> bytes:
     lib, program = nvrtc(), ctypes.c_void_p()
     lib.nvrtcCreateProgram(ctypes.byref(program), _cuda.source(name).encode(), name.encode(), 0, None, None)
-    options = [option.encode() for option in (*options, *CUPY, f"-arch=sm_{arch}")]
+    options = [option.encode() for option in (*options, *CUPY, f"-arch={target}")]
     failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-    read = (
-        (lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog) if failed else (lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN)
-    )
+    what = "ProgramLog" if failed else kind
+    read = (getattr(lib, f"nvrtcGet{what}Size"), getattr(lib, f"nvrtcGet{what}"))
     size = ctypes.c_size_t()
     read[0](program, ctypes.byref(size))
     out = ctypes.create_string_buffer(size.value)

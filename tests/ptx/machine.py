@@ -219,6 +219,9 @@ class Machine(Warps):
         else:
             self._put(to, self._get(of, bits), mask)
 
+    def _cvta_(self, instruction, mask) -> None:
+        self._put(instruction.operands[0], self._get(instruction.operands[1], 64), mask)
+
     def _place(self, mods: list[str]) -> tuple[str, np.dtype, int]:
         """Space, type and number of elements of a load or store."""
         space = next((s for s in _SPACES if any(m.split("::")[0] == s for m in mods)), "global")
