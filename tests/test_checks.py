@@ -259,9 +259,9 @@ def test_the_heads_rate_is_checked_at_every_step(lr):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"eps": 1e39}, ValueError, "eps is held in fp32"),
-        ({"eps": 1e-50}, ValueError, "eps is held in fp32"),
-        ({"lr": 1e39}, ValueError, "lr is held in fp32"),
+        ({"eps": 1e39}, ValueError, "eps must be in the range of fp32"),
+        ({"eps": 1e-50}, ValueError, "eps must be in the range of fp32"),
+        ({"lr": 1e39}, ValueError, "lr must be in the range of fp32"),
         ({"queries": True}, TypeError, "queries must be an int, got bool"),
         ({"seed": True}, TypeError, "seed must be an int, got bool"),
         ({"stochastic_rounding": "no"}, TypeError, "stochastic_rounding must be a bool"),

@@ -152,6 +152,36 @@ def test_faults(body, value, match):
         execute(body, tensor, value)
 
 
+NEIGHBOUR = """
+    mul.wide.u32 %rd2, %r2, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    st.global.b32 [%rd3], %r2;
+    {barrier}
+    xor.b32 %r4, %r2, 32;
+    mul.wide.u32 %rd4, %r4, 4;
+    add.s64 %rd5, %rd1, %rd4;
+    ld.global.b32 %r5, [%rd5];
+    bar.sync 0;
+    st.global.b32 [%rd3], %r5;
+"""
+
+
+def test_a_race_of_two_warps():
+    """What another warp stored is there behind a barrier, and without one only in lockstep."""
+    got = execute(NEIGHBOUR.format(barrier="bar.sync 0;"), torch.zeros(64, dtype=torch.int32), threads=64)
+    assert got.tolist() == [t ^ 32 for t in range(64)]
+    with pytest.raises(Fault, match="a race"):
+        execute(NEIGHBOUR.format(barrier=""), torch.zeros(64, dtype=torch.int32), threads=64)
+
+
+@pytest.mark.parametrize("first", ["st.global.b32 [%rd1], %r3;", "ld.global.b32 %r4, [%rd1];"])
+def test_a_race_of_two_programs(first):
+    body = f"mov.u32 %r3, %ctaid.x;\n{first}\nbar.sync 0;\nst.global.b32 [%rd1], %r3;"
+    execute(body, torch.zeros(1, dtype=torch.int32), grid=(1, 1, 1))
+    with pytest.raises(Fault, match="a race"):
+        execute(body, torch.zeros(1, dtype=torch.int32), grid=(2, 1, 1))
+
+
 def test_what_is_not_written_down_is_refused():
     for opcode in ("add.sat.s32", "add.rz.f32", "bfind.u32", "fma.rn.relu.f32"):
         with pytest.raises(Unknown):

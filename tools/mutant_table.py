@@ -246,8 +246,8 @@ MUTANTS = (
     Mutant(
         "groups of other strides",
         _OPS + "_perturbation.py",
-        "return part if dense and (",
-        "return part if (",
+        "return part if dense and not apart",
+        "return part if not apart",
         "tests/test_ops_contract.py",
     ),
     Mutant(

@@ -22,7 +22,7 @@ def number(value, name: str, *, least: float, strict: bool = False) -> float:
     if not math.isfinite(value) or value < least or (strict and value == least):
         raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {least}, got {value}")
     if abs(value) > _LARGEST or (strict and abs(value) < _SMALLEST):
-        raise ValueError(f"{name} is held in fp32, between {_SMALLEST:.2g} and {_LARGEST:.2g}, got {value}")
+        raise ValueError(f"{name} must be in the range of fp32, got {value}")
     return float(value)
 
 

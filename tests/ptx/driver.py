@@ -68,7 +68,9 @@ class PTXDriver:
             arguments += [np.zeros(1, np.uint64)] * (
                 len(kernel.parameters) - len(arguments)
             )  # scratch that none asks for
-            memory = GlobalMemory(v for v, _ in given if isinstance(v, torch.Tensor))
+            tensors = [v for v, _ in given if isinstance(v, torch.Tensor)]
+            ordered = any("acq_rel" in instruction.opcode for instruction in kernel.code)
+            memory = GlobalMemory(tensors, apart=not ordered)
             steps = machine.launch(kernel, arguments, (x, y, z), shared, memory)
             self.launches[source.fn.__name__] += 1
             self.instructions[source.fn.__name__] += steps

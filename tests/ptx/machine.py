@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .arithmetic import DTYPES, UNSIGNED, WIDTHS, Unknown, compute, words
-from .memory import Fault, GlobalMemory, SharedMemory
+from .memory import Fault, GlobalMemory, SharedMemory, Who
 from .parse import Address, Immediate, Instruction, Kernel, Register, Symbol
 from .warps import Warps
 
@@ -55,6 +55,8 @@ class Machine(Warps):
             "%ntid.x": kernel.threads, "%nctaid.x": x, "%nctaid.y": y, "%nctaid.z": z, "global_smem": 0,
         }  # fmt: skip
         self.special = {name: np.atleast_1d(np.asarray(v, np.uint32)) for name, v in special.items()}
+        self.barriers, self.warp = np.zeros(self.lanes, np.int32), (thread // 32).astype(np.int32)
+        self.number = index.astype(np.int32)
         self.registers: dict[str, np.ndarray] = {}
         self.pc = np.zeros(self.lanes, np.int64)
         self.done, self.waiting = np.zeros(self.lanes, bool), np.zeros(self.lanes, bool)
@@ -108,6 +110,7 @@ class Machine(Warps):
             at += 1
             if instruction.opcode.startswith("bar.warp"):
                 continue
+            self.barriers[active] += 1
             whole = active.reshape(-1, self.threads)
             if (whole.all(1) | ~whole.any(1)).all():
                 continue
@@ -240,7 +243,10 @@ class Machine(Warps):
             value = self._load(space, address + np.uint64(i * dtype.itemsize), dtype, mask, count)
             self._put(operand, value.view(dtype), mask)
 
-    def _load(self, space: str, address, dtype, mask, count: int = 1) -> np.ndarray:
+    def _who(self, own) -> Who:
+        return Who(self.number, self.warp, self.barriers)[own]
+
+    def _load(self, space: str, address, dtype, mask, count: int = 1, atomic: bool = False) -> np.ndarray:
         own = slice(None) if mask is None else mask
         address, width = address[own], dtype.itemsize
         if count > 1 and (address & np.uint64(width - 1)).any():
@@ -248,7 +254,7 @@ class Machine(Warps):
         if space == "shared":
             got = self.shared.load(self.program[own], address, width)
         else:
-            got = self.memory.load(address, width)
+            got = self.memory.load(address, width, None if atomic else self._who(own))
         if mask is None:
             return got
         out = np.zeros(self.lanes, got.dtype)
@@ -265,12 +271,12 @@ class Machine(Warps):
                 space, address + np.uint64(i * dtype.itemsize), value.astype(UNSIGNED[8 * dtype.itemsize]), mask
             )
 
-    def _store(self, space: str, address, value, mask) -> None:
+    def _store(self, space: str, address, value, mask, atomic: bool = False) -> None:
         own = slice(None) if mask is None else mask
         if space == "shared":
             self.shared.store(self.program[own], address[own], value[own])
         else:
-            self.memory.store(address[own], value[own])
+            self.memory.store(address[own], value[own], None if atomic else self._who(own))
 
     def _atom_(self, instruction, mask) -> None:
         mods = instruction.opcode.split(".")[1:]
@@ -292,9 +298,9 @@ class Machine(Warps):
         for lane in range(self.lanes) if mask is None else np.flatnonzero(mask):
             one = np.zeros(self.lanes, bool)
             one[lane] = True
-            old = self._load(space, address, np.dtype(UNSIGNED[8 * dtype.itemsize]), one).view(dtype)
+            old = self._load(space, address, np.dtype(UNSIGNED[8 * dtype.itemsize]), one, atomic=True).view(dtype)
             new = np.where(old == values[0], values[1], old) if name == "cas" else change(old, values[0])
-            self._store(space, address, words(new.astype(dtype)), one)
+            self._store(space, address, words(new.astype(dtype)), one, atomic=True)
             out[lane] = old[lane]
         if has_result:
             self._put(to, out, mask)
