@@ -73,10 +73,15 @@ def copy_repository(to: Path) -> Path:
 
 
 def run_tests(where: Path, tests: str) -> tuple[int, str]:
-    """pytest's exit status and output in a copy; the copy's own package is what it imports. Kernels run interpreted."""
+    """pytest's exit status and output in a copy; the copy's own package is what it imports.
+
+    Kernels run interpreted, or as they are compiled for sm_90.
+    """
     environment = {**os.environ, "PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1"}
     if tests.startswith("tests/interpret/"):
         environment["TRITON_INTERPRET"] = "1"
+    if tests.startswith("tests/compiled/"):
+        environment |= {"EZO_TESTS_PTX": "90", "TRITON_CACHE_DIR": str(where / ".triton")}
     check = f"import ezo_kernels, sys; sys.exit(not ezo_kernels.__file__.startswith({str(where)!r}))"
     subprocess.run([sys.executable, "-c", check], cwd=where, env=environment, check=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-x", *shlex.split(tests)]

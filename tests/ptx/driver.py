@@ -94,6 +94,7 @@ class PTXDriver:
 def install(arch: int) -> PTXDriver:
     """Take every launch of this process from now on. The cache of compiled kernels must be its own: it will hold PTX."""
     CUDABackend.make_cubin = lambda self, source, metadata, options, capability: source.encode()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is full of NaN, or of the largest integer
     driver = PTXDriver(arch)
     triton.runtime.driver.set_active(driver)
     return driver
