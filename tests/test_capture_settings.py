@@ -48,6 +48,34 @@ def test_what_modules_are_set_to_is_baked_in(change):
     assert opts[0].capture_counters == {"captures": 2, "replays": 6, "eager_steps": 6}
 
 
+class Counted(nn.Module):
+    """A user's own, with a parameter of the trunk: it runs as a class of ours, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.calls = nn.Parameter(torch.ones(784)), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.w
+
+
+class CountedHead(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_what_a_users_module_counts_is_no_setting():
+    model = nn.Sequential(nn.Flatten(), Counted(), nn.Linear(784, 16), CountedHead(16, 10))
+    opt = ezo.ElasticZO(ezo.convert_(model, head=["3"]), capture=True)
+    for i in range(8):
+        opt.train_step(*batch(4, i))
+    assert opt.capture_counters == {"captures": 1, "replays": 5, "eager_steps": 3}
+
+
 def test_first_steps_that_are_not_finite_are_skipped_and_nothing_is_captured():
     """The check of the rows of a batch, which looks at values, has not passed yet."""
     ours, theirs = pair("sgd")

@@ -192,11 +192,18 @@ def _run(module: Grouped, forward, args, kwargs):
 
 
 def _mask_of_all(module: Grouped, args, kwargs) -> torch.Tensor | None:
-    """The [target, source] mask of attention, which is every row's, however many rows a target has."""
+    """The [target, source] mask of attention, which is every row's, however many rows a target has.
+
+    One that has been stacked, for it was as long as the batch, is not of this length any more.
+    """
     if not isinstance(module, nn.MultiheadAttention):
         return None
     mask = kwargs.get("attn_mask", args[5] if len(args) > 5 else None)
-    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    query = kwargs.get("query", args[0] if args else None)
+    if not (isinstance(mask, torch.Tensor) and mask.dim() == 2 and isinstance(query, torch.Tensor)):
+        return None
+    targets = query.shape[0 if query.dim() == 2 or not module.batch_first else 1]
+    return mask if mask.shape[0] == targets else None
 
 
 def _joined(module: Grouped, outputs):

@@ -273,7 +273,9 @@ def fold_key(seed: torch.Tensor, step: torch.Tensor, key: torch.Tensor) -> None:
 def check_index(value, name: str, limit: int) -> int:
     """``value`` as a Python int in [0, limit), or TypeError / ValueError."""
     try:
-        value = operator.index(None if isinstance(value, bool) else value)
+        value = operator.index(
+            None if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool else value
+        )
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if not 0 <= value < limit:

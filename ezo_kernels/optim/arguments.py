@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
+from pathlib import Path
 
 import torch
 
-_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
+LARGEST, _SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
+#: What a schedule to zero may end at by its own rounding, below it.
+_BELOW_ZERO = 1e-12
+_NOT_THE_USERS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
-def number(value, name: str, *, least: float, strict: bool = False) -> float:
-    """``value`` as a float, at least ``least`` (above it, if ``strict``).
+def warn_user(message: str) -> None:
+    """Warn at the line of the user's that led here, past this library's and torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def rate(value, name: str) -> float:
+    """A learning rate, at least 0; what a schedule left below it by rounding is 0. Raises as :func:`number`."""
+    if isinstance(value, numbers.Real) and -_BELOW_ZERO < value < 0:
+        return 0.0
+    return number(value, name, least=0.0)
+
+
+def number(value, name: str, *, least: float, strict: bool = False, held: bool = True) -> float:
+    """``value`` as a float, at least ``least`` (above it, if ``strict``), in the range of fp32 if it is ``held`` in it.
 
     Raises:
         TypeError: no Python or NumPy number; a tensor, whose value would have to be waited for.
-        ValueError: not finite, or too small.
+        ValueError: not finite, too small, or out of that range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     if not math.isfinite(value) or value < least or (strict and value == least):
         raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {least}, got {value}")
-    if abs(value) > _LARGEST or (strict and abs(value) < _SMALLEST):
+    if held and (abs(value) > LARGEST or (strict and abs(value) < _SMALLEST)):
         raise ValueError(f"{name} must be in the range of fp32, got {value}")
     return float(value)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,18 +110,30 @@ class _Same:
 
 
 def _settings(module: nn.Module) -> list:
-    """Where a module of torch's or ours keeps numbers and words that its forward reads, such as a dropout's p.
+    """What reads the numbers and words that a module of torch's or ours is set to, such as a dropout's p, and from where.
 
-    A user's own module is left out: what it counts would be another number at each step.
+    A user's own module is left out, whatever class it runs as: what it counts would be another number at each step.
     """
-    if not type(module).__module__.startswith(("torch.nn.", "ezo_kernels.")):
-        return []
+    kind = getattr(type(module), "base", type(module))
     own = vars(module)
-    return [
-        (own.get, name)
-        for name, value in own.items()
-        if name != "training" and name[0] != "_" and isinstance(value, (bool, int, float, str, tuple, type(None)))
-    ]
+    names = [name for name, value in own.items() if name != "training" and name[0] != "_" and _is_setting(value)]
+    if not names or not kind.__module__.startswith(("torch.nn.", "ezo_kernels.")):
+        return []
+    return [(operator.itemgetter(*names), own)]
+
+
+def _is_setting(value) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _read(settings: list) -> list:
+    """What they are set to now; None if one of them is gone."""
+    try:
+        return [get(own) for get, own in settings]
+    except KeyError:
+        return [None]
 
 
 def identity_of(loss_fn, problems: list[str]):
@@ -131,7 +144,7 @@ def identity_of(loss_fn, problems: list[str]):
         own = _Same(*loss_fn.args, *loss_fn.keywords.values())
         return identity_of(loss_fn.func, problems), tuple(loss_fn.keywords), own
     if isinstance(loss_fn, nn.Module):
-        set_to = [get(name) for module in loss_fn.modules() for get, name in _settings(module)]
+        set_to = _read([setting for module in loss_fn.modules() for setting in _settings(module)])
         return _Same(loss_fn, *loss_fn.parameters(), *loss_fn.buffers()), loss_fn.training, set_to
     if isinstance(loss_fn, types.BuiltinFunctionType) and not isinstance(loss_fn.__self__, torch.Tensor):
         return _Same(loss_fn)
@@ -278,7 +291,7 @@ class CapturedStep:
             ]
         own = [None if (t := get(name)) is None else (t.data_ptr(), t.dtype) for get, name in self._slots]
         held = [t.data_ptr() for t in opt._held()]
-        return own, held, [m.training for m in self._modules], [get(name) for get, name in self._settings]
+        return own, held, [m.training for m in self._modules], _read(self._settings)
 
     def step(self, opt, loss_fn, *inputs) -> torch.Tensor:
         """The step ``opt._eager(*inputs)``, by replay if all is as it was captured.

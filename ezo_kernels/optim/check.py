@@ -33,13 +33,15 @@ class Checks:
         self.off = False
         self._modules = list(model.modules())
         self._modes: tuple[bool, ...] = ()
+        self._known: dict[tuple, tuple] = {}  # each once, however many batches refer to it
         self._forwards: set[tuple] = set()
         self._batch: tuple = ()
         self._rows: set[tuple] = set()
 
     def begin(self) -> None:
         """A step begins."""
-        self._modes = tuple(module.training for module in self._modules)
+        modes = tuple(module.training for module in self._modules)
+        self._modes = self._known.setdefault(modes, modes)
 
     def stacked(self, batch, groups: int) -> None:
         """Its batch runs as one, ``groups`` times."""
@@ -64,6 +66,31 @@ class Checks:
         self._rows.add(self._batch)
 
 
+class Places:
+    """Where a model keeps some of its parameters, to see at each step that they are still its own."""
+
+    def __init__(self, model: nn.Module, names: dict[str, nn.Parameter]) -> None:
+        self._names, self._slots = names, []
+        for name, p in names.items():
+            module, (*path, leaf) = model, name.split(".")
+            for part in path:
+                self._slots.append((module._modules, part, module._modules[part]))
+                module = module._modules[part]
+            self._slots.append((module._parameters, leaf, p))
+        self._slots = list({(id(table), name): slot for slot in self._slots for table, name, _ in [slot]}.values())
+
+    def require(self, model: nn.Module) -> None:
+        """Refuse a model that has another parameter in the place of one, or has frozen it."""
+        if not all(table.get(name) is held for table, name, held in self._slots):
+            own = {id(p) for p in model.parameters()}  # it may have another name: of a module that was wrapped
+            for name, p in self._names.items():
+                if id(p) not in own:
+                    raise ValueError(f"{name!r} was replaced by another Parameter: make a new ElasticZO")
+        for name, p in self._names.items():
+            if not p.requires_grad:
+                raise ValueError(f"{name!r} of the head was frozen (requires_grad_(False)): make a new ElasticZO")
+
+
 def eagerly(now: bool):
     """A context in which nothing is compiled, if ``now``: a check looks at Python calls, and its groups must run alike."""
     if not now or "torch._dynamo" not in sys.modules:  # nobody has compiled anything
@@ -81,7 +108,7 @@ class RawReads(TorchFunctionMode):
         super().__init__()
         self.names = dict(names)
         self.found: dict[str, str] = {}
-        self.drawn: list[str] = []
+        self.generators: dict[int, tuple[torch.Generator, str]] = {}
         self.views: list[torch.Tensor] = []  # alive, so that no other tensor gets their id
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -90,8 +117,8 @@ class RawReads(TorchFunctionMode):
         if getattr(func, "namespace", None) == "ezo":
             return out
         name = getattr(func, "__name__", str(func))
-        if kwargs.get("generator") is not None:
-            self.drawn.append(f"torch's {name} with a generator of its own")
+        if (generator := kwargs.get("generator")) is not None:
+            self.generators[id(generator)] = generator, f"torch's {name} with a generator of its own"
         if name in _SHAPE_ONLY or not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(out)):
             return out
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -103,6 +130,15 @@ class RawReads(TorchFunctionMode):
             else:
                 self.found.setdefault(self.names[id(leaf)], name)
         return out
+
+    def drawn(self) -> list[str]:
+        """Draws from generators that somebody keeps: one that was made in this forward will be made alike in the next."""
+        found = []
+        while self.generators:
+            _, (generator, what) = self.generators.popitem()
+            if sys.getrefcount(generator) > 2:  # the name here, and the argument
+                found.append(what)
+        return found
 
 
 def _is_view(out, of: torch.Tensor) -> bool:
@@ -209,7 +245,7 @@ def _checked(model: nn.Module, zo, names: dict[int, str], listed: dict[int, str]
     zo.visited = set()
     with _randomness(model, drawing), reads:
         yield
-    drawing += reads.drawn
+    drawing += reads.drawn()
     problems = []
     if reads.found:
         what = ", ".join(f"{n!r} (by {f})" for n, f in sorted(reads.found.items()))

@@ -11,7 +11,6 @@ where w + eps s z_q and w - eps s z_q are what the groups run with, and s is the
 from __future__ import annotations
 
 import contextlib
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +22,10 @@ from ..nn.cut import in_head
 from ..ops import Noise, Perturbation, UpdatePlan
 from ..ops._perturbation import NotStackedError, PassError
 from ..ops.noise import check_index, fold_key, rng_version
-from .arguments import check_antithetic, number
+from .arguments import check_antithetic, number, rate, warn_user
 from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
-from .check import Checks, eagerly
+from .check import Checks, Places, eagerly
 from .head import GuardedOptimizer, make_head_optimizer
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
@@ -47,9 +46,9 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
     """Trains a model that :func:`ezo_kernels.convert_` converted.
 
     ``param_groups[0]`` is the trunk (``lr``, ``eps``, ``clip``), the others are the head's; all hold Python numbers, and
-    torch's schedulers drive them. Seed, step, eps, lr and coefficients live on the device: a step never waits for it, except
-    the first, which checks the model (:mod:`ezo_kernels.optim.check`). A step whose losses, g or head gradients are not
-    finite changes nothing and is counted in ``skipped``.
+    torch's schedulers drive them. Seed, step, eps, lr and coefficients live on the device: a step never waits for it, except a
+    first one, of a shape of batch and of train or eval, which checks the model (:mod:`ezo_kernels.optim.check`). A step whose
+    losses, g or head gradients are not finite changes nothing and is counted in ``skipped``.
 
     Args:
         model: converted, on its device.
@@ -111,7 +110,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         lr, eps = number(lr, "lr", least=0.0), number(eps, "eps", least=0.0, strict=True)
         head_lr = number(head_lr, "head_lr", least=0.0)
         if clip is not None:
-            clip = number(clip, "clip", least=0.0, strict=True)
+            clip = number(clip, "clip", least=0.0, strict=True, held=False)
         if mode not in MODES or head_grad not in HEAD_GRADS:
             raise ValueError(
                 f"mode must be one of {MODES} and head_grad one of {HEAD_GRADS}, got {mode!r}, {head_grad!r}"
@@ -158,6 +157,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         self._checks, self._told = Checks(model), False
         heads = {id(p) for p in self.head}
         self._head_names = {n: p for n, p in model.named_parameters() if id(p) in heads}
+        self._places = Places(model, self._head_names)
         self._losses: torch.Tensor | None = None
         self._micro = 0
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -234,21 +234,21 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
     def _fill_scalars(self) -> None:
         group, *others = self.param_groups
         for other in others:
-            if not torch.is_tensor(other.get("lr", 0.0)):
-                number(other["lr"], "lr of the head", least=0.0)
+            if other.get("lr") is not None and not torch.is_tensor(other["lr"]):
+                rate(other["lr"], "lr of the head")
         if group["clip"] is not None:
-            number(group["clip"], "clip", least=0.0, strict=True)
+            number(group["clip"], "clip", least=0.0, strict=True, held=False)
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
             value = group[name]
             if value != self._filled[name]:
-                number(value, name, least=0.0, strict=name == "eps")
+                held = rate(value, name) if name == "lr" else number(value, name, least=0.0, strict=True)
                 if name == "eps":
                     if self._micro:
                         raise ValueError(
                             f"eps was {self._filled[name]} for the losses accumulated so far, and is now {value}"
                         )
                     self._scaled_eps.fill(value)
-                tensor.fill_(value)
+                tensor.fill_(held)
                 self._filled[name] = value
         if self.head_optimizer is not None:
             self.head_optimizer.fill()
@@ -260,12 +260,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         for (table, name), p, site in zip(self._slots, self.trunk, self.zo.manifest, strict=True):
             if table[name] is not p:
                 raise ValueError(f"{site.names[0]!r} was replaced by another Parameter: make a new ElasticZO")
-        for name, p in self._head_names.items():
-            owner, _, leaf = name.rpartition(".")
-            if self.model.get_submodule(owner)._parameters.get(leaf) is not p:
-                raise ValueError(f"{name!r} was replaced by another Parameter: make a new ElasticZO")
-            if not p.requires_grad:
-                raise ValueError(f"{name!r} of the head was frozen (requires_grad_(False)): make a new ElasticZO")
+        self._places.require(self.model)
         if not self.trunk:
             self._fill_scalars()
             return None
@@ -293,7 +288,8 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
             The mean loss over groups, a detached scalar on the device.
 
         Raises:
-            ValueError: an empty batch, a model that cannot take such a step (first step only; it says why).
+            ValueError: an empty batch, a model that cannot take such a step (in a first step, and one with a batch of
+                another shape or after train() or eval(); it says why).
             NotImplementedError: with ``capture=True``, a call that cannot be captured, with every reason.
             A call that raises changes nothing and drops what was accumulated.
         """
@@ -309,7 +305,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
 
     def _eager(self, x, y, loss_fn, model_kwargs: dict, update: bool = True) -> torch.Tensor:
         def losses(p):
-            failed = None
+            why = ""
             if p is None:
                 return self._plain(lambda: loss_fn(call(self.model, x, model_kwargs), y))
             if self.mode == "stacked":
@@ -318,15 +314,20 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
                 except Exception as error:
                     if not self._may_run_apart(error):
                         raise
-                    failed = error
+                    # its words alone: the error itself would keep all that the pass had made
+                    why = self._named(error) if isinstance(error, PassError) else f"a stacked pass failed: {error}"
+                    why += "; doing so" if isinstance(error, NotStackedError) else "; running the groups one by one"
                 self.zo.batch_stats = {}
                 for parameter in self.head:
                     parameter.grad = None
-            own = self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
-            if failed is not None:
-                why = self._named(failed) if isinstance(failed, PassError) else f"a stacked pass failed: {failed}"
-                how = "; doing so" if isinstance(failed, NotStackedError) else "; running the groups one by one"
-                warnings.warn(f"{why}{how} from now on", stacklevel=5)
+            try:
+                own = self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
+            except Exception as error:
+                if why:
+                    error.add_note(why)
+                raise
+            if why:
+                warn_user(f"{why} from now on")
                 self.mode = "sequential"
             return own
 

@@ -11,7 +11,7 @@ from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import call, parts_of, rows_of, stack
-from .check import checked_forward, rows_apart, unvisited
+from .check import checked_forward, eagerly, rows_apart, unvisited
 from .losses import grouped_losses, losses_and_gradient
 
 HEAD_GRADS = ("mean", "plus", "minus")
@@ -145,7 +145,8 @@ class Passes:
         rows = rows_of(x)
         self._checks.stacked((x, kwargs), groups)
         with torch.set_grad_enabled(bool(self.head)), self._checking():
-            with self._phase("forward"), self.zo.running(p, rows * groups):
+            # what is looked at is not compiled: each group by itself would be a kind of its own
+            with self._phase("forward"), self.zo.running(p, rows * groups), eagerly(self._must_check_rows):
                 output = call(self.model, stack(x, groups, rows), stack(kwargs, groups, rows))
             if not self._must_check:
                 self._require_visits()
@@ -157,7 +158,9 @@ class Passes:
         if self._must_check_rows:
             stats = dict(self.zo.batch_stats)
             parts = parts_of(output, groups) if parts is None else parts
-            if not rows_apart(parts, self._alone(p, x, kwargs)):
+            with eagerly(True):
+                alone = self._alone(p, x, kwargs)
+            if not rows_apart(parts, alone):
                 raise NotStackedError(
                     "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
                     "a stacked pass would mix the groups; run them one by one (mode='sequential')"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from ..ops._strategy import strategy_hash
-from .arguments import number
+from .arguments import number, rate
 
 
 class Copies:
@@ -121,9 +121,10 @@ class OptimizerState(Copies):
             if kind != (mine.dtype, mine.shape):
                 raise ValueError(f"{name} of the state must be {mine.dtype} {tuple(mine.shape)}, got {kind}")
         try:
-            for name, strict in (("lr", False), ("eps", True), ("clip", True)):
-                if name != "clip" or trunk["clip"] is not None:
-                    number(trunk[name], name, least=0.0, strict=strict)
+            rate(trunk["lr"], "lr")
+            number(trunk["eps"], "eps", least=0.0, strict=True)
+            if trunk["clip"] is not None:
+                number(trunk["clip"], "clip", least=0.0, strict=True, held=False)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the trunk's settings in the state are no settings: {error}") from None
         if (head is None) != (self.head_optimizer is None):

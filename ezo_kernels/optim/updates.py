@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from ..nn.grouped import update_batch_norms
 from ..ops import UpdatePlan, _library, update_
 from ..ops.coefficients import Coefficients, coefficients, in_one_launch
+from .arguments import LARGEST, warn_user
 
 
 class Updates:
@@ -52,10 +51,9 @@ class Updates:
         if len(learning) < len(self.head) and not self._told:
             self._told = True
             names = [name for name, p in self._head_names.items() if p.grad is None]
-            warnings.warn(
+            warn_user(
                 f"the head's {', '.join(map(repr, names))} got no gradient, and will not learn from such a step: does the "
-                "forward use it, outside of torch.utils.checkpoint(use_reentrant=True)?",
-                stacklevel=6,
+                "forward use it, outside of torch.utils.checkpoint(use_reentrant=True)?"
             )
         grads, bad, small = [p.grad for p in learning], None, {}
         self.losses = self._losses
@@ -69,9 +67,10 @@ class Updates:
             # the check of torch's GradScaler: one launch for all of them, where isfinite takes five for each
             bad = self._bad
             torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self._one)
+        clip = self.param_groups[0]["clip"]
         own = coefficients(
             self.losses, self._lr, self._eps, queries=self.queries if self.trunk else 0, antithetic=self.antithetic,
-            clip=self.param_groups[0]["clip"], bad=bad, step=self._step, skipped=self.skipped, **small,
+            clip=None if clip is None else min(clip, LARGEST), bad=bad, step=self._step, skipped=self.skipped, **small,
         )  # fmt: skip
         return own, "weights" in small
 
