@@ -21,7 +21,7 @@ train: .venv/.train-ready
 	$(BIN)/ezo train $(ARGS)
 
 test: .venv/.dev-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 bench: .venv/.dev-ready
 	$(BIN)/python -m bench $(ARGS)
