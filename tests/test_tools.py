@@ -61,7 +61,7 @@ def test_error_rule_rejects_one_wrong_element():
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.name)
 def test_every_mutant_still_finds_its_line(mutant):
-    """Whoever changes such a line changes tools/mutant_table.py with it."""
+    """Whoever changes such a line changes tools/mutant_table with it."""
     assert mutants.mutated(mutant).count(mutant.new) >= 1
 
 

@@ -1,0 +1,214 @@
+"""Bugs in the step, captured or not."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+_STEP = "ezo_kernels/optim/elastic_zo.py"
+_NN = "ezo_kernels/nn/"
+_UPDATES = "ezo_kernels/optim/updates.py"
+
+MUTANTS = (
+    # what a step makes of its losses
+    Mutant(
+        "a step whose head has an infinite gradient is taken",
+        _UPDATES,
+        "bad=bad, step=self._step",
+        "bad=None, step=self._step",
+        "tests/test_step.py -k non_finite",
+    ),
+    Mutant(
+        "a step that is skipped is counted as taken",
+        "ezo_kernels/ops/coefficients.py",
+        "    step += fine",
+        "    step += 1",
+        "tests/test_coefficients.py",
+    ),
+    # scales
+    Mutant(
+        "a scaled layer perturbed like the others",
+        "ezo_kernels/nn/linear.py",
+        "            input, self.weight, self.bias, self.zo.of(self.site), site=",
+        "            input, self.weight, self.bias, self.zo.p, site=",
+        "tests/test_scales.py",
+    ),
+    Mutant(
+        "an update without the scale",
+        _UPDATES,
+        "z_dtypes=z_dtypes, scales=scales\n",
+        "z_dtypes=z_dtypes\n",
+        "tests/test_scales.py",
+    ),
+    Mutant(
+        "eps moved for unscaled layers alone",
+        "ezo_kernels/optim/elastic_zo.py",
+        "                    self._scaled_eps.fill(value)\n",
+        "                    pass\n",
+        "tests/test_scales.py",
+    ),
+    # layers and the step
+    Mutant(
+        "z of the step before",
+        _UPDATES,
+        "                self._update(own.coef)",
+        "                torch.ops.ezo.fold_key(self._seed, self._step - 2, self._key), self._update(own.coef)",
+        "tests/test_step.py -k 'forward_z or eager_mezo'",
+    ),
+    Mutant(
+        "stale seed",
+        _STEP,
+        "fold_key(self._seed, self._step, self._key)",
+        "fold_key(self._seed, self._step * 0, self._key)",
+        "tests/test_step.py -k 'eager_mezo or schedulers'",
+    ),
+    Mutant(
+        "torch's fused encoder layer left on",
+        _NN + "context.py",
+        "set_fastpath_enabled(False)",
+        "set_fastpath_enabled(True)",
+        "tests/test_others.py -k eval_mode",
+    ),
+    Mutant(
+        "layers that a later step leaves out are updated",
+        "ezo_kernels/optim/passes.py",
+        "len(zo.visited) < len(self.trunk)",
+        "len(zo.visited) < 1",
+        "tests/test_others.py -k leaves_out",
+    ),
+    Mutant(
+        "a skipped first step makes the head's state",
+        "ezo_kernels/optim/head.py",
+        "and not bool(ok)",
+        "and bool(ok)",
+        "tests/test_head.py -k first_step",
+    ),
+    Mutant(
+        "clip ignored",
+        "ezo_kernels/ops/coefficients.py",
+        "own if math.isinf(clip) else own.clamp(-clip, clip)",
+        "own",
+        "tests/test_step.py -k clip",
+    ),
+    Mutant(
+        "a step that is not finite is applied",
+        "ezo_kernels/ops/coefficients.py",
+        "            coef.zero_()",
+        "            pass",
+        "tests/test_step.py -k non_finite",
+    ),
+    Mutant(
+        "lr read once",
+        _STEP,
+        "if value != self._filled[name]:",
+        "if self._filled[name] is None:",
+        "tests/test_step.py -k schedulers",
+    ),
+    Mutant(
+        "groups mixed in a norm",
+        _NN + "grouped.py",
+        "        if self.zo.p is None:\n            return super().forward",
+        "        if self.zo.p is None or isinstance(self, GroupedBatchNorm):\n            return super().forward",
+        "tests/test_others.py -k 'losses_equal or batch_norm'",
+    ),
+    # captured step
+    Mutant(
+        "a captured step replays the old batch",
+        "ezo_kernels/optim/capture.py",
+        "        _copy(self._inputs, leaves)\n",
+        "",
+        "tests/test_capture.py -k replays_equal",
+    ),
+    Mutant(
+        "a graph outlives the weights it reads",
+        "ezo_kernels/optim/capture.py",
+        "else (t.data_ptr(), t.dtype) for get",
+        "else t.dtype for get",
+        "tests/test_capture.py -k 'moved or assigned'",
+    ),
+    Mutant(
+        "a schedule does not reach a captured head",
+        "ezo_kernels/optim/head.py",
+        'lr.fill_(group["lr"])',
+        "lr.fill_(lr or 0.05)",
+        "tests/test_capture.py -k 'schedules or load_state'",
+    ),
+    # One sign a query
+    Mutant(
+        "the baseline holds the query's own loss",
+        "ezo_kernels/ops/coefficients.py",
+        " * (n / (n - 1)) / eps",
+        " / eps",
+        "tests/test_estimate.py -k formula",
+    ),
+    Mutant(
+        "each query of one sign drops other features",
+        "ezo_kernels/nn/dropout.py",
+        "[0] if zo.one_mask else range(",
+        "range(",
+        "tests/test_estimate.py -k one_mask",
+    ),
+    # what a step looks at
+    Mutant(
+        "rows compared for the first shape of batch alone",
+        "ezo_kernels/optim/check.py",
+        "self._batch = (groups, shapes, self._modes)",
+        "self._batch = (groups, self._modes)",
+        "tests/test_checks.py -k another_size",
+    ),
+    Mutant(
+        "a model looked at in its first mode alone",
+        "ezo_kernels/optim/check.py",
+        "not self.off and self._modes not in self._forwards",
+        "not self.off and not self._forwards",
+        "tests/test_checks.py -k eval_to_train",
+    ),
+    Mutant(
+        "numpy's draws not seen",
+        "ezo_kernels/optim/check.py",
+        'numpy = sys.modules.get("numpy")',
+        "numpy = None",
+        "tests/test_checks.py -k whatever_is_random",
+    ),
+    Mutant(
+        "a mask of attention split as a batch",
+        _NN + "grouped.py",
+        "zo.parts(leaf) if leaf is not mask and zo.is_stacked(leaf)",
+        "zo.parts(leaf) if zo.is_stacked(leaf)",
+        "tests/test_checks.py -k mask_of_attention",
+    ),
+    Mutant(
+        "a step that raised still counted",
+        _UPDATES,
+        "self._step.sub_(ok.long())",
+        "self._step.sub_(0)",
+        "tests/test_head_checks.py -k head_optimizer_that_raises",
+    ),
+    Mutant(
+        "the trunk moves before code of others",
+        _UPDATES,
+        "        try:\n            # first,",
+        "        if self.trunk:\n            self._update(own.coef)\n        try:\n            # first,",
+        "tests/test_head_checks.py -k head_optimizer_that_raises",
+    ),
+    Mutant(
+        "casts of the head's weights kept over a step",
+        _UPDATES,
+        "if self.head and torch.is_autocast_enabled(self.device.type):",
+        "if False:",
+        "tests/test_head_checks.py -k autocast",
+    ),
+    Mutant(
+        "a graph that does not know what modules are set to",
+        "ezo_kernels/optim/capture.py",
+        ", _read(self._settings)",
+        ", []",
+        "tests/test_capture_settings.py -k set_to",
+    ),
+    Mutant(
+        "captured while the check of rows has not passed",
+        "ezo_kernels/optim/capture.py",
+        "if candidate.steps < WARM_UP or opt._looks():",
+        "if candidate.steps < WARM_UP:",
+        "tests/test_capture_settings.py -k not_finite",
+    ),
+)
