@@ -17,6 +17,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench import csrc  # noqa: E402
+
 FOLDER = pathlib.Path(__file__).parent
 #: of tests/interpret what runs as it is compiled, which is as quick and shows more
 COMPILED = ("batch_norm", "coefficients", "conv2d", "cross_entropy", "dropout", "int8", "int8_signs", "int8_step")
@@ -47,8 +49,18 @@ def test_kernels_in_the_interpreter(record_property):
     run(files, record_property, "interpreter", TRITON_INTERPRET="1")
 
 
+AS_COMPILED = {"EZO_TESTS_PTX": "90"}
+CUDA = FOLDER / "compiled" / "test_cuda_update.py"
+
+
 @pytest.mark.interpret
 def test_kernels_as_they_are_compiled(record_property, tmp_path):
     files = [FOLDER / "interpret" / f"test_{name}.py" for name in COMPILED]
-    files += sorted((FOLDER / "compiled").glob("test_*.py"))
-    run(files, record_property, "compiled", EZO_TESTS_PTX="90", TRITON_CACHE_DIR=str(tmp_path))
+    files += [path for path in sorted(CUDA.parent.glob("test_*.py")) if path != CUDA]
+    run(files, record_property, "compiled", TRITON_CACHE_DIR=str(tmp_path), **AS_COMPILED)
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(csrc.nvrtc() is None, reason="needs NVRTC")
+def test_cuda_as_it_is_compiled(record_property, tmp_path):
+    run([CUDA], record_property, "compiled CUDA", TRITON_CACHE_DIR=str(tmp_path), **AS_COMPILED)

@@ -10,6 +10,7 @@ import contextlib
 import random
 import sys
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -45,7 +46,7 @@ class Checks:
 
     def stacked(self, batch, groups: int) -> None:
         """Its batch runs as one, ``groups`` times."""
-        leaves = (batch[0],) if type(batch[0]) is torch.Tensor and not batch[1] else pytree.tree_leaves(batch)
+        leaves = pytree.tree_leaves(batch)
         shapes = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
         self._batch = (groups, shapes, self._modes)
 
@@ -70,14 +71,14 @@ class Places:
     """Where a model keeps some of its parameters, to see at each step that they are still its own."""
 
     def __init__(self, model: nn.Module, names: dict[str, nn.Parameter]) -> None:
-        self._names, self._slots = names, []
+        slots = {}
         for name, p in names.items():
             module, (*path, leaf) = model, name.split(".")
             for part in path:
-                self._slots.append((module._modules, part, module._modules[part]))
+                slots[id(module), part] = module._modules, part, module._modules[part]
                 module = module._modules[part]
-            self._slots.append((module._parameters, leaf, p))
-        self._slots = list({(id(table), name): slot for slot in self._slots for table, name, _ in [slot]}.values())
+            slots[id(module), leaf] = module._parameters, leaf, p
+        self._names, self._slots = names, list(slots.values())
 
     def require(self, model: nn.Module) -> None:
         """Refuse a model that has another parameter in the place of one, or has frozen it."""
@@ -170,14 +171,9 @@ def _randomness(model: nn.Module, found: list[str]):
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def state():
-        torchs = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else ())]
-        numpy = sys.modules.get("numpy")
-        numpys = (
-            ()
-            if numpy is None
-            else [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()]
-        )
-        return [t.tolist() for t in torchs], random.getstate(), numpys
+        devices = [torch.cuda.get_rng_state(device).tolist()] if device.type == "cuda" else []
+        _, words, *place = np.random.get_state()
+        return torch.get_rng_state().tolist(), devices, random.getstate(), words.tolist(), place
 
     entered: list = []
 

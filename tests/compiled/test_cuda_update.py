@@ -19,7 +19,6 @@ from tests.ptx.memory import GlobalMemory
 from tests.ptx.parse import parse
 from tests.tolerance import assert_bitwise_equal
 
-pytestmark = pytest.mark.skipif(csrc.nvrtc() is None, reason="needs NVRTC")
 SITE, F32, F16, BF16 = 0xFEDCBA98, torch.float32, torch.float16, torch.bfloat16
 
 

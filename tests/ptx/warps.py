@@ -51,42 +51,40 @@ class Warps:
         total = reduce.reduce(value, axis=1, dtype=value.dtype)
         self._put(instruction.operands[0], words(np.repeat(total, 32)), mask)
 
-    def _ldmatrix_(self, instruction, mask) -> None:
-        warps = self._warps(mask)
-        to, at = instruction.operands
-        address = self._address(at).reshape(-1, 32)[warps]
-        program = self.program.reshape(-1, 32)[warps][:, 0]
-        for i, operand in enumerate(to if isinstance(to, list) else [to]):
-            rows = self._rows(program, address[:, 8 * i : 8 * i + 8])
-            got = np.zeros((self.lanes // 32, 32), np.uint32)
-            got[warps] = matrix.ldmatrix(rows, ".trans" in instruction.opcode)
-            self._put(operand, got.ravel(), mask)
+    def _put_warps(self, operand, value: np.ndarray, warps: np.ndarray, mask) -> None:
+        """A register of the warps that take part, [warps, 32]."""
+        whole = np.zeros((self.lanes // 32, 32), np.uint32)
+        whole[warps] = value
+        self._put(operand, whole.ravel(), mask)
 
-    def _rows(self, program: np.ndarray, address: np.ndarray) -> np.ndarray:
-        """Eight rows of eight words of 16 bits: uint16 [warps, 8, 8]."""
+    def _matrices(self, at, registers, warps: np.ndarray):
+        """Of each register the program and the address of every 16 bits of its matrix: uint64 [warps, 8, 8]."""
+        address = self._address(at).reshape(-1, 32)[warps]
         if (address & np.uint64(15)).any():
-            raise Fault("a row of ldmatrix is no multiple of 16 bytes")
-        at = address[..., None] + 2 * np.arange(8, dtype=np.uint64)
-        return self.shared.load(np.broadcast_to(program[:, None, None], at.shape), at, 2)
+            raise Fault("a row of a matrix is no multiple of 16 bytes")
+        program = self.program.reshape(-1, 32)[warps][:, 0][:, None, None]
+        for i, register in enumerate(registers if isinstance(registers, list) else [registers]):
+            own = address[:, 8 * i : 8 * i + 8, None] + 2 * np.arange(8, dtype=np.uint64)
+            yield register, np.broadcast_to(program, own.shape), own
+
+    def _ldmatrix_(self, instruction, mask) -> None:
+        warps, (to, at) = self._warps(mask), instruction.operands
+        for register, program, address in self._matrices(at, to, warps):
+            rows = self.shared.load(program, address, 2)
+            self._put_warps(register, matrix.ldmatrix(rows, ".trans" in instruction.opcode), warps, mask)
 
     def _stmatrix_(self, instruction, mask) -> None:
-        warps = self._warps(mask)
-        at, of = instruction.operands
-        address = self._address(at).reshape(-1, 32)[warps]
-        program = self.program.reshape(-1, 32)[warps][:, 0]
-        for i, operand in enumerate(of if isinstance(of, list) else [of]):
-            own = matrix.unpack_matrix(self._by_warp(operand)[warps], ".trans" in instruction.opcode)
-            to = address[:, 8 * i : 8 * i + 8, None] + 2 * np.arange(8, dtype=np.uint64)
-            self.shared.store(np.broadcast_to(program[:, None, None], to.shape), to, own)
+        warps, (at, of) = self._warps(mask), instruction.operands
+        for register, program, address in self._matrices(at, of, warps):
+            rows = matrix.unpack_matrix(self._by_warp(register)[warps], ".trans" in instruction.opcode)
+            self.shared.store(program, address, rows)
 
     def _mma_(self, instruction, mask) -> None:
         warps = self._warps(mask)
         to, *of = instruction.operands
         a, b, c = ([self._by_warp(r)[warps] for r in (o if isinstance(o, list) else [o])] for o in of)
-        for operand, own in zip(to, matrix.mma(instruction.opcode, a, b, c), strict=True):
-            got = np.zeros((self.lanes // 32, 32), np.uint32)
-            got[warps] = own
-            self._put(operand, got.ravel(), mask)
+        for register, own in zip(to, matrix.mma(instruction.opcode, a, b, c), strict=True):
+            self._put_warps(register, own, warps, mask)
 
     def _wgmma_(self, instruction, mask) -> None:
         if not instruction.opcode.startswith("wgmma.mma_async"):
@@ -111,7 +109,5 @@ class Warps:
         keep = np.broadcast_to(self._get(scale, 1), (self.lanes,)).reshape(-1, 32)[warps]
         before = [np.where(keep, self._by_warp(r)[warps] if keep.any() else 0, 0).astype(np.uint32) for r in to]
         own = matrix.wgmma(instruction.opcode, left, shared(b, n, transposed[-1]), before)
-        for operand, value in zip(to, own, strict=True):
-            got = np.zeros((self.lanes // 32, 32), np.uint32)
-            got[warps] = value
-            self._put(operand, got.ravel(), mask)
+        for register, value in zip(to, own, strict=True):
+            self._put_warps(register, value, warps, mask)
