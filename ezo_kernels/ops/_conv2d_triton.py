@@ -44,6 +44,12 @@ def _finish(acc, dtype: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, BM
     return acc.to(dtype)
 
 
+@jit
+def _add_product(acc, w, x, PRECISION: tl.constexpr, ASM: tl.constexpr):
+    """acc + w x of a weight in fp32, rounded once to what x is."""
+    return tl.dot(of_precision(w.to(x.dtype), PRECISION, ASM), x, acc, input_precision=PRECISION)
+
+
 @jit(do_not_specialize=["site", "bias_site", "query", "threshold"])
 def conv2d_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, key_ptr, eps_ptr, site, bias_site, query, threshold, scale,
@@ -125,9 +131,7 @@ def conv2d_kernel(
             (w_ptr + w_row)[:, None] + w_column[None, :], mask=inside_n[:, None] & inside_k[None, :], other=0.0
         ).to(tl.float32)
         if SIGN == 0:
-            plus = tl.dot(
-                of_precision(w.to(x_ptr.dtype.element_ty), PRECISION, ASM), x_plus, plus, input_precision=PRECISION
-            )
+            plus = _add_product(plus, w, x_plus, PRECISION, ASM)
         else:
             columns = (first_tap + u // TAP) * pad_channels + first_channel + u % TAP
             z = z_units(
@@ -135,19 +139,9 @@ def conv2d_kernel(
                 NOISE, ROUNDS, UNIT, ASM, threshold, scale,
             )  # fmt: skip
             step = z * eps
-            plus = tl.dot(
-                of_precision((w + step).to(x_ptr.dtype.element_ty), PRECISION, ASM),
-                x_plus,
-                plus,
-                input_precision=PRECISION,
-            )
+            plus = _add_product(plus, w + step, x_plus, PRECISION, ASM)
             if PAIR:
-                minus = tl.dot(
-                    of_precision((w - step).to(x_ptr.dtype.element_ty), PRECISION, ASM),
-                    x_minus,
-                    minus,
-                    input_precision=PRECISION,
-                )
+                minus = _add_product(minus, w - step, x_minus, PRECISION, ASM)
 
     if b_ptr is not None:
         bias = tl.load(b_ptr + o.to(tl.int64) * b_o, mask=inside_n, other=0.0).to(tl.float32)
