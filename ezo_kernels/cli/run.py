@@ -223,6 +223,6 @@ class Run:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], list(state["history"])
-        if hasattr(self.optimizer, "steps"):  # MeZO counts on the host, where no state_dict sees it
-            self.optimizer.steps = self.step
+        if hasattr(self.optimizer, "steps") and "steps" not in state["optimizer"]:
+            self.optimizer.steps = self.step  # checkpoints from before MeZO's state had its count
         self.losses.copy_(state["losses"])

@@ -31,6 +31,17 @@ def test_a_resumed_run_is_the_run(train, tmp_path, method, at):
     assert not same_state(a["model"], ckpt.read(end)["model"])
 
 
+def test_a_checkpoint_of_mezo_from_before_its_state_had_its_steps_goes_on(train, tmp_path):
+    whole, part, end = (tmp_path / name for name in ("whole.pt", "part.pt", "end.pt"))
+    assert train("--method", "mezo", "--checkpoint", whole, "--max-steps", 3)[0] == 0
+    assert train("--method", "mezo", "--checkpoint", part, "--max-steps", 2)[0] == 0
+    contents = torch.load(part, weights_only=True)
+    assert contents["optimizer"].pop("steps") == 2 and contents["optimizer"].pop("skipped") == 0
+    torch.save(contents, part)
+    assert train("--resume", part, "--checkpoint", end, "--max-steps", 3)[0] == 0
+    assert same_state(ckpt.read(whole), ckpt.read(end))
+
+
 INT8 = (
     "--precision",
     "int8",
