@@ -184,6 +184,10 @@ def test_csv(tmp_path):
         assert not x[:, 2].any()  # never changes
 
 
+#: a row of 20 that is not for training
+HELD = draws.shuffled(20, 0, "split", 1)[0]
+
+
 @pytest.mark.parametrize(
     "text, match",
     [
@@ -196,6 +200,11 @@ def test_csv(tmp_path):
         ("a,b\n1,\n", "line 2: b is ''"),
         ("a,b\nnan,1\n", "line 2: a is 'nan'"),
         ("a,b\ninf,1\n", "line 2: a is 'inf'"),
+        ("a,b\n1_000,1\n", "line 2: a is '1_000'"),
+        ("a,b\n" + "1e300,1\n-1e300,2\n" * 20, "the deviation of a is inf in fp64"),
+        ("a,b\n" + "0,1\n1e-200,2\n" * 20, "the deviation of a is 0.0 in fp64"),
+        ("a,b\n" + "".join(f"{i + 1e300 * (i == HELD)},{i}\n" for i in range(20)), "a has a number too far from those"),
+        ("a,b\n" + "1,0.1\n2,0.1\n" * 50, "b is 0.1 in every row of the training split"),
         ('a,b\n"1,2\n', "no CSV file"),
         ("b\n" + "1\n" * 20, "b is its only column"),
         ("a,c\n" + "1,2\n" * 20, "no column 'b' to predict: there are a, c"),
@@ -209,6 +218,19 @@ def test_csv_refuses(tmp_path, text, match):
     path.write_text(text)
     with pytest.raises(ValueError, match=match):
         D.load_regression(path, "b")
+
+
+@pytest.mark.parametrize("rows", [23, 40, 100, 442])
+@pytest.mark.parametrize("value", [0.1, 0.7, 3.3, 1e6 + 0.1])
+def test_a_feature_that_never_changes_in_training_is_zero_everywhere(tmp_path, rows, value):
+    """Whatever the rounding of its mean; and where only rows of the other splits differ."""
+    path = tmp_path / "t.csv"
+    for other in (False, True):
+        held = draws.shuffled(rows, 0, "split", 1)[: int(rows * 0.15)] if other else ()
+        lines = [f"{i},{7 if i in held else value},{i % 5}" for i in range(rows)]
+        path.write_text("\n".join(["a,flag,b", *lines]))
+        data = D.load_regression(path, "b")
+        assert not any(x[:, 1].any() for x in (data.x_train, data.x_valid, data.x_test))
 
 
 def test_csv_of_bytes_and_missing_files(tmp_path):

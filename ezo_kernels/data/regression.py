@@ -34,7 +34,8 @@ class Regression(Dataset):
 
 def _number(field: str, where: str) -> float:
     try:
-        value = float(field)
+        # Python's own writing of numbers, not that of tables: 1_000 is rather a mistake than a thousand
+        value = math.nan if "_" in field else float(field)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
@@ -97,7 +98,8 @@ def load_regression(source: str | Path, target: str | None = None, *, seed: int 
     Raises:
         ModuleNotFoundError: diabetes without scikit-learn.
         FileNotFoundError: no such file.
-        ValueError: a corrupt file, no such column, no other column, too few rows to split, a target that never changes.
+        ValueError: a corrupt file, no such column, no other column, too few rows to split, a target that never changes,
+            numbers that cannot be standardised in floating point.
     """
     seed = check_seed(seed)
     if source == "diabetes":
@@ -117,12 +119,25 @@ def load_regression(source: str | Path, target: str | None = None, *, seed: int 
     # In the file's order within a split.
     order = shuffled(n, seed, "split", 1)
     valid, test, train = (np.sort(part) for part in np.split(order, np.cumsum(held)))
-    mean, std = values[train].mean(0), values[train].std(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = values[train].mean(0), values[train].std(0)
     column = names.index(target)
-    if std[column] == 0:
-        raise ValueError(f"{source}: {target} is {mean[column]:g} in every row of the training split")
-    # A feature that never changes becomes zero, and says nothing.
-    scaled = ((values - mean) / np.where(std > 0, std, 1)).astype(np.float32)
+    # Not by std: the mean of equal numbers may be rounded, and they then deviate from it.
+    least = values[train].min(0)
+    still = least == values[train].max(0)
+    if still[column]:
+        raise ValueError(f"{source}: {target} is {least[column]:g} in every row of the training split")
+    for name, deviation, same in zip(names, std, still, strict=True):
+        if not (same or 0 < deviation < math.inf):
+            raise ValueError(
+                f"{source}: the deviation of {name} is {deviation} in fp64: its numbers cannot be standardised"
+            )
+    # A feature that never changes becomes zero, in rows outside of the training split, too, and says nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.where(still, 0, (values - mean) / np.where(still, 1, std)).astype(np.float32)
+    for name, own in zip(names, scaled.T, strict=True):
+        if not np.isfinite(own).all():
+            raise ValueError(f"{source}: {name} has a number too far from those of the training split for fp32")
     x, y = np.delete(scaled, column, 1), scaled[:, column : column + 1]
     return Regression(
         name=label,
