@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,13 +12,32 @@ from ..data.files import replacing
 from .recipe import Recipe
 
 FORMAT = "ezo-checkpoint-1"
-KEYS = ("format", "recipe", "rng_version", "model", "optimizer", "step", "history", "losses", "genuine")
+#: what a checkpoint holds, and as what
+KEYS = {
+    "format": str,
+    "recipe": dict,
+    "rng_version": str,
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "history": list,
+    "losses": torch.Tensor,
+    "genuine": bool,
+}
+#: what a field of a recipe may hold, by its annotation; a whole number is a float, too
+_FIELDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "bool | None": (bool, type(None))}
 
 
 def save(path: Path, **contents) -> None:
     """Write a checkpoint; whatever happens, ``path`` holds the old one or the whole of the new one."""
     with replacing(path) as temporary:
         torch.save({"format": FORMAT, **contents}, temporary)
+
+
+def _require(value, kind, what: str) -> None:
+    if not isinstance(value, kind):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{what} is {type(value).__name__}, {names} expected")
 
 
 def read(path: Path) -> dict:
@@ -45,6 +65,19 @@ def read(path: Path) -> dict:
     missing = [key for key in KEYS if key not in contents]
     if missing:
         raise ValueError(f"{path}: a checkpoint without {', '.join(missing)}")
+    for key, kind in KEYS.items():
+        _require(contents[key], kind, f"{path}: {key}")
+    for name, tensor in contents["model"].items():
+        _require(tensor, torch.Tensor, f"{path}: {name} of its model")
+    for row in contents["history"]:
+        _require(row, dict, f"{path}: a row of its history")
+    if contents["step"] < 0:
+        raise ValueError(f"{path}: step is {contents['step']}: it must not be negative")
+    for field in fields(Recipe):
+        # p_zero: a number in the first checkpoints, which from_dict takes
+        if field.name in contents["recipe"] and field.name != "p_zero":
+            kind = _FIELDS.get(field.type, object)
+            _require(contents["recipe"][field.name], kind, f"{path}: its recipe does not fit: {field.name}")
     try:
         contents["recipe"] = Recipe.from_dict(contents["recipe"])
     except (TypeError, ValueError) as error:

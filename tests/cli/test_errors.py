@@ -65,6 +65,9 @@ UNREAD = {
         (("--points", "128"), "--points: no meaning with --model lenet5"),
         (("--queries", "4", "--noise", "clt4", "--method", "bp"), "--noise, --queries: no meaning with --method bp"),
         (("--lr", "0.1", "--method", "bp"), "--lr: no meaning with --method bp (its learning rate is --head-lr)"),
+        (("--eps", "0", "--method", "mezo"), "eps must be finite and above 0.0, got 0.0"),
+        (("--clip", "-1", "--method", "mezo"), "clip must be finite and above 0.0, got -1.0"),
+        (("--noise", "sparse_int8", "--method", "mezo"), "use 'sparse' for float weights"),
         (("--mode", "auto", "--method", "mezo"), "--mode: no meaning with --method mezo"),
         (("--antithetic", "--method", "mezo"), "--antithetic: no meaning with --method mezo"),
         *(
@@ -143,6 +146,22 @@ def test_broken_checkpoints_are_refused(train, ezo, tmp_path, monkeypatch, folde
     changed(model={k: v for k, v in contents["model"].items() if k != "fc3.bias"})
     assert refused(train("--resume", bad), bad, "another model: fc3.bias in only one")
     assert refused(ezo("eval", bad, "--data-dir", folder), bad, "another model")
+    for changes, said in (
+        ({"model": [1]}, "model is list, dict expected"),
+        ({"model": {"fc3.bias": 1}}, "fc3.bias of its model is int, Tensor expected"),
+        ({"losses": [1]}, "losses is list, Tensor expected"),
+        ({"step": "a"}, "step is str, int expected"),
+        ({"step": -1}, "step is -1: it must not be negative"),
+        ({"history": [1]}, "a row of its history is int, dict expected"),
+        ({"optimizer": [1]}, "optimizer is list, dict expected"),
+        ({"recipe": [1]}, "recipe is list, dict expected"),
+        ({"recipe": {**contents["recipe"], "head": 5}}, "its recipe does not fit: head is int, str expected"),
+        ({"recipe": {**contents["recipe"], "scales": 5}}, "its recipe does not fit: scales is int, str expected"),
+        ({"recipe": {**contents["recipe"], "lr": "a"}}, "its recipe does not fit: lr is str, int or float expected"),
+    ):
+        changed(**changes)
+        assert refused(train("--resume", bad), bad, said)
+        assert refused(ezo("eval", bad, "--data-dir", folder), bad, said)
     changed(genuine=True)
     assert refused(train("--resume", bad), bad, "other data")
     changed(losses=torch.zeros(3))
