@@ -322,6 +322,45 @@ def test_bad_input():
         choose_cut(model, (x, y), optimizer="lion")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named(value):
+    model, (x, y) = mlp(8)
+    bad = x.clone()
+    bad[3, 2] = value
+    for loss_fn, target in ((F.cross_entropy, y), (F.mse_loss, torch.randn(8, 5))):
+        with pytest.raises(ValueError, match="no gradient can be told from it; not finite are: x$"):
+            choose_cut(model, (bad, target), loss_fn=loss_fn, time_step=fixed())
+    with torch.no_grad():
+        model.fc2.weight.fill_(value)
+    with pytest.raises(ValueError, match="not finite are: fc2.weight$"):
+        choose_cut(model, (x, y), time_step=fixed())
+    with pytest.raises(ValueError, match="no class can be drawn"):
+        draw_classes(torch.full((2, 3), float("nan")), y[:2], torch.Generator())
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_labels_of_no_class_are_refused(label):
+    model, (x, y) = mlp(8)
+    y = y.clone()
+    y[6] = label
+    with pytest.raises(ValueError, match=f"labels must be 0 to 4, or -100 .* of 5 classes, got {label}$"):
+        choose_cut(model, (x, y), time_step=fixed())
+
+
+@pytest.mark.parametrize("seed, error", [(1.5, TypeError), ("a", TypeError), (True, TypeError), (-1, ValueError)])
+def test_seeds_are_checked(seed, error):
+    model, (x, y) = mlp(8)
+    with pytest.raises(error, match="seed must be"):
+        choose_cut(model, (x, y), seed=seed)
+    with pytest.raises(error, match="seed must be"):
+        measure(model, x, y, F.cross_entropy, all_cuts(model, x), seed=seed)
+
+
+def test_the_largest_seed_is_one():
+    model, (x, y) = mlp(8)
+    assert measure(model, x, y, F.cross_entropy, all_cuts(model, x), seed=2**64 - 1)
+
+
 def test_a_loss_of_ones_own_with_its_draw():
     model, (x, y) = mlp(8)
     own = choose_cut(

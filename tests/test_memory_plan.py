@@ -169,6 +169,40 @@ def test_a_cut_through_a_tie_is_left_out_and_named():
     assert plan.cuts[0].bytes["stacked", "sgd"].parameters == shared
 
 
+class Unused(nn.Module):
+    """With a layer that the forward leaves out: a step refuses it in the trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o, self.un = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.o(torch.relu(self.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:the head's 'un.weight'")
+def test_a_cut_with_an_unused_layer_in_the_trunk_is_left_out_and_named():
+    sample = (torch.randn(8, 6), torch.arange(8) % 4)
+    plan = memory_plan(Unused(), sample)
+    assert [cut.layers for cut in plan.cuts] == [2] and [head for head, _ in plan.refused] == [(), ("o",)]
+    assert all("not visited by the forward" in why and "'un.bias', 'un.weight'" in why for _, why in plan.refused)
+    choice = ezo.choose_cut(Unused(), sample, time_step=lambda step: step() or 0.1)
+    assert choice.head == "all" and [row.layers for row in choice.rows] == [2]
+    assert "no cut at o: not visited by the forward" in str(choice)
+    assert [cut.layers for cut in memory_plan(without_unused(), sample).cuts] == [0, 1, 2]
+
+
+def without_unused():
+    model = Unused()
+    model.un.requires_grad_(False)
+    return model
+
+
+def test_a_plan_without_a_cut_says_why():
+    with pytest.raises(ValueError, match=r"no cut of this model can be trained: .*batch_size \(8\)"):
+        memory_plan(without_unused(), (torch.randn(8, 6), torch.arange(3)))
+
+
 def test_a_model_that_cannot_be_stacked_has_no_stacked_bytes():
     """torchvision's ViT owns parameters above its blocks: ElasticZO runs its groups one by one."""
     model = ViT()

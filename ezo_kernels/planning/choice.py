@@ -17,6 +17,7 @@ from torch import nn
 
 from ..nn.convert import convert_
 from ..nn.cut import all_cuts
+from ..ops.noise import check_index
 from ..optim import ElasticZO
 from ..optim.batches import rows_of
 from .fake import fake_batch, fake_mode, fake_model
@@ -76,7 +77,8 @@ class CutChoice:
     """What :func:`choose_cut` chose, and why; ``str`` is two tables.
 
     Attributes:
-        layers, head: of the cut that was chosen. rows: every cut. signals: every weight layer, in the order of a forward.
+        layers, head: of the cut that was chosen. rows: every cut that can be trained.
+        signals: every weight layer, in the order of a forward.
         plan: all bytes. memory_budget: bytes. time_budget: seconds a step.
     """
 
@@ -111,7 +113,8 @@ class CutChoice:
         of_layers = table(["layer", "parameters", "G", "G_B", "T", "snr", "best lr"], layers)
         chosen = f"head {shown(self.head)}, mode {self.mode}"
         why = f"{chosen}: the fewest bytes of the cuts with {ENOUGH:.0%} of the best allowed gain"
-        return "\n".join([why, table(header, lines), "", of_layers])
+        refused = [f"no cut at {shown(head)}: {reason}" for head, reason in self.plan.refused]
+        return "\n".join([why, table(header, lines), *refused, "", of_layers])
 
     def to_dict(self) -> dict:
         """Everything as JSON takes it."""
@@ -248,16 +251,17 @@ def choose_cut(
         mode: ``stacked``, ``sequential``, or ``auto``: stacked where the model and the memory budget allow it.
         optimizer: of the head, ``sgd`` or ``adam``, for bytes and seconds.
         queries: directions a step.
-        seed: of what is drawn.
+        seed: of what is drawn, [0, 2^64).
         time_step: seconds of a call of the function it is given, a step.
 
     Raises:
         TypeError: an argument of another type.
         ValueError: a budget that no cut can meet, with the smallest that can; a sample without y or of one row (of fewer
-            than four, with batch norm); a signal_sample without y or of fewer rows; a y of another length than its x; what
-            :func:`ezo_kernels.memory_plan` refuses.
+            than four, with batch norm); a signal_sample without y or of fewer rows; a y of another length than its x; labels
+            that are no class of the model; rows whose loss is not finite; what :func:`ezo_kernels.memory_plan` refuses.
     """
     memory_budget, time_budget = _budget(memory_budget, "memory_budget"), _budget(time_budget, "time_budget")
+    seed = check_index(seed, "seed", 1 << 64)
     if mode not in ("auto", *MODES) or optimizer not in OPTIMIZERS:
         raise ValueError(
             f"mode must be one of {('auto', *MODES)} and optimizer one of {OPTIMIZERS}, got {mode!r}, {optimizer!r}"

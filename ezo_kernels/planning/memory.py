@@ -239,6 +239,8 @@ def step_bytes(model: nn.Module, x, y, loss_fn, *, mode: str, optimizer: str, qu
                 finish()
 
         opt._finish = finish_as_workspace
+        # What a real first step checks of the model's values fakes do not have, but which weights it leaves out they show.
+        opt.zo.visited = set()
         opt.train_step(x, y, loss_fn)
         live.mark_alive("state")
         live.restart()
@@ -281,7 +283,9 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
     saves. So a model far too large for this machine, or one on the meta device (planned as on the CPU), can be planned. The
     time is that of eight traced steps a cut: seconds for a few layers, minutes for a hundred.
 
-    Whether a model treats the rows of a batch apart, as a stacked step must have it, shows only in a real first step.
+    Cuts that conversion or a step refuses are left out and named in ``refused``, such as those with a layer in the trunk that
+    the forward does not use. Whether a model treats the rows of a batch apart, as a stacked step must have it, shows only in a
+    real first step.
 
     Not counted: the batch itself, what a kernel takes and gives back inside of one call, an allocator's rounding, the CUDA
     context. Adam is torch's with ``fused=True``. Steps in integers have :func:`ezo_kernels.planning.plan_int8_step`.
@@ -295,8 +299,9 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
 
     Raises:
         TypeError: a sample or a model of another type, labels of another dtype.
-        ValueError: a converted model, one with nothing to train or without a weight layer, an empty batch, an output that no
-            class ids fit, a forward or a loss that asks a tensor for values (``if x.sum() > 0``).
+        ValueError: a converted model, one with nothing to train, without a weight layer or without a cut that can be trained,
+            an empty batch, an output that no class ids fit, a forward or a loss that asks a tensor for values (``if x.sum() >
+            0``).
         NotImplementedError: a model that :func:`ezo_kernels.convert_` refuses whatever the head, an operator without a fake.
     """
     check_model(model)
@@ -323,6 +328,10 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
                 found.append(CutBytes(n, head, _ways(model, mode, head, x, y, loss_fn, queries), tally[n]))
             except (ValueError, NotImplementedError) as error:
                 refused.append((head, str(error)))
+        if not found:
+            raise ValueError(
+                f"no cut of this model can be trained: {'; '.join(dict.fromkeys(why for _, why in refused))}"
+            )
         backprop = {name: backprop_bytes(fake_model(model, mode), x, y, loss_fn, optimizer=name) for name in OPTIMIZERS}
     return MemoryPlan(tuple(found), backprop, tuple(refused), rows, queries)
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..nn.cut import in_head
+from ..ops.noise import check_index
 from ..optim.batches import call, rows_of
 
 #: Micro-batches that a sample is split into, at most: 120 pairs for G, at 32 backward passes. Set by hand, for that price,
@@ -102,8 +103,14 @@ def segments(model: nn.Module, cuts: list[tuple[str, ...]]) -> list[tuple[str, l
 
 
 def draw_classes(output: torch.Tensor, y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Class ids that a classifier [B, classes, ...] draws itself; where y is -100 they stay so."""
+    """Class ids that a classifier [B, classes, ...] draws itself; where y is -100 they stay so.
+
+    Raises:
+        ValueError: an output that is no distribution.
+    """
     p = output.detach().double().softmax(1).movedim(1, -1)
+    if not p.isfinite().all():
+        raise ValueError("the model's output is not finite: no class can be drawn from it")
     drawn = torch.multinomial(p.reshape(-1, p.shape[-1]).cpu(), 1, generator=generator).view(p.shape[:-1])
     return torch.where(y == -100, y, drawn.to(y.device))
 
@@ -161,6 +168,34 @@ def check_targets(x, y, loss_fn, what: str) -> None:
         raise ValueError(f"{what} has {rows_of(x)} rows in x and {len(y)} in y")
 
 
+def _check_labels(output: torch.Tensor, y: torch.Tensor) -> None:
+    """Refuse class ids that a classifier does not have: on a GPU cross-entropy would end the process's use of it."""
+    if (
+        not (isinstance(output, torch.Tensor) and output.dim() > 1 and isinstance(y, torch.Tensor))
+        or y.is_floating_point()
+    ):
+        return
+    wrong = y[(y != -100) & ((y < 0) | (y >= output.shape[1]))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must be 0 to {output.shape[1] - 1}, or -100 for none, for a model of {output.shape[1]} classes, got "
+            f"{int(wrong[0])}"
+        )
+
+
+def _require_finite(loss: torch.Tensor, model: nn.Module, x, y) -> None:
+    """Refuse a loss that is not finite, naming what else is not."""
+    if bool(torch.isfinite(loss).all()):
+        return
+    named = [*model.named_parameters(), *model.named_buffers()]
+    named += [(what, leaf) for what, batch in (("x", x), ("y", y)) for leaf in pytree.tree_leaves(batch)]
+    found = [name for name, t in named if isinstance(t, torch.Tensor) and not bool(torch.isfinite(t).all())]
+    raise ValueError(
+        f"the loss of these rows is {float(loss.detach().mean())}, and no gradient can be told from it; not finite are: "
+        f"{', '.join(dict.fromkeys(found)) or 'none of the weights, x and y'}"
+    )
+
+
 def micro_batches(model: nn.Module, x) -> tuple[int, int]:
     """How many micro-batches a sample gives, and their rows.
 
@@ -188,8 +223,12 @@ def measure(
         draw_target: ``draw_target(output, y, generator)`` -> targets from the model's own distribution, every element drawn on
             its own. Known for F.cross_entropy and F.mse_loss.
         batch: rows of a step, for G_B and h, not more than those of x; all that are used if None.
-        seed: of drawn targets, of folds and of random layers; torch's global state is left alone.
+        seed: of drawn targets, of folds and of random layers, [0, 2^64); torch's global state is left alone.
+
+    Raises:
+        TypeError, ValueError: a seed that is none; labels that are no class of the model; a loss that is not finite.
     """
+    seed = check_index(seed, "seed", 1 << 64)
     draw = draw_for(loss_fn, draw_target)
     count, size = micro_batches(model, x)
     twin, rows = copy.deepcopy(model), rows_of(x)
@@ -205,14 +244,19 @@ def measure(
             part = slice(k * size, (k + 1) * size)
             own_x, own_y = _rows(x, rows, part), _rows(y, rows, part)
             output = call(twin, own_x, {})
-            drawn = draw(output, own_y, generator)
-            targets += int((drawn != -100).sum()) if not drawn.is_floating_point() else drawn.numel()
-            for which, target in enumerate((own_y, drawn)):
+            if draw is draw_classes:
+                _check_labels(output, own_y)
+            for which in range(2):
+                target = draw(output, own_y, generator) if which else own_y
                 loss = loss_fn(output, target)
+                _require_finite(loss, model, own_x, target)
                 flat = iter(torch.autograd.grad(loss, parameters, retain_graph=which == 0, materialize_grads=True))
                 for layer, (own, into) in enumerate(zip(layers, vectors, strict=True)):
-                    signs = torch.Generator().manual_seed(seed + 1 + layer)  # the same in every micro-batch
+                    signs = torch.Generator().manual_seed(
+                        (seed + 1 + layer) % (1 << 64)
+                    )  # the same in every micro-batch
                     into[which].append(_fold([next(flat) for _ in own], signs) if own else torch.zeros(1))
+            targets += target.numel() if target.is_floating_point() else int((target != -100).sum())
     found = []
     for true, drawn in vectors:
         a, s = torch.stack(true).double(), torch.stack(drawn).double()
