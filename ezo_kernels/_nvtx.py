@@ -5,7 +5,7 @@
 | ``forward`` | the model's forward of all groups as one batch; of one group, with its loss, where they run one by one |
 | ``loss`` | the losses of all groups of a stacked pass |
 | ``head backward`` | the backward of the head |
-| ``g`` | g, its clip, the coefficients, and whether the step is finite |
+| ``g`` | g, its clip, the coefficients, and whether the step is finite; of integers in ``loss``, with the losses |
 | ``update`` | the trunk's update |
 | ``head update`` | the head's optimiser |
 | ``replay`` | the launch of a captured step: nothing else of it runs on the host |
@@ -22,7 +22,7 @@ from torch import nn
 
 #: The domain of all ranges, where the nvtx package is installed.
 DOMAIN = "ezo"
-PHASES = ("forward", "loss", "head backward", "g", "update", "head update", "replay")
+PHASES = ("rows", "forward", "loss", "head backward", "g", "update", "head update", "replay")
 _NOTHING = contextlib.nullcontext()
 
 

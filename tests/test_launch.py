@@ -24,8 +24,10 @@ from ezo_kernels import ops  # noqa: E402
 from ezo_kernels.ops import _library  # noqa: E402
 from ezo_kernels.ops._update_triton import update_table  # noqa: E402
 from ezo_kernels.ops.batch_norm import batch_norm, move_running_statistics  # noqa: E402
+from ezo_kernels.ops.cross_entropy import cross_entropy_and_gradient  # noqa: E402
 from ezo_kernels.ops.dropout import dropout_mask  # noqa: E402
 from ezo_kernels.ops.grouped_linear import grouped_linear  # noqa: E402
+from ezo_kernels.ops.importance import importance_rows  # noqa: E402
 from ezo_kernels.ops.noise import fold_key, key_tensor  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -277,6 +279,16 @@ def test_cross_entropy(launches, dtype):
     one, many = ["cross_entropy_kernel"], ["cross_entropy_kernel", "cross_entropy_mean_kernel"]
     backward = ["cross_entropy_backward_kernel"]
     assert [launch.name for launch in launches] == 2 * (one + backward) + many + backward
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_rows_drawn_by_importance(launches, dtype):
+    for rows, classes in ((128, 10), (4096, 3)):
+        logits, target = torch.ones(rows, classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+        drawn, weight = importance_rows(logits, target, 16, key_tensor(0, 0))
+        cross_entropy_and_gradient(logits[:16], target[:16], torch.ones(1), weight=weight)
+    names = ["importance_score_kernel", "importance_draw_kernel", "cross_entropy_kernel"]
+    assert [launch.name for launch in launches] == 2 * names
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

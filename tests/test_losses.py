@@ -42,9 +42,9 @@ def test_large_vocabularies_go_by_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 20)
     seen = []
 
-    def spy(*args):
+    def spy(*args, **kwargs):
         seen.append(1)
-        return chunked_cross_entropy(*args)
+        return chunked_cross_entropy(*args, **kwargs)
 
     monkeypatch.setattr(cross_entropy, "chunked_cross_entropy", spy)
     logits, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
@@ -140,6 +140,37 @@ def test_only_plain_cross_entropy_is_taken(monkeypatch):
         (logits, target[:7]), ((logits,), target), (logits, target.to("meta")), (logits[:0], target[:0]),
     ]  # fmt: skip
     assert all(losses.grouped_losses(F.cross_entropy, *both, 2) is None for both in shaped)
+
+
+def test_rows_that_have_weights(monkeypatch):
+    """At once, by chunks, differentiated twice, and as a loss function of one group."""
+    logits, target, share = problem(2, 8, 5)
+    weight = torch.linspace(0, 2, 8)
+
+    def by_torch(logits):
+        each = F.cross_entropy(logits, target.repeat(2), reduction="none").view(2, 8)
+        return (each * weight).sum(1) / (target != -100).sum()
+
+    loss_fn = losses.WeightedCrossEntropy(-100, weight)
+    for chunk in (1 << 20, 4):
+        monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+        ours, theirs = (logits.clone().requires_grad_() for _ in "ab")
+        found = losses.grouped_losses(loss_fn, ours, target, 2)
+        torch.testing.assert_close(found, by_torch(theirs))
+        torch.testing.assert_close(loss_fn(ours[:8], target)[0], found[0])
+        assert_bitwise_equal(losses.losses_and_gradient(loss_fn, logits, target, share)[0], found)
+        slopes = [
+            torch.autograd.grad(f, of, share, create_graph=True)[0]
+            for f, of in ((found, ours), (by_torch(theirs), theirs))
+        ]
+        torch.testing.assert_close(*slopes)
+        torch.testing.assert_close(losses.losses_and_gradient(loss_fn, logits, target, share)[1], slopes[1].detach())
+        torch.testing.assert_close(
+            *(torch.autograd.grad(s.square().sum(), of)[0] for s, of in zip(slopes, (ours, theirs), strict=True))
+        )
+    for wrong, error, text in ((weight.double(), TypeError, "float64"), (weight[:5], ValueError, r"\(5,\)")):
+        with pytest.raises(error, match=text):
+            grouped_cross_entropy(logits, target, 2, weight=wrong)
 
 
 def test_refusals():

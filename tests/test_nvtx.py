@@ -67,6 +67,11 @@ def test_a_step_one_group_at_a_time(seen):
     assert seen == ["forward", *LAYERS, "head backward"] * 4 + ["g", "head update", "update"]
 
 
+def test_a_step_on_drawn_rows(seen):
+    second_step(optimizer(nvtx=True, importance_rows=4), *batch(8), seen)
+    assert seen == ["rows", *LAYERS, *STEP]
+
+
 def test_pure_zeroth_order_and_pure_backpropagation(seen):
     second_step(optimizer((), nvtx=True), *batch(8), seen)
     assert seen == ["forward", *LAYERS[:4], "trunk fc3", "loss", "g", "update"]

@@ -40,7 +40,7 @@ def make_optimizer(
     if recipe.method == "elastic":
         convert_(model, head=recipe.head_argument)
         own = {"antithetic": recipe.antithetic, "mode": recipe.mode, "capture": capture}
-        own["scales"] = parse_scales(recipe.scales)
+        own |= {"scales": parse_scales(recipe.scales), "importance_rows": recipe.importance_rows or None}
         return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, **own)
     # What ElasticZO is held against: not imported by a run that does not compare.
     from ..optim import baselines

@@ -88,6 +88,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=X,NAME=X",
         shown="1 for all",
     )
+    option(
+        "importance_rows",
+        "draw N images of each batch, by how wrong a plain forward of it is, for all directions; 0 takes all",
+        type=int,
+        metavar="N",
+    )
     option("mode", "all groups of a step in one pass, or one by one", choices=R.MODES)
     option("epochs", "passes over the training images", type=int, metavar="N")
     option("batch", "images a step", type=int, metavar="N")

@@ -16,14 +16,18 @@ MODES = ("auto", "stacked", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
-FLOAT_ONLY = ("noise", "scales", "lr", "eps", "clip", "head_lr", "schedule")
+FLOAT_ONLY = ("noise", "scales", "importance_rows", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "head_remainder", "loss", "fraction_bits")
 _OF_ZEROTH_ORDER = (
-    "noise", "p_zero", "rounds", "queries", "antithetic", "scales", "mode", "lr", "eps", "clip",
+    "noise", "p_zero", "rounds", "queries", "antithetic", "scales", "importance_rows", "mode", "lr", "eps", "clip",
 )  # fmt: skip
 #: options that nothing in a run of this method, or with this model, reads
 UNREAD = {
-    "method": {"mezo": ("antithetic", "scales", "mode"), "bp": _OF_ZEROTH_ORDER, "frozen": _OF_ZEROTH_ORDER},
+    "method": {
+        "mezo": ("antithetic", "scales", "importance_rows", "mode"),
+        "bp": _OF_ZEROTH_ORDER,
+        "frozen": _OF_ZEROTH_ORDER,
+    },
     "model": {"lenet5": ("hidden", "points"), "mlp": ("points",), "pointnet": ("hidden",)},
 }
 
@@ -95,6 +99,7 @@ class Recipe:
     queries: int = 1
     antithetic: bool = True
     scales: str = ""
+    importance_rows: int = 0
     mode: str = "auto"
     epochs: int = 10
     batch: int = 32
@@ -139,6 +144,16 @@ class Recipe:
         object.__setattr__(self, "scales", ",".join(f"{n}={v!r}" for n, v in sorted(scales.items())))
         if scales and self.method != "elastic":
             raise ValueError(f"scales goes with method elastic, not {self.method}")
+        if self.importance_rows:
+            if not 0 < self.importance_rows < self.batch:
+                raise ValueError(
+                    f"importance_rows is {self.importance_rows}: 1 to {self.batch - 1} are drawn out of a batch of {self.batch}"
+                )
+            if self.method != "elastic" or self.integer or self.model == "pointnet":
+                raise ValueError(
+                    "importance_rows goes with method elastic, in floats, and with a model without batch norm, not "
+                    f"{self.method}, {self.precision} and {self.model}"
+                )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")
         # A frozen dataclass; the default of one field depends on another.

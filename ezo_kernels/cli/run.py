@@ -40,6 +40,13 @@ def loss_fn(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), y)
 
 
+def loss_of(recipe: Recipe):
+    """The loss that the optimizer of a recipe in floats is given: ElasticZO's own cross-entropy is in fp32, of all groups at
+    once.
+    """
+    return F.cross_entropy if recipe.method == "elastic" else loss_fn
+
+
 def data_for(recipe: Recipe, data: Dataset) -> Dataset:
     """The data as the recipe's model takes it: PointNet's as clouds of points drawn from the images, others' as they are."""
     return point_clouds(data, recipe.points) if recipe.model == "pointnet" else data
@@ -163,7 +170,7 @@ class Run:
         factor = self.recipe.lr_factor(self.step, self.steps)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        loss = self.optimizer.train_step(x, y, loss_fn=loss_fn)
+        loss = self.optimizer.train_step(x, y, loss_fn=loss_of(self.recipe))
         # Kept on the device: nobody waits for it until the epoch ends.
         self.losses[self.step % len(self.batches)].copy_(loss)
         self.step += 1

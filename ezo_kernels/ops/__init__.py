@@ -5,6 +5,7 @@ from ._perturbation import Perturbation
 from .conv2d import perturbed_conv1d, perturbed_conv2d
 from .cross_entropy import grouped_cross_entropy
 from .embedding import perturbed_embedding
+from .importance import importance_rows
 from .int8_conv2d import int8_conv1d, int8_conv2d
 from .int8_head import int8_head_update_
 from .int8_linear import int8_linear
@@ -27,6 +28,7 @@ __all__ = [
     "Perturbation",
     "UpdatePlan",
     "grouped_cross_entropy",
+    "importance_rows",
     "int8_add",
     "int8_conv1d",
     "int8_conv2d",

@@ -4,6 +4,7 @@
 |---|---|
 | logits, out | [groups, rows, classes], contiguous |
 | target | int64 [rows] |
+| weight | fp32 [rows], or None |
 | losses, grad | fp32 [groups]; the shares of a forward that leaves the gradient, too, are its grad |
 | count | fp32 [1] |
 | parts | fp32 [groups, programs, 2]: sums of losses and rows that count; where a group has several programs |
@@ -27,7 +28,7 @@ _BLOCK, _WARPS, _PARTS = 4096, 4, 1024
 
 
 @jit
-def _maximum_and_sum(at, inside_r, classes, R: tl.constexpr, C: tl.constexpr):
+def maximum_and_sum(at, inside_r, classes, R: tl.constexpr, C: tl.constexpr):
     """Of each row: its largest logit m (0 if all are -inf) and the sum of exp(x - m); fp32 [R, 1]."""
     c = tl.arange(0, C)[None, :]
     lowest: tl.constexpr = float("-inf")
@@ -43,9 +44,20 @@ def _maximum_and_sum(at, inside_r, classes, R: tl.constexpr, C: tl.constexpr):
 
 
 @jit
+def _weights(weight_ptr, r, inside):
+    """Of each row, 1 without a tensor of them; fp32."""
+    if weight_ptr is None:
+        w = 1.0
+    else:
+        w = tl.load(weight_ptr + r, mask=inside, other=0.0)
+    return w
+
+
+@jit
 def _write_gradient(
     logits_ptr,
     target_ptr,
+    weight_ptr,
     out_ptr,
     first_row,
     rows,
@@ -62,7 +74,8 @@ def _write_gradient(
     target = tl.load(target_ptr + r, mask=r < rows, other=ignore_index)
     counts = (r < rows) & (target != ignore_index)
     row = (group.to(tl.int64) * rows + r) * classes
-    m, s = _maximum_and_sum(logits_ptr + row, counts, classes, R, C)
+    m, s = maximum_and_sum(logits_ptr + row, counts, classes, R, C)
+    scale = scale * _weights(weight_ptr, r, counts)
     share = tl.div_rn(scale, tl.where(counts, s, 1.0))
     for first in range(0, classes, C):
         inside = (r < rows) & (first + c < classes)
@@ -73,7 +86,8 @@ def _write_gradient(
 
 @jit(do_not_specialize=["rows", "span", "ignore_index"])
 def cross_entropy_kernel(
-    logits_ptr, target_ptr, grad_ptr, losses_ptr, count_ptr, parts_ptr, out_ptr, rows, classes, span, ignore_index,
+    logits_ptr, target_ptr, weight_ptr, grad_ptr, losses_ptr, count_ptr, parts_ptr, out_ptr, rows, classes, span,
+    ignore_index,
     ONE: tl.constexpr, GRADIENT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The grid is (programs, groups); a program has ``span`` rows. ONE: they are all of its group's."""
@@ -87,11 +101,12 @@ def cross_entropy_kernel(
         target = tl.load(target_ptr + r, mask=r < end, other=ignore_index)
         counts = (r < end) & (target != ignore_index)
         at = logits_ptr + (group.to(tl.int64) * rows + r) * classes
-        m, s = _maximum_and_sum(at, counts, classes, R, C)
+        m, s = maximum_and_sum(at, counts, classes, R, C)
         # a target that is no class reads nothing, and its loss is not a number
         known = counts & (target >= 0) & (target < classes)
         own = tl.load(at + target, mask=known, other=float("nan")).to(tl.float32)
-        total += tl.where(counts, (m - own) + tl.log(tl.where(counts, s, 1.0)), 0.0)
+        loss = ((m - own) + tl.log(tl.where(counts, s, 1.0))) * _weights(weight_ptr, r, counts)
+        total += tl.where(counts, loss, 0.0)
         counted += tl.where(counts, 1.0, 0.0)
     loss, count = tl.sum(total), tl.sum(counted)
     if ONE:
@@ -100,7 +115,9 @@ def cross_entropy_kernel(
         if GRADIENT:
             scale = tl.div_rn(tl.load(grad_ptr + group), count)
             for first in range(begin, end, R):
-                _write_gradient(logits_ptr, target_ptr, out_ptr, first, rows, classes, ignore_index, group, scale, R, C)
+                _write_gradient(
+                    logits_ptr, target_ptr, weight_ptr, out_ptr, first, rows, classes, ignore_index, group, scale, R, C
+                )
     else:
         part = parts_ptr + 2 * (group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0))
         tl.store(part, loss)
@@ -125,14 +142,15 @@ def cross_entropy_mean_kernel(parts_ptr, losses_ptr, count_ptr, programs, BLOCK:
 
 @jit(do_not_specialize=["rows", "ignore_index"])
 def cross_entropy_backward_kernel(
-    logits_ptr, target_ptr, grad_ptr, count_ptr, out_ptr, rows, classes, ignore_index,
+    logits_ptr, target_ptr, weight_ptr, grad_ptr, count_ptr, out_ptr, rows, classes, ignore_index,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The grid is (blocks of rows, groups)."""
     group = tl.program_id(1)
     scale = tl.div_rn(tl.load(grad_ptr + group), tl.load(count_ptr))
     _write_gradient(
-        logits_ptr, target_ptr, out_ptr, tl.program_id(0) * R, rows, classes, ignore_index, group, scale, R, C
+        logits_ptr, target_ptr, weight_ptr, out_ptr, tl.program_id(0) * R, rows, classes, ignore_index, group, scale,
+        R, C,
     )
 
 
@@ -154,7 +172,7 @@ def _grid(logits, target, groups: int) -> tuple[int, int, int]:
     return cross_entropy_tile(rows, classes)
 
 
-def launch_cross_entropy(logits, target, ignore_index, grad, losses, count, out) -> None:
+def launch_cross_entropy(logits, target, weight, ignore_index, grad, losses, count, out) -> None:
     """Write the loss of each group, how many rows count in it, and with ``grad`` the gradient; contiguous tensors."""
     require()
     groups, rows = losses.numel(), target.numel()
@@ -169,7 +187,7 @@ def launch_cross_entropy(logits, target, ignore_index, grad, losses, count, out)
     now = one and grad is not None
     with torch.cuda.device_of(logits):
         cross_entropy_kernel[(programs, groups)](
-            logits, target, grad if now else None, losses, count, parts, out if now else None,
+            logits, target, weight, grad if now else None, losses, count, parts, out if now else None,
             rows, logits.shape[1], span, ignore_index, ONE=one, GRADIENT=now, R=r, C=c,
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
@@ -178,10 +196,10 @@ def launch_cross_entropy(logits, target, ignore_index, grad, losses, count, out)
                 parts, losses, count, programs, BLOCK=_PARTS, num_warps=_WARPS, enable_fp_fusion=False
             )
     if grad is not None and not now:
-        launch_cross_entropy_backward(logits, target, ignore_index, grad, count, out)
+        launch_cross_entropy_backward(logits, target, weight, ignore_index, grad, count, out)
 
 
-def launch_cross_entropy_backward(logits, target, ignore_index, grad, count, out) -> None:
+def launch_cross_entropy_backward(logits, target, weight, ignore_index, grad, count, out) -> None:
     """Write the gradient of all logits; contiguous tensors."""
     require()
     groups, rows = grad.numel(), target.numel()
@@ -190,7 +208,7 @@ def launch_cross_entropy_backward(logits, target, ignore_index, grad, count, out
     r, c, _ = _grid(logits, target, groups)
     with torch.cuda.device_of(logits):
         cross_entropy_backward_kernel[(-(-rows // r), groups)](
-            logits, target, grad, count, out, rows, logits.shape[1], ignore_index, R=r, C=c, num_warps=_WARPS,
+            logits, target, weight, grad, count, out, rows, logits.shape[1], ignore_index, R=r, C=c, num_warps=_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -209,19 +227,21 @@ def variants():
             r, c, span = cross_entropy_tile(rows, classes)
             options = {"num_warps": _WARPS, "num_stages": 3, "expects": ("call",), "representative": dtype != "fp16"}
             options["divisible"] = ("classes",) if classes % 16 == 0 else ()
-            kinds = {**floats, "grad_ptr": "*fp32", "count_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+            kinds = {**floats, "weight_ptr": "*fp32", "grad_ptr": "*fp32", "count_ptr": "*fp32", "out_ptr": f"*{dtype}"}
             one = span == rows
-            for now in (False, True)[: 1 + one]:
-                absent = {name: None for name in ("parts_ptr",) * one + ("grad_ptr", "out_ptr") * (not now)}
+            for now, weighted in ((False, False), (True, False), (True, True))[: 1 + 2 * one]:
+                gone = ("parts_ptr",) * one + ("grad_ptr", "out_ptr") * (not now) + ("weight_ptr",) * (not weighted)
+                absent = dict.fromkeys(gone)
                 own = {name: kind for name, kind in {**kinds, **sums, **integers}.items() if name not in absent}
+                what = "/gradient" * now + "/weighted" * weighted
                 yield Variant(
-                    cross_entropy_kernel, f"cross_entropy/{dtype}/{rows}x{classes}{'/gradient' * now}", own,
+                    cross_entropy_kernel, f"cross_entropy/{dtype}/{rows}x{classes}{what}", own,
                     {**absent, "ONE": one, "GRADIENT": now, "R": r, "C": c}, **options,
                 )  # fmt: skip
-            own = {name: kind for name, kind in integers.items() if name != "span"}
+            own = {name: kind for name, kind in {**kinds, **integers}.items() if name not in ("weight_ptr", "span")}
             yield Variant(
-                cross_entropy_backward_kernel, f"cross_entropy_backward/{dtype}/{rows}x{classes}", {**kinds, **own},
-                {"R": r, "C": c}, **options,
+                cross_entropy_backward_kernel, f"cross_entropy_backward/{dtype}/{rows}x{classes}", own,
+                {"weight_ptr": None, "R": r, "C": c}, **options,
             )  # fmt: skip
     sums = dict.fromkeys(("parts_ptr", "losses_ptr", "count_ptr"), "*fp32")
     yield Variant(

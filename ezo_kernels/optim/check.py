@@ -226,6 +226,17 @@ def _written(model: nn.Module, held: dict) -> list[str]:
     return sorted(n for n, (b, version, _) in held.items() if now.get(n) is not b or b._version != version)
 
 
+@contextlib.contextmanager
+def unwritten(model: nn.Module, now: bool):
+    """Put back the buffers that the forward inside writes, if ``now``: the check of another one says which they are."""
+    held = {n: (b, b._version, b.clone()) for n, b in model.named_buffers()} if now else {}
+    try:
+        yield
+    finally:
+        if held:
+            _put_back(model, held)
+
+
 @torch.no_grad()
 def _put_back(model: nn.Module, held: dict) -> None:
     for name in _written(model, held):

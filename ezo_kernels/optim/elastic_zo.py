@@ -27,6 +27,7 @@ from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .check import Checks, Places, eagerly
 from .head import GuardedOptimizer, make_head_optimizer
+from .importance import ImportanceRows, check_importance_rows
 from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
 from .scales import ScaledEps, resolve_scales
@@ -42,7 +43,7 @@ def _slot(model: nn.Module, name: str) -> tuple[dict, str]:
     return model.get_submodule(owner)._parameters, leaf
 
 
-class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
+class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Optimizer):
     """Trains a model that :func:`ezo_kernels.convert_` converted.
 
     ``param_groups[0]`` is the trunk (``lr``, ``eps``, ``clip``), the others are the head's; all hold Python numbers, and
@@ -70,6 +71,8 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         mode: ``stacked`` runs all groups as one batch in :meth:`train_step`, ``sequential`` one by one (inference memory of
             one batch); ``auto`` stacks where the model allows it.
         head_grad: the head learns from the ``mean`` over groups, or from the ``plus`` or ``minus`` ones.
+        importance_rows: draw as many rows of a larger batch of :meth:`train_step`, by one plain forward of all of it, for all
+            directions and the head (docs/recipes.md, Rows that matter); the loss is plain cross-entropy then. None: all rows.
         stochastic_rounding: of 16-bit trunk weights in the update.
         nvtx: push NVTX ranges by phase and by layer (docs/profiling.md).
         capture: replay :meth:`train_step` as one CUDA graph (docs/performance.md, section The captured step); the head's SGD
@@ -99,6 +102,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         head_grad: str = "mean",
         antithetic: bool = True,
         scales: dict[str, float] | None = None,
+        importance_rows: int | None = None,
         stochastic_rounding: bool = True,
         nvtx: bool = False,
         capture: bool = False,
@@ -129,6 +133,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         self.trunk, self.head = trunk_parameters(model), head_parameters(model)
         if not self.trunk and not self.head:
             raise ValueError("the model has no parameter to train: all are frozen")
+        self.importance_rows = check_importance_rows(importance_rows, bool(self.trunk))
         devices = {p.device for p in (*self.trunk, *self.head)}
         if len(devices) > 1:
             raise ValueError(f"the model's parameters are on several devices: {sorted(map(str, devices))}")
@@ -209,7 +214,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
 
     def _baked(self) -> tuple:
         head = () if self.head_optimizer is None else self.head_optimizer.settings()
-        fixed = (self.mode, self.head_grad, self.antithetic, self.stochastic_rounding)
+        fixed = (self.mode, self.head_grad, self.antithetic, self.importance_rows, self.stochastic_rounding)
         return (self.param_groups[0]["clip"], *fixed, *head)
 
     def _held(self) -> list[torch.Tensor]:
@@ -308,9 +313,10 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
             why = ""
             if p is None:
                 return self._plain(lambda: loss_fn(call(self.model, x, model_kwargs), y))
+            own_x, own_y, own_loss, kwargs = self._draw(x, y, loss_fn, model_kwargs)
             if self.mode == "stacked":
                 try:
-                    return self._stacked(p, x, y, loss_fn, model_kwargs)
+                    return self._stacked(p, own_x, own_y, own_loss, kwargs)
                 except Exception as error:
                     if not self._may_run_apart(error):
                         raise
@@ -321,7 +327,7 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
                 for parameter in self.head:
                     parameter.grad = None
             try:
-                own = self._one_by_one(p, lambda: loss_for(loss_fn, call(self.model, x, model_kwargs), y))
+                own = self._one_by_one(p, lambda: loss_for(own_loss, call(self.model, own_x, kwargs), own_y))
             except Exception as error:
                 if why:
                     error.add_note(why)
@@ -350,6 +356,8 @@ class ElasticZO(Passes, Updates, OptimizerState, torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError("ElasticZO.step needs a closure that returns the loss; or call train_step(x, y)")
+        if self.importance_rows is not None:
+            raise ValueError("step(closure) does not see the batch, of which importance_rows draws: train_step(x, y)")
         if self._captured is not None:
             refuse(["step(closure) takes its batch from the host at each call: train_step(x, y)"])
 

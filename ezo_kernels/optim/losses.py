@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,8 +16,21 @@ from ..ops.cross_entropy import CHUNK_ELEMENTS, MOST_ROWS, cross_entropy_and_gra
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _ignored(loss_fn) -> int | None:
+@dataclass(frozen=True, eq=False)
+class WeightedCrossEntropy:
+    """Plain cross-entropy of rows that were drawn: each has a weight, fp32 [B] (:mod:`ezo_kernels.ops.importance`)."""
+
+    ignore_index: int
+    weight: torch.Tensor
+
+    def __call__(self, output, target) -> torch.Tensor:
+        return grouped_cross_entropy(output, target, 1, ignore_index=self.ignore_index, weight=self.weight)
+
+
+def ignored_by(loss_fn) -> int | None:
     """The ``ignore_index`` of a loss that is plain mean cross-entropy, or None for any other."""
+    if type(loss_fn) is WeightedCrossEntropy:
+        return loss_fn.ignore_index
     if loss_fn is F.cross_entropy:
         return -100
     if type(loss_fn) is not nn.CrossEntropyLoss or any(getattr(loss_fn, hooks) for hooks in _HOOKS):
@@ -30,7 +45,7 @@ def _at_once(loss_fn, output, target, groups: int) -> int | None:
     At once goes plain cross-entropy of class indices (``F.cross_entropy``, or ``nn.CrossEntropyLoss`` with its defaults but
     ``ignore_index``), in fp32 whatever the logits are.
     """
-    ignored = _ignored(loss_fn)
+    ignored = ignored_by(loss_fn)
     if ignored is None or not all(type(t) is torch.Tensor or isinstance(t, FakeTensor) for t in (output, target)):
         return None
     fits = (
@@ -46,20 +61,32 @@ def _at_once(loss_fn, output, target, groups: int) -> int | None:
     if not fits or output.device.type not in ("cpu", "cuda"):
         return None
     # torch's own rounds the loss of 16 bits to them, and makes an fp32 softmax of all rows at once
-    needed = output.dtype != torch.float32 or output.numel() > groups * CHUNK_ELEMENTS
+    needed = (
+        type(loss_fn) is WeightedCrossEntropy
+        or output.dtype != torch.float32
+        or output.numel() > groups * CHUNK_ELEMENTS
+    )
     return ignored if needed or _library.bound_by_launches(output.device) else None
+
+
+def _weight(loss_fn) -> torch.Tensor | None:
+    return loss_fn.weight if type(loss_fn) is WeightedCrossEntropy else None
 
 
 def grouped_losses(loss_fn, output, target, groups: int) -> torch.Tensor | None:
     """``loss_fn`` of each group's rows of a stacked output, fp32 [groups], by autograd; None where it is called for each."""
     ignored = _at_once(loss_fn, output, target, groups)
-    return None if ignored is None else grouped_cross_entropy(output, target, groups, ignore_index=ignored)
+    if ignored is None:
+        return None
+    return grouped_cross_entropy(output, target, groups, ignore_index=ignored, weight=_weight(loss_fn))
 
 
 def losses_and_gradient(loss_fn, output, target, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The losses [groups], and the gradient of their sum weighted by ``shares`` by the output; None as above."""
     ignored = _at_once(loss_fn, output, target, shares.shape[0])
-    return None if ignored is None else cross_entropy_and_gradient(output, target, shares, ignore_index=ignored)
+    if ignored is None:
+        return None
+    return cross_entropy_and_gradient(output, target, shares, ignore_index=ignored, weight=_weight(loss_fn))
 
 
 def loss_for(loss_fn, output, target):

@@ -77,6 +77,7 @@ class OptimizerState(Copies):
             "queries": self.queries,
             "antithetic": self.antithetic,
             "scales": self.scales,
+            "importance_rows": self.importance_rows,
             "manifest": self._manifest(),
             "seed": self._seed.clone(),
             "step": self._step.clone(),
@@ -114,6 +115,8 @@ class OptimizerState(Copies):
         self._check_manifest(manifest)
         if (theirs := state_dict.get("scales", {})) != self.scales:  # {} is what states from before this option were
             raise ValueError(f"the state is of scales {theirs} by site, this run of {self.scales}")
+        if (theirs := state_dict.get("importance_rows")) != self.importance_rows:
+            raise ValueError(f"the state is of importance_rows={theirs}, this run of {self.importance_rows}")
         if state_dict.get("head_shapes", shapes := [list(p.shape) for p in self.head]) != shapes:
             raise ValueError("the state is of a model with another head: its parameters have other shapes")
         for name, (mine, saved) in zip(("seed", "step", "skipped"), tensors, strict=True):

@@ -59,6 +59,24 @@ def test_losses_and_gradient(groups, rows, classes, dtype):
     assert_right(*problem(groups, rows, classes, dtype))
 
 
+@pytest.mark.parametrize(("groups", "rows", "classes"), [(2, 16, 10), (2, 4099, 2), (1, 3, 4097)])
+def test_rows_that_have_weights(groups, rows, classes):
+    """Of a program a group, of many, and of rows of several blocks, against torch's loss of each row."""
+    logits, target, share = problem(groups, rows, classes)
+    weight = torch.rand(rows, generator=torch.Generator().manual_seed(1)) * 3
+    weight[0] = 0
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    losses = grouped_cross_entropy(ours, target, groups, weight=weight)
+    losses.backward(share)
+    each = F.cross_entropy(theirs, target.repeat(groups), reduction="none").view(groups, rows)
+    truth = (each * weight).sum(1) / (target != IGNORED).sum()
+    truth.backward(share.double())
+    torch.testing.assert_close(losses.double(), truth, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-7)
+    for a, b in zip(cross_entropy_and_gradient(logits, target, share, weight=weight), (losses, ours.grad), strict=True):
+        assert_bitwise_equal(a, b)
+
+
 def test_groups_of_several_programs(monkeypatch):
     """What one program does for few logits, many do for a large group, whose parts another adds up."""
     monkeypatch.setattr(T, "WHOLE", 64)

@@ -49,6 +49,15 @@ def grid(scope: Scope) -> list[Trial]:
     ]
 
 
+def importance(scope: Scope) -> list[Trial]:
+    """The recipes of ``baseline``, and the same on rows drawn by importance, at equal forwards; the validation split alone."""
+    out = []
+    for head, name in HEADS.items():
+        out.append(scope.trial(f"{name}, all rows", scope.best(head), task="validate"))
+        out.append(scope.trial(f"{name}, drawn rows", scope.drawn(head), task="validate"))
+    return out
+
+
 EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
@@ -208,6 +217,10 @@ _ALL = (
     Experiment(
         "grid", "the candidates that the recipes of baseline are chosen from, on the validation split", grid,
         (VALID, SECONDS, STEP_MS), (VALID,), epochs=64,
+    ),
+    Experiment(
+        "importance", "the recipes of baseline, and on rows of larger batches drawn by importance, at equal forwards",
+        importance, (VALID, SECONDS, STEP_MS), (VALID,), epochs=64,
     ),
     Experiment(
         "epsilon", "eps over three orders of magnitude, and one computed from gradient statistics", epsilon,

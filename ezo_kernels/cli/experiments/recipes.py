@@ -60,6 +60,23 @@ GRID = {
 #: head -> the candidate that left the least error on the validation split, both data sets, seed 0.
 BEST = {"0": "one rate", "fc3": "a scale a layer", "fc2,fc3": "a scale a layer"}
 
+#: Rows that ``ezo experiment importance`` draws, and out of how many.
+DRAWN_ROWS, DRAWN_FROM = 16, 128
+#: head -> its recipe there: directions and rates by the model of docs/recipes.md, the rest as the best candidate has it.
+DRAWN = {
+    "0": {"queries": 32, "lr": 1.4e-3},
+    "fc3": {"queries": 16, "lr": 2e-3},
+    "fc2,fc3": {"queries": 16, "lr": 2e-3},
+}
+
+
+def drawn(data: str, head: str, seed: int, epochs: int) -> Recipe:
+    """Rows drawn by importance, at the forwards of ``epochs`` epochs with two an image: each image has one more an epoch."""
+    own = {**GRID[head][BEST[head]], **DRAWN[head]}
+    an_epoch = 1 + own["queries"] * DRAWN_ROWS / DRAWN_FROM
+    size = {"batch": DRAWN_FROM, "importance_rows": DRAWN_ROWS, "epochs": max(1, int(2 * epochs / an_epoch))}
+    return Recipe(data=data, head=head, seed=seed, antithetic=False, **size, **own)
+
 
 def candidate(data: str, head: str, seed: int, epochs: int, name: str) -> Recipe:
     """A candidate of :data:`GRID` on LeNet-5, at the forward passes of ``epochs`` epochs with two a step."""

@@ -17,7 +17,7 @@ from ...planning.tally import paper_bytes
 from ..cut import first_batch, signal_rows
 from ..methods import make_optimizer
 from ..recipe import Recipe
-from ..run import Run, build_model, data_for, inputs, loss_fn
+from ..run import Run, build_model, data_for, inputs, loss_fn, loss_of
 from . import regression
 from .epsilon import balanced_eps
 from .probes import GradientTrace, PhaseTimer, SignCounter, allocated_peak
@@ -44,6 +44,7 @@ def step_bytes(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     y = torch.from_numpy(data.y_train[: recipe.batch]).to(device)
     if recipe.integer:
         return int8_step_bytes(optimizer, x, y).total
+    loss_fn = loss_of(recipe)
     optimizer.train_step(x, y, loss_fn=loss_fn)  # the first one checks the model, with passes of its own
     own = list(model.parameters())
     with LiveBytes([x, y, *own]) as live:
@@ -56,7 +57,7 @@ def allocated_bytes(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     model = build_model(recipe, device)
     optimizer = make_optimizer(recipe, model)
     x, y = first_batch(recipe, data, device)
-    options = {} if recipe.integer else {"loss_fn": loss_fn}
+    options = {} if recipe.integer else {"loss_fn": loss_of(recipe)}
     optimizer.train_step(x, y, **options)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     if recipe.integer:
@@ -193,7 +194,7 @@ def phases(trial: Trial, data: Dataset, device: torch.device, after_step: Callab
             timer.seconds, total = {}, 0.0
         began = timer.now()
         if traced:
-            run.optimizer.train_step(x, y, **({} if recipe.integer else {"loss_fn": loss_fn}))
+            run.optimizer.train_step(x, y, **({} if recipe.integer else {"loss_fn": loss_of(recipe)}))
         else:
             # Backpropagation has no ranges: its loss is called between the forward and the rest.
             marks = []

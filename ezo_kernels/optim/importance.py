@@ -1,0 +1,116 @@
+"""Importance sampling of rows: a step on those of a batch that are still wrong, as an unbiased estimate of the whole of it.
+
+One plain forward of all P rows says how much each adds to the gradient; ``importance_rows`` of them are drawn by that, and
+the step's groups run on these alone, with a cross-entropy that weighs them (:mod:`ezo_kernels.ops.importance`). So a direction
+costs a forward of ``importance_rows`` rows in place of P, at a little more noise (docs/recipes.md, Rows that matter).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..nn.dropout import ZODropout
+from ..nn.grouped import BATCH_NORMS
+from ..ops import Perturbation
+from ..ops.importance import MOST_ROWS, importance_rows
+from ..ops.noise import check_index
+from .batches import call, rows_of
+from .check import unwritten
+from .losses import WeightedCrossEntropy, ignored_by
+
+#: Of the plain forward's dropouts and of the draw: no direction has it, whose number is below.
+_QUERY = (1 << 12) - 1
+
+
+def check_importance_rows(rows, trunk: bool) -> int | None:
+    """TypeError or ValueError for what cannot be drawn."""
+    if rows is None:
+        return None
+    rows = check_index(rows, "importance_rows", MOST_ROWS + 1)
+    if rows < 1:
+        raise ValueError(f"importance_rows must be at least 1, got {rows}; None takes all rows")
+    if not trunk:
+        raise ValueError("importance_rows spares forwards of directions, and no parameter is trained by zeroth order")
+    return rows
+
+
+class ImportanceRows:
+    """Draws the rows of a step of :class:`ezo_kernels.ElasticZO`."""
+
+    def _draw(self, x, y, loss_fn, kwargs: dict) -> tuple:
+        """The batch, its loss function and keyword arguments as the groups take them: drawn from a larger one."""
+        taken = rows_of(x)
+        if self.importance_rows is None or taken <= self.importance_rows:
+            return x, y, loss_fn, kwargs
+        ignored = ignored_by(loss_fn)
+        self._require_drawable(ignored)
+        self._checks.stacked(("drawn", x, kwargs), 0)
+        p = Perturbation(self._key, self._eps, self.noise, _QUERY, 1, (0,))
+        with torch.no_grad(), self._phase("rows"):
+            logits = self._unperturbed(p, x, kwargs)
+            rows, weight = importance_rows(
+                logits,
+                y,
+                self.importance_rows,
+                self._key,
+                ignore_index=ignored,
+                draw=self._micro,
+                rounds=self.noise.rounds,
+            )
+
+            def pick(batch):
+                return pytree.tree_map(lambda leaf: leaf.index_select(0, rows) if _is_of(leaf, taken) else leaf, batch)
+
+            x, y, kwargs = pick(x), y.index_select(0, rows), pick(kwargs)
+            if self._must_check_rows and bool(torch.isfinite(logits).all()):  # NaN is not told from NaN
+                self._require_apart(p, x, kwargs, logits.index_select(0, rows))
+                self._checks.rows_passed()
+        return x, y, WeightedCrossEntropy(ignored, weight), kwargs
+
+    def _require_drawable(self, ignored: int | None) -> None:
+        problems = []
+        if ignored is None:
+            problems.append(
+                "the loss must be plain cross-entropy of class indices: F.cross_entropy, or nn.CrossEntropyLoss with its "
+                "defaults but ignore_index"
+            )
+        norms = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None)
+        ]
+        if norms:
+            problems.append(f"{', '.join(map(repr, norms))} would take batch statistics of the drawn rows: eval() them")
+        if problems:
+            raise NotImplementedError("importance_rows: " + "; ".join(problems))
+
+    def _unperturbed(self, p: Perturbation, x, kwargs: dict) -> torch.Tensor:
+        one_mask, self.zo.one_mask = self.zo.one_mask, False  # its dropouts are none of the directions'
+        try:
+            with unwritten(self.model, self._must_check), self.zo.running(p):
+                logits = call(self.model, x, kwargs)
+        finally:
+            self.zo.one_mask = one_mask
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"importance_rows: the model must return its logits, got {type(logits).__name__}")
+        return logits
+
+    def _require_apart(self, p: Perturbation, x, kwargs: dict, logits: torch.Tensor) -> None:
+        """Refuse a model whose rows depend on the others, or an argument that is as long as the batch by chance."""
+        if any(isinstance(m, ZODropout) and m.training and m.p for m in self.model.modules()):
+            return  # the rows have other masks among others
+        alone = self._unperturbed(p, x, kwargs)
+        same = alone.shape == logits.shape
+        if same and logits.numel():
+            far = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max()
+            same = not bool((alone - logits).abs().max() > far)
+        if not same:
+            raise ValueError(
+                "importance_rows: a row's logits are others when it is drawn: the model does not treat the rows of a batch "
+                "apart, or an argument that is no batch has as many rows"
+            )
+
+
+def _is_of(leaf, rows: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
