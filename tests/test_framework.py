@@ -31,7 +31,8 @@ def tensors(op, dtype, rows, alter):
     if op == "dropout_mask":
         return (alter(torch.empty(rows, 5, dtype=torch.bool)), key, 1, 2, 7, 6554)
     if op == "fold_key":
-        return (torch.tensor([1]), torch.tensor([2]), torch.empty(2, dtype=torch.int32))
+        zeros = torch.ones(rows, dtype=torch.int32) if rows else None
+        return (torch.tensor([1]), torch.tensor([2]), torch.empty(2, dtype=torch.int32), zeros)
     if op == "perturb":
         return (w[:rows], key, eps, 1, "matrix", *TAIL, torch.empty(4, *w[:rows].shape, dtype=dtype))
     if op == "linear":

@@ -143,10 +143,11 @@ def test_the_arena_hands_out_what_was_recorded_and_counts_what_was_not():
     with arena.recording() as found:
         run([100, 200, 300])
     assert found[0].live_bytes == found[0].planned_bytes == 128 + 256 + 320
-    with arena.running(found[0], torch.device("cpu")):
+    zeros = torch.zeros(found[0].counters, dtype=torch.int32)
+    with arena.running(found[0], zeros):
         run([100, 200, 300])
     assert arena.measured_bytes == found[0].planned_bytes
-    with arena.running(found[0], torch.device("cpu")):
+    with arena.running(found[0], zeros):
         run([100, 200, 999])
     assert arena.measured_bytes == found[0].planned_bytes + 1024
     with pytest.raises(RuntimeError, match="no pass"):

@@ -23,7 +23,7 @@ def arguments(op):
         return torch.zeros(shape, dtype=dtype)
 
     peak, sums = empty(2, dtype=torch.int32), empty(6, 4, dtype=torch.int32)
-    x = randint(6, 5)
+    x, signs = randint(6, 5), (True, exponents(0), torch.tensor(0), exponents(0))
     return {
         "int8_linear": (x, randint(4, 5), randint(4), two, one, one, key, 1, 2, 0, "nearest", "auto", True, *PASS, sums, peak,
                         empty(6, 4), two.clone()),
@@ -39,12 +39,12 @@ def arguments(op):
         "int8_relu": (x, empty(6, 5)),
         "int8_pool2d": (randint(2, 1, 4, 4), "max", [2, 2], [2, 2], [0, 0], empty(2, 1, 2, 2)),
         "int8_add": (x, x.clone(), two, two.clone(), 2, exponents(300, 300), empty(6, 5), two.clone()),
-        "int8_cross_entropy": (x, two, torch.tensor([0, 1, 2]), 8, empty(2, dtype=torch.int64)),
+        "int8_cross_entropy": (x, two, torch.tensor([0, 1, 2]), 8, empty(2, dtype=torch.int64), *signs),
         "int8_cross_entropy_gradient": (x, two, torch.tensor([0, 1, 2]), key, 3, 7, empty(6, 5)),
-        "int8_squared_error": (x, two, randint(3, 5), one, 8, empty(2, dtype=torch.int64), empty(6, 5)),
+        "int8_squared_error": (x, two, randint(3, 5), one, 8, empty(2, dtype=torch.int64), *signs, empty(6, 5)),
         "int8_update_": ([randint(3, 4), randint(5)], key, exponents(1), one.abs(), empty(0, dtype=torch.int64), [1, 2],
-                         [0, 0], 0, "stochastic", 7, 0.3, 40),
-        "int8_signs": (torch.tensor([5, 3]), True, exponents(0), torch.tensor(0), torch.zeros(1, dtype=torch.int64)),
+                         [0, 0], 0, "stochastic", 7, 0.3, 40, empty(1, dtype=torch.int64)),
+        "int8_signs": (torch.tensor([5, 3]), *signs[:3], empty(1, dtype=torch.int64)),
         "int8_sum_groups": (sums.view(2, 3, 4), two, empty(3, 4, dtype=torch.int32), exponents(0)),
         "int8_head_step_": (
             [randint(3, 4), randint(4)], [randint(3, 4), randint(4)], [sums.view(2, 3, 4), randint(2, 3, 4)],

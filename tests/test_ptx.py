@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import numpy as np
@@ -95,24 +96,30 @@ def test_value_of_a_word(r_max):
 
 
 @pytest.mark.compile
-def test_the_last_program_rounds_after_all_have_stored(monkeypatch):
-    """All threads' stores, a barrier, one thread's release and acquire at the GPU's scope, and a barrier before any load."""
+@pytest.mark.parametrize(
+    ("module", "name", "left"),
+    [
+        ("_int8_matmul_triton", "int8_linear/16/pair/once", "st.global"),
+        ("_int8_loss_triton", "int8_cross_entropy/10/8/pair", "gpu.relaxed"),
+        ("_int8_loss_triton", "int8_squared_error/gradient/pair", "gpu.relaxed"),
+    ],
+)
+def test_the_last_program_reads_after_all_have_written(monkeypatch, module, name, left):
+    """All threads' stores or additions, a barrier, one thread's release and acquire of the GPU's scope, a barrier, loads."""
     import triton
 
     from bench import static
-    from ezo_kernels.ops import _int8_matmul_triton
 
     made, compile_ = [], triton.compile
     monkeypatch.setattr(triton, "compile", lambda *a, **k: made.append(compile_(*a, **k)) or made[-1])
-    variant = next(v for v in _int8_matmul_triton.variants() if v.name.startswith("int8_linear/16/pair/once"))
-    static.cubin(variant, 90)
+    variants = importlib.import_module(f"ezo_kernels.ops.{module}").variants()
+    static.cubin(next(v for v in variants if v.name.startswith(name)), 90)
     lines = [line.strip() for line in made[0].asm["ptx"].splitlines()]
-    kinds = [
-        (i, k) for i, line in enumerate(lines) for k in ("st.global", "ld.global", "bar.sync", "acq_rel") if k in line
-    ]
+    words = ("st.global", "ld.global", "gpu.relaxed", "bar.sync", "acq_rel")
+    kinds = [(i, k) for i, line in enumerate(lines) for k in words if k in line]
     (arrival,) = [i for i, kind in kinds if kind == "acq_rel"]
     assert "atom.global.gpu.acq_rel.add" in lines[arrival]
     before = [kind for i, kind in kinds if i < arrival]
     after = [kind for i, kind in kinds if i > arrival]
-    assert before[-1] == "bar.sync" and "st.global" in before
+    assert before[-1] == "bar.sync" and left in before
     assert after[0] == "bar.sync" and {"ld.global", "st.global"} <= set(after)

@@ -138,8 +138,14 @@ class Arena:
         found.append(plan)
 
     @contextlib.contextmanager
-    def running(self, plan: ArenaPlan, device: torch.device) -> Iterator[None]:
-        """Run a pass by ``plan``."""
+    def running(self, plan: ArenaPlan, zeros: torch.Tensor) -> Iterator[None]:
+        """Run a pass by ``plan``, on the device of ``zeros``.
+
+        Args:
+            zeros: int32 [plan.counters], what :meth:`counters` hands out. Of this pass alone, so that what a user keeps of a
+                pass, such as its losses, is not zeroed by the next one.
+        """
+        device = zeros.device
         if self._live or self.buffer is None or self.buffer.device != device or len(self.buffer) < plan.planned_bytes:
             # Whoever still holds an intermediate of an earlier pass keeps the earlier buffer, not us.
             self.buffer = torch.empty(plan.planned_bytes, dtype=torch.int8, device=device)
@@ -148,8 +154,7 @@ class Arena:
             self._places = {}
         self._start("run")
         self._plan = self._last = plan
-        # made anew, in one launch for all: what a user keeps of a pass, such as its losses, is not zeroed by the next one
-        self._zeros = torch.zeros(plan.counters, dtype=torch.int32, device=device)
+        self._zeros = zeros
         try:
             yield
         finally:

@@ -6,10 +6,12 @@
 | exponent | int32 [groups] |
 | labels | int64 [rows] |
 | losses | int64 [groups], zero at first |
+| g, total, arrived | int32 [queries], int64 [], int32 [1], zero at first; or nothing |
 | y, error; target | int8 [groups, size]; [size] |
 
 A program takes R rows of one group and goes over their classes in blocks of C, once a sum that it needs. The largest
 logit is found before it is scaled, which keeps the order. Sums over rows are int64 atomic additions: exact in any order.
+With g the last program to have added makes g and the sum of all groups (:mod:`._int8_signs_triton`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import torch
 
 from . import _constants as K
 from ._int8_pointwise_triton import _variant, rounding_lanes
+from ._int8_signs_triton import form_of, signs_by_the_last
 from ._int8_triton import STOCHASTIC, bit_length, check_grid, clamp8, round_shift, shifted
 from ._noise_triton import ASM, signed32
+from ._tiles import one_program
 from ._triton import constexpr, jit, require, tl
 from .int8_pass import GRADIENT_SITE
 
@@ -85,8 +89,8 @@ def _top(at, inside_r, classes, C: tl.constexpr):
 
 @jit
 def int8_cross_entropy_kernel(
-    logits_ptr, exponent_ptr, labels_ptr, losses_ptr, rows, classes,
-    FRACTION: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    logits_ptr, exponent_ptr, labels_ptr, losses_ptr, arrived_ptr, g_ptr, total_ptr, rows, classes,
+    FRACTION: tl.constexpr, R: tl.constexpr, C: tl.constexpr, FORM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The grid is (blocks of rows, groups)."""
     group = tl.program_id(1)
@@ -114,12 +118,13 @@ def int8_cross_entropy_kernel(
     own = _logit(tl.load(at + label, mask=inside_r, other=0).to(tl.int32), exponent, FRACTION)
     loss = top - own + (log2_fraction(tl.where(inside_r, s, 1), FRACTION) - (30 << FRACTION))
     tl.atomic_add(losses_ptr + group, tl.sum(tl.where(inside_r, loss, 0)), sem="relaxed")
+    signs_by_the_last(losses_ptr, arrived_ptr, g_ptr, total_ptr, FORM, GROUPS)
 
 
 @jit
 def int8_squared_error_kernel(
-    y_ptr, exponent_ptr, target_ptr, target_exponent_ptr, losses_ptr, error_ptr, size,
-    FRACTION: tl.constexpr, ERROR: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, exponent_ptr, target_ptr, target_exponent_ptr, losses_ptr, arrived_ptr, g_ptr, total_ptr, error_ptr, size,
+    FRACTION: tl.constexpr, ERROR: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The grid is (blocks of a group, groups). int64 wherever a clamp is yet to come."""
     group = tl.program_id(1)
@@ -136,6 +141,7 @@ def int8_squared_error_kernel(
         d = d.to(tl.int32)
         magnitude = (tl.abs(d) + ((1 << FRACTION) >> 1)) >> FRACTION
         tl.store(error_ptr + at, clamp8(tl.where(d < 0, -magnitude, magnitude)).to(tl.int8), mask=inside)
+    signs_by_the_last(losses_ptr, arrived_ptr, g_ptr, total_ptr, FORM, GROUPS)
 
 
 @jit
@@ -232,29 +238,38 @@ def _grid(name: str, logits, groups: int) -> tuple[int, int, int, int]:
     return rows, -(-rows // block[0]), *block
 
 
-def launch_cross_entropy(logits, exponent, labels, fraction, losses) -> None:
-    """Add each group's loss to ``losses``; contiguous tensors."""
+def _signs(groups: int, antithetic: bool, g) -> dict:
+    """What :func:`signs_by_the_last` is compiled for."""
+    form = form_of(g, antithetic)
+    return {"FORM": form, "GROUPS": one_program(groups)[0] if form else 0}
+
+
+def launch_cross_entropy(logits, exponent, labels, fraction, losses, antithetic, g, total, arrived) -> None:
+    """Add each group's loss to ``losses``, and write ``g`` and ``total`` if there is a g; contiguous tensors."""
     require()
     groups = losses.numel()
     rows, blocks, r, c = _grid("int8_cross_entropy", logits, groups)
     with torch.cuda.device_of(logits):
         int8_cross_entropy_kernel[(blocks, groups)](
-            logits, exponent, labels, losses, rows, logits.shape[1], FRACTION=fraction, R=r, C=c, num_warps=_WARPS,
-            enable_fp_fusion=False,
+            logits, exponent, labels, losses, arrived, g, total, rows, logits.shape[1], FRACTION=fraction, R=r, C=c,
+            **_signs(groups, antithetic, g), num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def launch_squared_error(y, exponent, target, target_exponent, fraction, losses, error) -> None:
-    """Add each group's loss to ``losses``, and write ``error`` unless it is empty; contiguous tensors."""
+def launch_squared_error(
+    y, exponent, target, target_exponent, fraction, losses, antithetic, g, total, arrived, error
+) -> None:
+    """Add each group's loss to ``losses``, write ``g`` and ``total`` if there is a g, and ``error`` unless it is empty;
+    contiguous tensors.
+    """
     require()
     groups, size = losses.numel(), target.numel()
     check_grid("int8_squared_error", groups)
-    if not size:
-        return
     with torch.cuda.device_of(y):
-        int8_squared_error_kernel[(-(-size // _BLOCK), groups)](
-            y, exponent, target, target_exponent, losses, error, size, FRACTION=fraction, ERROR=error.numel() > 0,
-            BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
+        # of no values, too: their g is zero
+        int8_squared_error_kernel[(max(1, -(-size // _BLOCK)), groups)](
+            y, exponent, target, target_exponent, losses, arrived, g, total, error, size, FRACTION=fraction,
+            ERROR=error.numel() > 0, BLOCK=_BLOCK, **_signs(groups, antithetic, g), num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -274,27 +289,36 @@ def launch_gradient(logits, exponent, labels, key, query, rounds, out) -> None:
 
 
 def variants():
-    """Ten classes and a thousand, for the static report and the compile tests."""
+    """Ten classes and a thousand, with g of a pair or of one sign, too; for the static report and the compile tests."""
     require()
+    results = {"arrived_ptr": "i32", "g_ptr": "i32", "total_ptr": "i64"}
+    without = {**dict.fromkeys(results), "FORM": 0, "GROUPS": 0}
+    steps = {"pair": {"FORM": 2, "GROUPS": one_program(2)[0]}, "one_sign": {"FORM": 1, "GROUPS": one_program(64)[0]}}
     kinds = {"logits_ptr": "i8", "exponent_ptr": "i32", "labels_ptr": "i64"}
     for classes in (10, 1000):
         block = dict(zip("RC", loss_tile(classes), strict=True))
         for fraction in (0, 8):
             yield _variant(
                 int8_cross_entropy_kernel, f"int8_cross_entropy/{classes}/{fraction}", {**kinds, "losses_ptr": "i64"},
-                ("rows", "classes"), {"FRACTION": fraction, **block}, representative=fraction == 8,
+                ("rows", "classes"), {"FRACTION": fraction, **block, **without}, representative=fraction == 8,
+            )  # fmt: skip
+        for how, form in steps.items() if classes == 10 else ():
+            yield _variant(
+                int8_cross_entropy_kernel, f"int8_cross_entropy/10/8/{how}", {**kinds, "losses_ptr": "i64", **results},
+                ("rows", "classes"), {"FRACTION": 8, **block, **form},
             )  # fmt: skip
         yield _variant(
             int8_gradient_kernel, f"int8_gradient/{classes}", {**kinds, "key_ptr": "i32", "out_ptr": "i8"},
             ("site", "query", "rows", "classes"), {**block, "ROUNDS": 7, "ASM": True}, expects=("multiply",),
         )  # fmt: skip
-    for gradient in (False, True):
+    for gradient, how in ((False, ""), (True, ""), (True, "/pair")):
         kinds = {
             **dict.fromkeys(("y_ptr", "target_ptr", "error_ptr"), "i8"),
             **dict.fromkeys(("exponent_ptr", "target_exponent_ptr"), "i32"),
             "losses_ptr": "i64",
         }
         yield _variant(
-            int8_squared_error_kernel, f"int8_squared_error/{'gradient' if gradient else 'loss'}", kinds, ("size",),
-            {"FRACTION": 8, "ERROR": gradient, "BLOCK": _BLOCK},
+            int8_squared_error_kernel, f"int8_squared_error/{'gradient' if gradient else 'loss'}{how}",
+            {**kinds, **(results if how else {})}, ("size",),
+            {"FRACTION": 8, "ERROR": gradient, "BLOCK": _BLOCK, **(steps["pair"] if how else without)},
         )  # fmt: skip

@@ -6,6 +6,7 @@ A weight whose sum is zero keeps its bits, those of -128 too.
 |---|---|
 | params | int8, contiguous, any shapes |
 | g, shift | int32 [queries], [1], on the device |
+| step | int64 [1], or nothing: the first program counts one more |
 | table | int64, on the device: FIELDS numbers a parameter, then (parameter << 32 | tile) for each program |
 """
 
@@ -43,10 +44,13 @@ def _place(entry_ptr, rows, columns):
 
 @jit(do_not_specialize=["count", "queries", "query", "packed"])
 def int8_update_kernel(
-    table_ptr, key_ptr, g_ptr, shift_ptr, count, queries, query, packed,
+    table_ptr, key_ptr, g_ptr, shift_ptr, step_ptr, count, queries, query, packed,
     ROUNDING: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile of one parameter, read and written once whatever the number of queries."""
+    if step_ptr is not None:  # noqa: SIM102 - the outer if is the compiler's
+        if tl.program_id(0) == 0:
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
     work = tl.load(table_ptr + count.to(tl.int64) * _FIELDS + tl.program_id(0))
     entry_ptr = table_ptr + (work >> 32) * _FIELDS
     tile = (work & 0x7FFFFFFF).to(tl.int32)
@@ -130,17 +134,19 @@ def update_table(params, sites, layouts) -> torch.Tensor:
     return torch.from_numpy(table).to(params[0].device)
 
 
-def launch_update(params, key, g, shift, table, sites, layouts, query, rounding, rounds, p_zero, r_max) -> None:
+def launch_update(params, key, g, shift, table, sites, layouts, query, rounding, rounds, p_zero, r_max, step) -> None:
     """Update every parameter, in place, in one launch; arguments as ``ezo::int8_update_``."""
     require()
     programs = table.numel() - len(params) * FIELDS
     if programs <= 0:
+        if step is not None:  # parameters without an element
+            step += 1
         return
     tile = update_tile("sparse_int8")
     packed = noise_args(Noise("sparse_int8", rounds, p_zero, r_max))[0]
     with torch.cuda.device_of(table):
         int8_update_kernel[(programs,)](
-            table, key, g, shift, len(params), g.numel(), query, packed, ROUNDING=ROUNDINGS.index(rounding),
+            table, key, g, shift, step, len(params), g.numel(), query, packed, ROUNDING=ROUNDINGS.index(rounding),
             R=tile.rows, C=tile.columns, ROUNDS=rounds, ASM=ASM, num_warps=tile.warps, num_stages=1,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -158,7 +164,7 @@ def variants():
         noise = {"ROUNDS": 7, "ASM": True}
         yield _variant(
             int8_update_kernel, f"int8_update/{rounding}",
-            {"table_ptr": "i64", **kinds(("key_ptr", "g_ptr", "shift_ptr"), "i32")},
+            {**kinds(("table_ptr", "step_ptr"), "i64"), **kinds(("key_ptr", "g_ptr", "shift_ptr"), "i32")},
             ("count", "queries", "query", "packed"), {"ROUNDING": mode, "R": tile.rows, "C": tile.columns, **noise},
             expects=("multiply",), z_per_program=tile.rows * tile.columns, representative=rounding != "pseudo",
         )  # fmt: skip

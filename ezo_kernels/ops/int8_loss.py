@@ -4,13 +4,15 @@
 
 in fixed point with ``fraction`` bits behind the point: A rounded down, sums of 2^(A_j - max) in 2^-30, log2 rounded down. With
 no such bit it is the paper's rule, floor(log2 sum). The loss of a group is the sum over its rows, int64; g is the sign of the
-difference of two groups.
+difference of two groups, which the same launch makes where it has the losses of all.
 
 | tensor | shape |
 |---|---|
 | logits | int8 [groups * B, classes], an exponent a group |
 | labels | int64 [B] |
-| losses | int64 [groups] |
+| losses | int64 [groups], zeros at first |
+| g, total | int32 [queries], int64 [], or nothing (:mod:`.int8_signs`) |
+| arrived | int32 [1], zero at first, with g: programs that are done |
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ._library import launcher, register
 from .int8_matmul import check_input
 from .int8_pass import GRADIENT_SITE
 from .int8_pointwise import rounding_lanes
+from .int8_signs import Signs, signs_cpu
 from .int8_tensor import Int8Tensor, counters
 from .noise import check_index
 
@@ -49,20 +52,34 @@ def _check_labels(labels: torch.Tensor, classes: int) -> None:
         raise ValueError(f"labels must be in [0, {classes}), got {low if low < 0 else high}")
 
 
-def _cross_entropy_cpu(logits, exponent, labels, fraction, losses) -> None:
+#: What the operators of both losses end with.
+_SIGNS = "bool antithetic, Tensor(b!)? g, Tensor(c!)? total, Tensor(d!)? arrived"
+
+
+def _arguments(like: Int8Tensor, signs: Signs | None) -> tuple:
+    """The last arguments of an operator; they are checked."""
+    if signs is None:
+        return False, None, None, None
+    signs.check(like.groups)
+    return signs.antithetic, signs.g, signs.total, counters(like, 1)
+
+
+def _cross_entropy_cpu(logits, exponent, labels, fraction, losses, antithetic, g, total, arrived) -> None:
     import numpy as np
 
     K = _cpu.integer_losses()
 
     _check_labels(labels, logits.shape[1])
     roots = np.array(C.ROOTS, np.int64)
-    for g, part in enumerate(logits.chunk(losses.numel())):
-        losses[g] = int(K.cross_entropy(part.numpy(), int(exponent[g]), labels.numpy(), fraction, roots))
+    for i, part in enumerate(logits.chunk(losses.numel())):
+        losses[i] = int(K.cross_entropy(part.numpy(), int(exponent[i]), labels.numpy(), fraction, roots))
+    if g is not None:
+        signs_cpu(losses, antithetic, g, total)
 
 
 _cross_entropy = register(
     "int8_cross_entropy",
-    "(Tensor logits, Tensor exponent, Tensor labels, int fraction, Tensor(a!) losses) -> ()",
+    f"(Tensor logits, Tensor exponent, Tensor labels, int fraction, Tensor(a!) losses, {_SIGNS}) -> ()",
     cpu=_cross_entropy_cpu,
     cuda=launcher("_int8_loss_triton", "launch_cross_entropy"),
 )
@@ -84,25 +101,30 @@ def _check_logits(logits: Int8Tensor, labels: torch.Tensor, name: str) -> None:
         )
 
 
-def int8_cross_entropy(logits: Int8Tensor, labels: torch.Tensor, *, fraction_bits: int = FRACTION_BITS) -> torch.Tensor:
+def int8_cross_entropy(
+    logits: Int8Tensor, labels: torch.Tensor, *, fraction_bits: int = FRACTION_BITS, signs: Signs | None = None
+) -> torch.Tensor:
     """Cross-entropy of each group, summed over its rows, in units of 2^-fraction_bits bits.
 
     Args:
         logits: [groups * B, classes].
         labels: int64 [B], each in [0, classes); looked at only on a CPU, a GPU gives an undefined loss.
         fraction_bits: 0 (the paper's rule) to 8.
+        signs: written, too, in the same launch; the losses are of all groups of a step.
 
     Returns:
         int64 [groups].
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, fraction_bits out of range, more than 2^19 rows in all groups.
+        TypeError: dtypes. ValueError: shapes, fraction_bits out of range, more than 2^19 rows in all groups, signs of other
+        groups.
     """
     _check_logits(logits, labels, "int8_cross_entropy")
     check_sum(logits.shape[0], MOST_ROWS, "int8_cross_entropy: rows")
     fraction_bits = check_index(fraction_bits, "fraction_bits", C.MOST_FRACTION_BITS + 1)
+    more = _arguments(logits, signs)
     losses = counters(logits, logits.groups, torch.int64)
-    _cross_entropy(logits.values.contiguous(), logits.exponent, labels.contiguous(), fraction_bits, losses)
+    _cross_entropy(logits.values.contiguous(), logits.exponent, labels.contiguous(), fraction_bits, losses, *more)
     return losses
 
 
@@ -114,7 +136,9 @@ def nats(losses: torch.Tensor, rows: int, fraction_bits: int = FRACTION_BITS) ->
 # ------------------------------------------------------------------------------------------------------- squared error
 
 
-def _squared_error_cpu(y, exponent, target, target_exponent, fraction, losses, error) -> None:
+def _squared_error_cpu(
+    y, exponent, target, target_exponent, fraction, losses, antithetic, g, total, arrived, error
+) -> None:
     import numpy as np
 
     K = _cpu.integer_losses()
@@ -122,20 +146,22 @@ def _squared_error_cpu(y, exponent, target, target_exponent, fraction, losses, e
     groups = losses.numel()
     errors = error.view(groups, -1) if error.numel() else None
     d = np.empty(target.numel(), np.int64)
-    for g, part in enumerate(y.view(groups, -1)):
-        K.difference(part.numpy(), int(exponent[g]), target.view(-1).numpy(), int(target_exponent[0]), fraction, d)
-        losses[g] = int((d * d).sum())
+    for i, part in enumerate(y.view(groups, -1)):
+        K.difference(part.numpy(), int(exponent[i]), target.view(-1).numpy(), int(target_exponent[0]), fraction, d)
+        losses[i] = int((d * d).sum())
         if errors is not None:
             half = 1 << (fraction - 1)
-            errors[g] = torch.from_numpy(
+            errors[i] = torch.from_numpy(
                 (np.sign(d) * ((np.abs(d) + half) >> fraction)).clip(-127, 127).astype(np.int8)
             )
+    if g is not None:
+        signs_cpu(losses, antithetic, g, total)
 
 
 _squared_error = register(
     "int8_squared_error",
     "(Tensor y, Tensor exponent, Tensor target, Tensor target_exponent, int fraction, Tensor(a!) losses, "
-    "Tensor(b!) error) -> ()",
+    f"{_SIGNS}, Tensor(e!) error) -> ()",
     cpu=_squared_error_cpu,
     cuda=launcher("_int8_loss_triton", "launch_squared_error"),
 )
@@ -143,19 +169,20 @@ _squared_error = register(
 _ERROR_BITS = 8
 
 
-def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = False):
+def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = False, signs: Signs | None = None):
     """Sum of squared differences of each group, in units of (2^(target's exponent - 8))^2; differences beyond 2^20 are clamped.
 
     Args:
         y: [groups * B, ...].
         target: [B, ...], of one group.
         gradient: also the error y - target in the target's unit, rounded and clamped.
+        signs: as of :func:`int8_cross_entropy`.
 
     Returns:
         int64 [groups]; with ``gradient`` also int8 of y's shape.
 
     Raises:
-        TypeError: not Int8Tensors. ValueError: shapes, more than 2^22 values in all groups.
+        TypeError: not Int8Tensors. ValueError: shapes, more than 2^22 values in all groups, signs of other groups.
     """
     check_input(y, "int8_squared_error")
     check_input(target, "int8_squared_error: target")
@@ -164,10 +191,11 @@ def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = Fa
             f"int8_squared_error: y {tuple(y.shape)} of {y.groups} groups, target {tuple(target.shape)} of {target.groups}"
         )
     check_sum(y.values.numel(), MOST_SQUARES, "int8_squared_error: values")
+    more = _arguments(y, signs)
     losses = counters(y, y.groups, torch.int64)
     error = torch.empty(y.shape if gradient else (0,), dtype=torch.int8, device=y.device)
     args = (y.values.contiguous(), y.exponent, target.values.contiguous(), target.exponent)
-    _squared_error(*args, _ERROR_BITS, losses, error)
+    _squared_error(*args, _ERROR_BITS, losses, *more, error)
     return (losses, error) if gradient else losses
 
 

@@ -1,4 +1,7 @@
-"""What an integer step makes of its losses, in one launch: g of each query, the loss that is returned, and the count of steps.
+"""What an integer step makes of its losses: g of each query, the loss that is returned, and the count of steps.
+
+Where one pass has the losses of all groups, the launch that makes them makes g and the sum, too (:class:`Signs`), and the
+update counts the step. Else all of it is a launch of its own (:func:`int8_signs`).
 
 | tensor | shape |
 |---|---|
@@ -15,9 +18,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ._library import launcher, register
+from .int8_tensor import Int8Tensor, counters
+
+#: Groups whose g the last program of a loss makes with the registers that it has.
+MOST_GROUPS = 1024
 
 
 def ternary_gradient(losses: torch.Tensor, antithetic: bool) -> torch.Tensor:
@@ -37,7 +46,8 @@ def ternary_gradient(losses: torch.Tensor, antithetic: bool) -> torch.Tensor:
     return (own > other).to(torch.int32) - (own < other).to(torch.int32)
 
 
-def _signs_cpu(losses, antithetic, g, total, step) -> None:
+def signs_cpu(losses, antithetic, g, total) -> None:
+    """g, unless it is empty, and the sum of the losses."""
     values = losses.tolist()
     if g.numel():
         if antithetic:
@@ -46,7 +56,42 @@ def _signs_cpu(losses, antithetic, g, total, step) -> None:
             pairs = [(len(values) * own, sum(values)) for own in values]
         g.copy_(torch.tensor([(own > other) - (own < other) for own, other in pairs], dtype=torch.int32))
     total.fill_((sum(values) + (1 << 63)) % (1 << 64) - (1 << 63))  # wraps, as the GPU's does
+
+
+def _signs_cpu(losses, antithetic, g, total, step) -> None:
+    signs_cpu(losses, antithetic, g, total)
     step += 1
+
+
+@dataclass(frozen=True)
+class Signs:
+    """g and the sum of a step's losses, for the launch that makes these losses to write.
+
+    They lie among the zeros of the pass, as the losses do, so that a captured step finds all that it leaves in one place.
+
+    Attributes:
+        antithetic: whether groups are both signs of each query, else one.
+        g: int32 [queries]. total: int64 [].
+    """
+
+    antithetic: bool
+    g: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def of(cls, like: Int8Tensor, queries: int, antithetic: bool) -> Signs:
+        """Of so many queries, at least one, yet to be written; in the memory of ``like``, the last layer's values."""
+        return cls(antithetic, counters(like, queries), counters(like, 1, torch.int64).view(()))
+
+    def check(self, groups: int) -> None:
+        """Refuse losses of another pass.
+
+        Raises:
+            ValueError: not as many groups as g is of, more than :data:`MOST_GROUPS`, or none.
+        """
+        own = self.g.numel() * (1 + self.antithetic)
+        if groups != own or not 0 < groups <= MOST_GROUPS:
+            raise ValueError(f"signs of {own} groups, at most {MOST_GROUPS}, do not fit {groups} losses")
 
 
 _signs = register(

@@ -7,6 +7,7 @@
 | params | list of int8, any shapes |
 | g | int32 [queries], on the device |
 | shift | int32 [1], on the device |
+| step | int64 [1], one more: an update counts the step whose last launch it is; or nothing |
 """
 
 from __future__ import annotations
@@ -84,11 +85,13 @@ class Int8UpdatePlan:
         return self.addresses == tuple(map(self._address, params))
 
 
-def _update_cpu(params, key, g, shift, table, sites, layouts, query, rounding, rounds, p_zero, r_max) -> None:
+def _update_cpu(params, key, g, shift, table, sites, layouts, query, rounding, rounds, p_zero, r_max, step) -> None:
     import numpy as np
 
     K = _cpu.integers()
 
+    if step is not None:
+        step += 1
     noise, mode, n = Noise("sparse_int8", rounds, p_zero, r_max), ROUNDINGS.index(rounding), int(shift)
     signs = g.tolist()
     if not any(signs):  # g of zero leaves every bit alone
@@ -119,7 +122,7 @@ def _update_cuda(params, *args) -> None:
 _update = register(
     "int8_update_",
     "(Tensor(a!)[] params, Tensor key, Tensor g, Tensor shift, Tensor table, int[] sites, int[] layouts, int query, "
-    "str rounding, int rounds, float p_zero, int r_max) -> ()",
+    "str rounding, int rounds, float p_zero, int r_max, Tensor(b!)? step) -> ()",
     cpu=_update_cpu,
     cuda=_update_cuda,
 )
@@ -138,6 +141,7 @@ def int8_update_(
     query: int = 0,
     rounding: str = "stochastic",
     plan: Int8UpdatePlan | None = None,
+    step: torch.Tensor | None = None,
 ) -> None:
     """Subtract ``round(sum_q g[q] z_q / 2^shift)`` from every parameter, clamped, in one launch.
 
@@ -151,6 +155,7 @@ def int8_update_(
         query: first direction of ``g``.
         rounding: ``nearest``, ``pseudo`` or ``stochastic`` (stream 4 at the parameter's site).
         plan: of these parameters, to spare building it.
+        step: int64 [1], which counts one more, whatever g is, in the same launch.
 
     Raises:
         TypeError: dtypes. ValueError: lengths, devices, an unknown name, a plan of other tensors.
@@ -158,6 +163,8 @@ def int8_update_(
     noise = noise or Noise("sparse_int8")
     if noise.name != "sparse_int8":
         raise ValueError(f"int8_update_ takes noise 'sparse_int8', got {noise.name!r}")
+    if step is not None and (step.dtype != torch.int64 or step.shape != (1,)):
+        raise TypeError(f"int8_update_: step must be int64 [1], got {step.dtype} {tuple(step.shape)}")
     if g.dtype != torch.int32 or shift.dtype != torch.int32 or key.dtype != torch.int32:
         raise TypeError(f"int8_update_: key, g and shift must be int32, got {key.dtype}, {g.dtype}, {shift.dtype}")
     if g.dim() != 1 or not g.numel() or shift.numel() != 1 or key.shape != (2,):
@@ -172,5 +179,7 @@ def int8_update_(
     if params:
         _update(
             params, key, g, shift, plan.table, list(plan.sites), [LAYOUTS.index(n) for n in layouts], query, rounding,
-            noise.rounds, noise.p_zero, noise.r_max,
+            noise.rounds, noise.p_zero, noise.r_max, step,
         )  # fmt: skip
+    elif step is not None:
+        step += 1

@@ -228,10 +228,12 @@ def _noise_cpu(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> N
     out.copy_(z_cpu(out.shape, key, site, query, Noise(noise, rounds, p_zero, r_max), layout))
 
 
-def _fold_key_cpu(seed, step, key) -> None:
+def _fold_key_cpu(seed, step, key, zeros=None) -> None:
     N = _cpu.noises()
 
     N.fold_key(seed.numpy().view("uint32"), step.numpy().view("uint32"), key.numpy().view("uint32"))
+    if zeros is not None:
+        zeros.zero_()
 
 
 def _noise_cuda(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> None:
@@ -240,10 +242,10 @@ def _noise_cuda(out, key, site, query, layout, noise, rounds, p_zero, r_max) -> 
     launch_noise(out, key, site, query, layout, Noise(noise, rounds, p_zero, r_max))
 
 
-def _fold_key_cuda(seed, step, key) -> None:
+def _fold_key_cuda(seed, step, key, zeros=None) -> None:
     from ._fold_key_triton import launch_fold_key
 
-    launch_fold_key(seed, step, key)
+    launch_fold_key(seed, step, key, zeros)
 
 
 _noise = register(
@@ -253,21 +255,25 @@ _noise = register(
     cuda=_noise_cuda,
 )
 _fold_key = register(
-    "fold_key", "(Tensor seed, Tensor step, Tensor(a!) key) -> ()", cpu=_fold_key_cpu, cuda=_fold_key_cuda
+    "fold_key",
+    "(Tensor seed, Tensor step, Tensor(a!) key, Tensor(b!)? zeros=None) -> ()",
+    cpu=_fold_key_cpu,
+    cuda=_fold_key_cuda,
 )
 
 
 # ------------------------------------------------------------------------------------------------------------- public
 
 
-def fold_key(seed: torch.Tensor, step: torch.Tensor, key: torch.Tensor) -> None:
+def fold_key(seed: torch.Tensor, step: torch.Tensor, key: torch.Tensor, zeros: torch.Tensor | None = None) -> None:
     """Write the key of (seed, step) into ``key``, on its device, without the host.
 
     Args:
         seed, step: int64[1], read as unsigned 64-bit.
         key: int32[2], overwritten.
+        zeros: int32, contiguous, cleared in the same launch: what the step counts in.
     """
-    _fold_key(seed, step, key)
+    _fold_key(seed, step, key, zeros)
 
 
 def check_index(value, name: str, limit: int) -> int:

@@ -32,7 +32,7 @@ from ..ops.int8_loss import FRACTION_BITS, nats
 from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding, sparse_noise
 from ..ops.int8_tensor import Int8Tensor
 from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_update_, update_shift
-from ..ops.noise import Noise, check_index, fold_key, rng_version
+from ..ops.noise import Noise, check_index, rng_version
 from .arguments import check_antithetic
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .int8_memory import Int8Memory
@@ -293,8 +293,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
     def _eager(self, values, exponent, y, loss_fn) -> torch.Tensor:
         x, y = Int8Tensor(values, exponent), Int8Tensor(*y) if isinstance(y, tuple) else y
 
-        def run(p):
-            return self._run(x, y, p, loss_fn)
+        def run(p, first):
+            return self._run(x, y, p, loss_fn, first)
 
         return self._take(run, x.shape[0])
 
@@ -314,16 +314,17 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
                 "step(closure) cannot see the labels that the head's integer backward needs: train_step(x, y)"
             )
 
-        def run(p):
+        def run(p, first):
+            if first:
+                self._fold_key()
             with self._running(p), self._phase("forward"):
                 loss = closure()
-            return one_value(loss, "the closure"), {}
+            return one_value(loss, "the closure"), {}, None
 
         return self._take(run, 1, sequential=True)
 
     def _take(self, run, rows: int, sequential: bool = False) -> torch.Tensor:
         noise = self._fill_scalars()
-        fold_key(self._seed, self._step, self._key)
         passes: list = [None]
         if self.trunk:
             p = IntegerPerturbation(self._key, noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
@@ -335,7 +336,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
             self.zo.visited = None if self._checked else set()
             with self._phase.layers(self.model, lambda name: in_head(name, plan_of(self.model).head)):
                 for p in passes:
-                    own, grads = run(p)
+                    own, grads, signs = run(p, p is passes[0])
                     losses.append(own)
                     for name, parts in grads.items():
                         gradients[name] += parts
@@ -350,10 +351,10 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         self._opt_called = True
         self._check_places()
         with self._phase("g"):
-            total, ok = self._judge(closure=sequential)
+            total, ok = self._judge(signs, closure=sequential)
         if self.trunk:
             with self._phase("update"):
-                self._update(noise)
+                self._update(noise, None if signs is None else self._step)
         if gradients:
             with self._phase("head update"):
                 self._update_head(gradients, ok)
@@ -377,10 +378,10 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
             if not w.is_contiguous():
                 raise ValueError(f"{name} of the head, of shape {tuple(w.shape)}, is not contiguous")
 
-    def _update(self, noise: Noise) -> None:
+    def _update(self, noise: Noise, step: torch.Tensor | None) -> None:
         int8_update_(
             self.trunk, self._key, self.g, self._shift, sites=self._sites, layouts=self._layouts, noise=noise,
-            rounding=self.rounding, plan=self._update_plan,
+            rounding=self.rounding, plan=self._update_plan, step=step,
         )  # fmt: skip
 
     def _update_head(self, gradients: dict, ok: torch.Tensor | None) -> None:

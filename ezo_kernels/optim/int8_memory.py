@@ -10,7 +10,8 @@ from torch import nn
 
 from ..nn.arena import ArenaPlan
 from ..ops._perturbation import PassError
-from ..ops.int8_tensor import Int8Tensor
+from ..ops.int8_signs import Signs
+from ..ops.int8_tensor import Int8Tensor, counters
 
 
 @contextlib.contextmanager
@@ -86,7 +87,10 @@ class Int8Memory:
                 y = self.model(trial)
             if not isinstance(y, Int8Tensor):
                 raise TypeError(f"the model must return an Int8Tensor, got {type(y).__name__}")
-            self.arena.counters(y.groups, torch.int64)  # of the loss
+            if self._makes_signs(p):  # as the loss takes them
+                Signs.of(y, self.queries, self.antithetic)
+                counters(y, 1)
+            counters(y, y.groups, torch.int64)
             for _ in range(0 if tape is None else tape.counters()):
                 self.arena.counters(y.groups, torch.int32)
             del y, trial

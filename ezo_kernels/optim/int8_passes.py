@@ -16,8 +16,9 @@ from ..ops.int8_loss import (
     int8_cross_entropy_gradient,
     int8_squared_error,
 )
-from ..ops.int8_signs import int8_signs, ternary_gradient
+from ..ops.int8_signs import MOST_GROUPS, Signs, int8_signs, ternary_gradient
 from ..ops.int8_tensor import Int8Tensor, check_exponent, counters
+from ..ops.noise import fold_key
 from .losses import grouped_losses
 
 
@@ -65,11 +66,24 @@ class Int8Passes:
             raise TypeError(f"y must be int64 labels for loss {self.loss!r}, got an Int8Tensor")
         return y
 
-    def _run(self, x: Int8Tensor, y, p, loss_fn):
-        """Losses of the groups of one pass, and the head's gradients."""
+    def _fold_key(self, zeros: torch.Tensor | None = None) -> None:
+        """The key of a step, once, and the zeros of its first pass in the same launch."""
+        fold_key(self._seed, self._step, self._key, zeros)
+
+    def _makes_signs(self, p) -> bool:
+        """Whether the losses of this pass are integers, and all of a step with a trunk: their launch makes g, too."""
+        return p is not None and p.groups == self._groups <= MOST_GROUPS and self.loss != "float_cross_entropy"
+
+    def _run(self, x: Int8Tensor, y, p, loss_fn, first: bool):
+        """Losses of the groups of one pass, ``first`` of its step, the head's gradients, and g where the losses are all."""
         plan = self._plan(x, p)
         x = dataclasses.replace(x, memory=self.arena)
-        with self.arena.running(plan, self.device), self._running(p) as tape:
+        if first:
+            zeros = torch.empty(plan.counters, dtype=torch.int32, device=self.device)
+            self._fold_key(zeros)
+        else:
+            zeros = torch.zeros(plan.counters, dtype=torch.int32, device=self.device)
+        with self.arena.running(plan, zeros), self._running(p) as tape:
             with self._phase("forward"):
                 out = self.model(x)
             groups = 1 if p is None else p.groups
@@ -80,24 +94,25 @@ class Int8Passes:
                     f"the output has {out.groups} groups and the pass {groups}: it does not depend on the trunk"
                 )
             with self._phase("loss"):
-                losses, error = self._losses_of(out, y, loss_fn)
+                signs = Signs.of(out, self.queries, self.antithetic) if self._makes_signs(p) else None
+                losses, error = self._losses_of(out, y, loss_fn, signs)
             used = self._used(p)
             if tape is not None and used is not None:
                 with self._phase("head backward"):
                     self._backward(tape, out, y, error, used, p)
             gradients = {} if tape is None else dict(tape.gradients)
             del out, x
-        return losses, gradients
+        return losses, gradients, signs
 
-    def _losses_of(self, out: Int8Tensor, y, loss_fn):
+    def _losses_of(self, out: Int8Tensor, y, loss_fn, signs: Signs | None):
         passes = self._groups // out.groups  # whose losses are added to these
         if self.loss == "squared_error":
             check_sum(passes * out.values.numel(), MOST_SQUARES, "squared_error: values")
-            found = int8_squared_error(out, y, gradient=bool(self.head))
+            found = int8_squared_error(out, y, gradient=bool(self.head), signs=signs)
             return found if self.head else (found, None)
         if self.loss == "cross_entropy":
             check_sum(passes * out.shape[0], MOST_ROWS, "cross_entropy: rows")
-            return int8_cross_entropy(out, y, fraction_bits=self.fraction_bits), None
+            return int8_cross_entropy(out, y, fraction_bits=self.fraction_bits, signs=signs), None
         logits, loss_fn = out.dequantize(), loss_fn or F.cross_entropy
         losses = grouped_losses(loss_fn, logits, y, out.groups)
         if losses is None:
@@ -125,9 +140,15 @@ class Int8Passes:
                 f"the output does not depend on {', '.join(map(repr, missing))} of the head: freeze or use them"
             )
 
-    def _judge(self, closure: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sets g and counts the step: the losses, summed, and whether those of floats are finite."""
+    def _judge(self, signs: Signs | None, closure: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sets g and counts the step: the losses, summed, and whether those of floats are finite.
+
+        With ``signs``, made with the losses, the update counts: till then the call may raise, and nothing have changed.
+        """
         losses = self.losses
+        if signs is not None:
+            self.g = signs.g
+            return signs.total, None
         if not losses.is_floating_point() and not closure:  # a closure's may be any integers, whose sum wraps
             queries = self.queries if self.trunk else 0
             g, total = int8_signs(losses, queries=queries, antithetic=self.antithetic, step=self._step)

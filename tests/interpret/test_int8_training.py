@@ -96,18 +96,22 @@ def test_update(on_cpu, key, rounding, r_max, bits, p_zero):
     theirs = [w.clone() for w in ours]
     g = torch.tensor([1, 0, -1, 1], dtype=torch.int32)
     options = {"sites": sites, "layouts": layouts, "noise": noise, "query": 4, "rounding": rounding}
-    int8_update.int8_update_(ours, key, g, shift, plan=plan(ours, sites, layouts), **options)
-    on_cpu(int8_update.int8_update_, theirs, key, g, shift, **options)
-    for a, b in zip(ours, theirs, strict=True):
+    steps = torch.tensor([8]), torch.tensor([8])
+    int8_update.int8_update_(ours, key, g, shift, plan=plan(ours, sites, layouts), step=steps[0], **options)
+    on_cpu(int8_update.int8_update_, theirs, key, g, shift, step=steps[1], **options)
+    for a, b in zip([*ours, *steps], [*theirs, torch.tensor([9]), torch.tensor([9])], strict=True):
         assert torch.equal(a, b)
 
 
 def test_update_of_zero_leaves_every_bit_alone(on_cpu, key):
+    """But for the step, which counts."""
     for shift in (0, 31):
         w, g = torch.full((9, 32), -128, dtype=torch.int8), torch.zeros(3, dtype=torch.int32)
-        before = w.clone()
-        int8_update.int8_update_([w], key, g, exponent(shift), sites=[1], plan=plan([w], [1], ["matrix"]))
-        assert torch.equal(w, before)
+        before, step = w.clone(), torch.tensor([8])
+        int8_update.int8_update_([w], key, g, exponent(shift), sites=[1], plan=plan([w], [1], ["matrix"]), step=step)
+        assert torch.equal(w, before) and step.item() == 9
+        on_cpu(int8_update.int8_update_, [w], key, g, exponent(shift), sites=[1], step=step)
+        assert torch.equal(w, before) and step.item() == 10
         g[1] = 1
         int8_update.int8_update_([w], key, g, exponent(shift), sites=[1], plan=plan([w], [1], ["matrix"]))
         on_cpu(int8_update.int8_update_, [before], key, g, exponent(shift), sites=[1])

@@ -42,11 +42,13 @@ def test_philox_known_answers(rounds, word, expected):
     assert " ".join(f"{w & 0xFFFFFFFF:08x}" for w in out.tolist()) == expected
 
 
-@pytest.mark.parametrize(("seed", "step"), [(0, 0), (-1, 5), (1 << 40, (1 << 62) + 3)])
-def test_fold_key(seed, step):
-    key = torch.zeros(2, dtype=torch.int32)
-    fold_key(torch.tensor([seed]), torch.tensor([step]), key)
+@pytest.mark.parametrize(("seed", "step", "zeros"), [(0, 0, 0), (-1, 5, 30), (1 << 40, (1 << 62) + 3, 600)])
+def test_fold_key(seed, step, zeros):
+    """And what is to be cleared, to its end and no further."""
+    key, words = torch.zeros(2, dtype=torch.int32), torch.full((zeros + 4,), 7, dtype=torch.int32)
+    fold_key(torch.tensor([seed]), torch.tensor([step]), key, words[:zeros] if zeros else None)
     assert torch.equal(key, key_tensor(seed & (1 << 64) - 1, step))
+    assert words.tolist() == [0] * zeros + [7] * 4
 
 
 @pytest.mark.parametrize(

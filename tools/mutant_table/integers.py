@@ -62,10 +62,17 @@ MUTANTS = (
     ),
     Mutant(
         "zeros of a pass that the next one takes again",
-        "ezo_kernels/nn/arena.py",
-        "self._zeros = torch.zeros(plan.counters, dtype=torch.int32, device=device)",
-        "self._zeros = self.__dict__.setdefault('_kept', torch.zeros(plan.counters, dtype=torch.int32, device=device)).zero_()",
+        "ezo_kernels/optim/int8_passes.py",
+        "zeros = torch.empty(plan.counters, dtype=torch.int32, device=self.device)",
+        "zeros = self.__dict__.setdefault('_kept', torch.empty(plan.counters, dtype=torch.int32, device=self.device))",
         "tests/test_int8_signs.py -k kept",
+    ),
+    Mutant(
+        "a step whose head raises is counted with its losses",
+        "ezo_kernels/optim/int8_passes.py",
+        "losses, error = self._losses_of(out, y, loss_fn, signs)",
+        "losses, error = self._losses_of(out, y, loss_fn, signs); self._step += signs is not None",
+        "tests/test_int8_signs.py -k raises",
     ),
     Mutant(
         "groups of one sign count in the memory of parts as two",
@@ -169,9 +176,9 @@ MUTANTS = (
     ),
     Mutant(
         "one key for all integer steps",
-        "ezo_kernels/optim/elastic_zo_int8.py",
-        "fold_key(self._seed, self._step, self._key)",
-        "fold_key(self._seed, self._step * 0, self._key)",
+        "ezo_kernels/optim/int8_passes.py",
+        "fold_key(self._seed, self._step, self._key, zeros)",
+        "fold_key(self._seed, self._step * 0, self._key, zeros)",
         _INT8_STEP,
     ),
     Mutant(

@@ -195,6 +195,27 @@ MUTANTS = (
         "tests/interpret/test_int8_signs.py",
     ),
     Mutant(
+        "the first program of an integer loss makes g for all",
+        _OPS + "_int8_signs_triton.py",
+        "== tl.num_programs(0) * tl.num_programs(1) - 1:",
+        "== 0:",
+        "tests/interpret/test_int8_signs.py -k last",
+    ),
+    Mutant(
+        "words of one program alone are cleared",
+        _OPS + "_fold_key_triton.py",
+        "at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)",
+        "at = tl.arange(0, BLOCK)",
+        "tests/interpret/test_noise.py -k fold_key",
+    ),
+    Mutant(
+        "each program of an integer update counts the step",
+        _OPS + "_int8_update_triton.py",
+        "        if tl.program_id(0) == 0:",
+        "        if tl.program_id(0) >= 0:",
+        "tests/interpret/test_int8_training.py -k update",
+    ),
+    Mutant(
         "a gradient of rows that do not count",
         _OPS + "_cross_entropy_triton.py",
         "tl.where(counts, d, 0.0).to(",
