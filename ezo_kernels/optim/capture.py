@@ -220,8 +220,14 @@ class _Candidate:
     results: tuple = ()
 
 
+#: Bytes between two results that lie together.
+_GAP = 64
+
+
 class _Results:
     """What a step leaves, in one piece of memory, so that one launch writes it and one copies it.
+
+    Results that lie together already, as an integer step's do, stay where they are, which saves the first of these launches.
 
     Args:
         what: dtype and shape of each; where they are not all of one dtype, those of 8 bytes first.
@@ -233,13 +239,29 @@ class _Results:
         self.what = what
         self.sizes = [torch.Size(shape).numel() * dtype.itemsize // self.dtype.itemsize for dtype, shape in what]
         self.memory = torch.empty(sum(self.sizes), dtype=self.dtype, device=device)
+        self.places: list[slice] | None = None
 
     def write(self, results: tuple) -> None:
-        torch.cat([t.reshape(-1).view(self.dtype) for t in results], out=self.memory)
+        if not self._stay(results):
+            torch.cat([t.reshape(-1).view(self.dtype) for t in results], out=self.memory)
+
+    def _stay(self, results: tuple) -> bool:
+        """Whether the results lie together: then their memory is the one that is read."""
+        starts = [t.storage_offset() * t.itemsize for t in results]
+        first, last = min(starts), max(a + t.nbytes for a, t in zip(starts, results, strict=True))
+        near = last - first <= sum(t.nbytes for t in results) + _GAP * len(results)
+        whole = all(t.is_contiguous() and (a - first) % t.itemsize == 0 for a, t in zip(starts, results, strict=True))
+        if not (near and whole and len({t.untyped_storage()._cdata for t in results}) == 1):
+            return False
+        self.dtype = torch.uint8
+        self.memory = results[0].reshape(-1).view(torch.uint8).as_strided((last - first,), (1,), first)
+        self.places = [slice(a - first, a - first + t.nbytes) for a, t in zip(starts, results, strict=True)]
+        return True
 
     def read(self) -> list[torch.Tensor]:
         """A copy, so that a loss that the user keeps does not change with the next step."""
-        parts = self.memory.clone().split_with_sizes(self.sizes)
+        memory = self.memory.clone()
+        parts = memory.split_with_sizes(self.sizes) if self.places is None else [memory[at] for at in self.places]
         if self.dtype == torch.uint8:
             parts = [part.view(dtype) for part, (dtype, _) in zip(parts, self.what, strict=True)]
         return [
