@@ -71,6 +71,16 @@ def test_augmentation_refuses(options, match):
         D.augment_cloud(cloud(), 0, 0, 0, **options)
     with pytest.raises(ValueError, match=match):
         D.CloudBatches(x, y, 1, **options)
+    for name, value, error in (("points", 2.5, TypeError), ("jitter", "a", TypeError), ("clip", None, TypeError)):
+        with pytest.raises(error, match=f"{name} must be"):
+            D.CloudBatches(x, y, 1, **{name: value})
+    for name, value, error in (
+        ("seed", -1, ValueError), ("epoch", -1, ValueError), ("index", -1, ValueError), ("epoch", 0.5, TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"{name} (is -1|must be an integer)"):
+            D.augment_cloud(cloud(), **{"seed": 0, "epoch": 0, "index": 0, name: value})
+    with pytest.raises(TypeError, match="the cloud is Tensor, a numpy array expected"):
+        D.augment_cloud(x[0], 0, 0, 0)
     for bad, error in ((x.double(), TypeError), (x[:, :2], ValueError), (x[:, :, :0], ValueError)):
         with pytest.raises(error, match="float32 expected|with N above 0"):
             D.CloudBatches(bad, y, 1)

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import ezo_kernels.data as D
 from ezo_kernels.data.modelnet import read_hdf5, read_off, sample_surface
@@ -95,14 +96,29 @@ def test_a_digit_stands_upright():
     assert np.median(cloud[1]) > 0 and cloud[0][cloud[1] < -0.3].min() > 0
 
 
+def test_no_images_are_no_clouds():
+    assert image_clouds(stroke()[:0], 4).shape == (0, 3, 4)
+
+
 def test_image_clouds_refuse(images):
     x = stroke()
     with pytest.raises(TypeError, match="float64"):
         image_clouds(x.astype(float), 4)
     with pytest.raises(ValueError, match=r"\[28, 28\]"):
         image_clouds(x[0], 4)
-    with pytest.raises(ValueError, match="points is 0"):
-        image_clouds(x, 0)
+    with pytest.raises(TypeError, match="images are Tensor, a numpy array expected"):
+        image_clouds(torch.from_numpy(x), 4)
+    for options, error, said in (
+        ({"points": 0}, ValueError, "points is 0"),
+        ({"points": 2.5}, TypeError, "points must be an integer, got float"),
+        ({"seed": -1}, ValueError, "seed is -1"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer"),
+        ({"split": -1}, ValueError, "split is -1"),
+    ):
+        with pytest.raises(error, match=said):
+            image_clouds(x, **{"points": 4, **options})
+    with pytest.raises(ValueError, match=r"\[1, 0, 28\]: no point can be drawn"):
+        image_clouds(x[:, :0], 4)
     with pytest.raises(ValueError, match="z is 'height'"):
         image_clouds(x, 4, z="height")
     images.x_valid[3] = 0
@@ -201,6 +217,8 @@ def test_damaged_and_missing_hdf5_files(tmp_path):
         D.load_modelnet40(tmp_path / "empty")
     with pytest.raises(ValueError, match="points is 0"):
         D.load_modelnet40(tmp_path / "empty", 0)
+    with pytest.raises(TypeError, match="points must be an integer"):
+        D.load_modelnet40(tmp_path / "empty", 2.5)
     with pytest.raises(FileNotFoundError, match="absent.h5: no such file"):
         read_hdf5(tmp_path / "absent.h5", 1)
 
@@ -236,6 +254,10 @@ FACES = "3 0 1 2\n3 0 2 3\n3 4 5 6\n"
         f"# made by hand\nOFF\n# counts\n7 3 0 # v f e\n\n{MESH}{FACES}",
         f"OFF\n7 2 0\n{MESH}4 0 1 2 3\n3 4 5 6\n",  # the square as one face
         f"OFF\n7 3 0\n\n{MESH}\n{FACES}\n\n",
+        # colours, of which one could be the start of a face
+        f"OFF\n7 3 0\n{MESH}3 0 1 2 255 0 0\n3 0 2 3 3 0 1\n3 4 5 6 3 0 1 2\n",
+        f"OFF\n7 2 0\n{MESH}4 0 1 2 3 0.5 0.5 0.5\n3 4 5 6\n3 0 0 0\n",
+        f"OFF\n7 3\n0 {MESH.replace(chr(10), ' ', 3)}{FACES[:7]}  7\n{FACES[8:]}",
     ],
 )
 def test_off(tmp_path, text):
@@ -260,6 +282,11 @@ def test_off(tmp_path, text):
         (f"OFF\n7 3 0\n{MESH}3 0 1 2\n3 0 2 7\n3 4 5 6\n", "corners from 0 to 7, but vertices are 0 to 6"),
         (f"OFF\n7 3 0\n{MESH}3 0 1 2\n3 0 2 -1\n3 4 5 6\n", "corners from -1"),
         (f"OFF\n7 3 0\n{MESH}2 0 1\n3 0 2 3\n3 4 5 6\n0\n", "face 0 of 3 has no three"),
+        (f"OFF\n7 3 0\n{MESH}nan 0 1 2\n3 0 2 3\n3 4 5 6\n", "face 0 of 3 has no three"),
+        (f"OFF\n7 3 0\n{MESH}3.7 0 1 2 3\n3 0 2 3\n3 4 5 6\n", "face 0 of 3 has no three"),
+        (f"OFF\n7 3 0\n{MESH}3 0 1\n2 3 0 2 3\n3 4 5 6\n5\n", "face 0 of 3 has no three"),
+        (f"OFF\n7 3 0\n{MESH}3 0 1 2 3 0 1\n3 0 2 3 3 0 2\n", "truncated: 2 lines of faces, 3 expected"),
+        ("OFF\ninf 3 0\n", "its header counts"),
         (f"OFF\n7 3 0\n{MESH}3 0 1 x\n3 0 2 3\n3 4 5 6\n", "not a number"),
         (f"OFF\n7 3 0\n{MESH.replace('6', 'nan', 1)}{FACES}", "a vertex is not finite"),
     ],

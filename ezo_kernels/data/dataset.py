@@ -147,11 +147,22 @@ def load(
     return split(arrays, name, known is not None, source)
 
 
-def _check_images(images: np.ndarray, name: str) -> None:
+def check_images(images: np.ndarray) -> None:
+    """Refuse anything but images, uint8 [n, height, width].
+
+    Raises:
+        TypeError: no numpy array, or one of another dtype. ValueError: another shape.
+    """
+    if not isinstance(images, np.ndarray):
+        raise TypeError(f"images are {type(images).__name__}, a numpy array expected")
     if images.dtype != np.uint8:
         raise TypeError(f"images are {images.dtype}, uint8 expected")
     if images.ndim != 3:
         raise ValueError(f"images have shape {list(images.shape)}, [n, height, width] expected")
+
+
+def _check_images(images: np.ndarray, name: str) -> None:
+    check_images(images)
     if name not in STATISTICS:
         raise ValueError(f"no mean and std are known for {name!r}, only for {', '.join(STATISTICS)}")
 
@@ -168,7 +179,7 @@ def standardize(images: np.ndarray, name: str, dtype: torch.dtype = torch.float3
         [n, 1, 28, 28] on the CPU.
 
     Raises:
-        TypeError: images that are not uint8.
+        TypeError: images that are no numpy array of uint8.
         ValueError: unknown name, or another shape.
     """
     _check_images(images, name)
@@ -188,7 +199,7 @@ def quantize_images(images: np.ndarray, name: str) -> Int8Tensor:
         [n, 1, 28, 28] on the CPU, in one group. No floating-point number is made.
 
     Raises:
-        TypeError: images that are not uint8.
+        TypeError: images that are no numpy array of uint8.
         ValueError: unknown name, or another shape.
     """
     _check_images(images, name)

@@ -15,19 +15,35 @@ import numpy as np
 STREAMS = ("angle", "cloud", "surface", "split", "resample", "turn", "jitter")
 
 
+def _integer(value, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
 def check_seed(seed, name: str = "seed") -> int:
-    """``seed`` as a Python int.
+    """``seed``, or another place of a draw, as a Python int.
 
     Raises:
         TypeError: no integer. ValueError: a negative one.
     """
-    try:
-        seed = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(seed).__name__}") from None
+    seed = _integer(seed, name)
     if seed < 0:
         raise ValueError(f"{name} is {seed}: it must not be negative")
     return seed
+
+
+def check_count(count, name: str) -> int:
+    """``count`` as a Python int.
+
+    Raises:
+        TypeError: no integer. ValueError: less than 1.
+    """
+    count = _integer(count, name)
+    if count < 1:
+        raise ValueError(f"{name} is {count}: at least 1 is needed")
+    return count
 
 
 def words(count: int, seed: int, stream: str, place: int = 0, index: int = 0) -> np.ndarray:

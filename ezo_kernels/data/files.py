@@ -110,17 +110,20 @@ def read_npz(path: Path) -> Arrays:
         ValueError: corrupt, truncated, an array missing or of the wrong shape; names the file.
         TypeError: images that are not uint8, labels that are not integers.
     """
+    with path.open("rb") as raw:
+        if not zipfile.is_zipfile(raw):  # which numpy would take for a pickle, and say how to load it unsafely
+            raise ValueError(f"{path}: corrupt or truncated npz file: it is no zip archive")
     try:
         file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
         with file:
             missing = [part for part in PARTS if part not in file.files]
             arrays = {part: file[part] for part in PARTS if part not in missing}
     except (FileNotFoundError, PermissionError):
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: corrupt or truncated npz file: {error}") from None
+        # whose words of allow_pickle are no advice for a file from anywhere
+        what = "an array of Python objects is in it" if "allow_pickle" in str(error) else error
+        raise ValueError(f"{path}: corrupt or truncated npz file: {what}") from None
     if missing:
         raise ValueError(f"{path}: no {', '.join(missing)} in it, only {', '.join(arrays) or 'others'}")
     for part in ("y_train", "y_test"):

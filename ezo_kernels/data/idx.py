@@ -46,7 +46,10 @@ def parse_idx(raw: bytes, name: str, ndim: int | None = None) -> np.ndarray:
     if len(raw) != want:
         fault = "truncated" if len(raw) < want else "too long"
         raise ValueError(f"{name}: {fault}: {len(raw)} bytes, {want} expected for shape {list(shape)}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
+    try:
+        return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
+    except ValueError as error:  # more dimensions than numpy has, or beside one of zero larger ones
+        raise ValueError(f"{name}: a header of {dims} dimensions, {max(shape)} the largest: {error}") from None
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .dataset import Dataset
-from .draws import check_seed, shuffled, uniforms, words
+from .draws import check_count, check_seed, shuffled, uniforms, words
 from .pointcloud import unit_sphere
 
 CLASSES = 40
@@ -91,9 +91,10 @@ def _from_hdf5(root: Path, part: str, points: int, seed: int) -> tuple[np.ndarra
 
 
 def read_off(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """The mesh in an OFF file; a face of more than three corners becomes a fan of triangles.
+    """The mesh in an OFF file; a face of more than three corners becomes a fan of triangles, its colour is left out.
 
-    Many files of ModelNet40 have no line break behind the magic ("OFF490 518 0"); they are read all the same.
+    Each face has a line of its own, as the format wants it: a colour ends where its line does. Many files of ModelNet40 have no
+    line break behind the magic ("OFF490 518 0"); they are read all the same.
 
     Returns:
         vertices float64 [v, 3], triangles int64 [t, 3].
@@ -104,30 +105,35 @@ def read_off(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     path = Path(path)
     lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    text = " ".join(line.partition("#")[0] for line in lines).lstrip()
+    text = "\n".join(line.partition("#")[0] for line in lines).lstrip()
     if not text.startswith("OFF"):
-        raise ValueError(f"{path}: no OFF file: it begins with {text[:12]!r}")
+        raise ValueError(f"{path}: no OFF file: it begins with {' '.join(text[:12].split())!r}")
     try:
         numbers = np.array(text[3:].split(), np.float64)
     except ValueError as error:
         raise ValueError(f"{path}: not a number in an OFF file: {error}") from None
-    if len(numbers) < 3 or (numbers[:2] < 1).any() or (numbers[:2] % 1).any():
+    counts = numbers[:2]
+    if len(numbers) < 3 or not (np.isfinite(counts).all() and (counts >= 1).all() and (counts == counts // 1).all()):
         raise ValueError(f"{path}: its header counts {numbers[:3].tolist()}: vertices and faces expected")
     v, f = int(numbers[0]), int(numbers[1])
     end = 3 + 3 * v
-    if len(numbers) < end + 4 * f and len(numbers) < end + f:
+    if len(numbers) < end + f:
         raise ValueError(f"{path}: truncated: {len(numbers)} numbers, too few for {v} vertices and {f} faces")
     vertices, rest = numbers[3:end].reshape(v, 3), numbers[end:]
     if len(rest) == 4 * f and (rest[::4] == 3).all():
         triangles = rest.reshape(f, 4)[:, 1:]
     else:
-        fans, at = [], 0
-        for face in range(f):
-            corners = rest[at + 1 : at + 1 + int(rest[at])] if at < len(rest) and rest[at] >= 3 else rest[:0]
-            if at >= len(rest) or len(corners) < rest[at]:
+        # where the lines of faces end, in the rest
+        ends = np.cumsum([len(line.split()) for line in text[3:].splitlines() if line.strip()]) - end
+        ends, fans = ends[ends > 0], []
+        for face, (first, last) in enumerate(zip([0, *ends[:-1]], ends[:f], strict=False)):
+            count = rest[first]
+            if not (3 <= count < last - first and count % 1 == 0):
                 raise ValueError(f"{path}: truncated or corrupt: face {face} of {f} has no three or more corners")
+            corners = rest[first + 1 : first + 1 + int(count)]
             fans += [(corners[0], corners[i], corners[i + 1]) for i in range(1, len(corners) - 1)]
-            at += 1 + len(corners)
+        if len(ends) < f:
+            raise ValueError(f"{path}: truncated: {len(ends)} lines of faces, {f} expected")
         triangles = np.array(fans)
     if not np.isfinite(vertices).all():
         raise ValueError(f"{path}: a vertex is not finite")
@@ -154,8 +160,7 @@ def sample_surface(
     Raises:
         ValueError: points < 1, or a surface without area.
     """
-    if points < 1:
-        raise ValueError(f"points is {points}: at least 1 is needed")
+    points = check_count(points, "points")
     a, b, c = (vertices[triangles[:, i]] for i in range(3))
     area = np.cumsum(np.linalg.norm(np.cross(b - a, c - a), axis=1))
     if not area[-1] > 0:
@@ -208,8 +213,7 @@ def load_modelnet40(root: str | Path, points: int = 1024, *, seed: int = 0) -> D
         FileNotFoundError: no such folder, neither form in it, or a file is missing.
         ValueError: points < 1, a corrupt file (named), too few shapes to split.
     """
-    if points < 1:
-        raise ValueError(f"points is {points}: at least 1 is needed")
+    points = check_count(points, "points")
     seed, root = check_seed(seed), Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")

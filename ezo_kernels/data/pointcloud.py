@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import numbers
 
 import numpy as np
 import torch
 
 from .batches import Batches
-from .dataset import Dataset
-from .draws import below, check_seed, normals, shuffled, uniforms, words
+from .dataset import Dataset, check_images
+from .draws import below, check_count, check_seed, normals, shuffled, uniforms, words
 from .rotate import SPLITS
 
 # Images whose points are drawn at once.
@@ -44,20 +44,18 @@ def image_clouds(images: np.ndarray, points: int, *, seed: int = 0, split: int =
         float32 [n, 3, points].
 
     Raises:
-        TypeError: images that are not uint8.
-        ValueError: another shape, points < 1, an unknown z, an image without ink.
+        TypeError: images that are no numpy array of uint8; points, a seed or a split that is no integer.
+        ValueError: another shape, points < 1, a negative seed or split, an unknown z, an image without ink.
     """
-    if images.dtype != np.uint8:
-        raise TypeError(f"images are {images.dtype}, uint8 expected")
-    if images.ndim != 3:
-        raise ValueError(f"images have shape {list(images.shape)}, [n, height, width] expected")
-    if points < 1:
-        raise ValueError(f"points is {points}: at least 1 is needed")
+    check_images(images)
+    points, seed, split = check_count(points, "points"), check_seed(seed), check_seed(split, "split")
     if z not in ("zero", "intensity"):
         raise ValueError(f"z is {z!r}: 'zero' or 'intensity' expected")
     n, height, width = images.shape
-    ink = np.cumsum(images.reshape(n, -1), axis=1, dtype=np.int64)
-    if n and not ink[:, -1].all():
+    if height * width == 0:
+        raise ValueError(f"images have shape {list(images.shape)}: no point can be drawn from no pixel")
+    ink = np.cumsum(images.reshape(n, height * width), axis=1, dtype=np.int64)
+    if not ink[:, -1].all():
         raise ValueError(f"image {np.argmin(ink[:, -1])} has no ink: no point can be drawn from it")
     clouds = np.empty((n, 3, points), np.float32)
     for first in range(0, n, _CHUNK):
@@ -107,9 +105,11 @@ def point_clouds(dataset: Dataset, points: int = 128, *, seed: int = 0, z: str =
 
 
 def _check_augmentation(points, jitter: float, clip: float) -> None:
-    if points is not None and points < 1:
-        raise ValueError(f"points is {points}: at least 1 is needed")
+    if points is not None:
+        check_count(points, "points")
     for name, value in (("jitter", jitter), ("clip", clip)):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is {value}: finite and not negative expected")
 
@@ -141,13 +141,18 @@ def augment_cloud(
         float32 [3, points].
 
     Raises:
-        TypeError: a cloud that is not float32. ValueError: another shape, no points, a number out of range.
+        TypeError: a cloud that is no numpy array of float32; points, a seed, an epoch or an index that is no integer; a jitter
+            or a clip that is no number.
+        ValueError: another shape, no points, a number out of range.
     """
+    if not isinstance(cloud, np.ndarray):
+        raise TypeError(f"the cloud is {type(cloud).__name__}, a numpy array expected")
     if cloud.dtype != np.float32:
         raise TypeError(f"the cloud is {cloud.dtype}, float32 expected")
     if cloud.ndim != 2 or cloud.shape[0] != 3 or cloud.shape[1] == 0:
         raise ValueError(f"the cloud has shape {list(cloud.shape)}, [3, N] with N above 0 expected")
     _check_augmentation(points, jitter, clip)
+    seed, epoch, index = check_seed(seed), check_seed(epoch, "epoch"), check_seed(index, "index")
     n = cloud.shape[1]
     keep = n if points is None else points
     # A permutation does both, the random choice and the shuffle; where too few are there, all of them go in again.
@@ -200,10 +205,6 @@ class CloudBatches(Batches):
         _check_augmentation(points, jitter, clip)
         self.options = {"points": points, "rotate": rotate, "jitter": jitter, "clip": clip}
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches ``start``, ``start + 1``, ... of an epoch."""
-        order = self.order(epoch)
-        for i in range(start, len(self)):
-            rows = order[i * self.batch_size : (i + 1) * self.batch_size]
-            clouds = [augment_cloud(self.x[r].numpy(), self.seed, epoch, r, **self.options) for r in rows.tolist()]
-            yield torch.from_numpy(np.stack(clouds)), self.y.index_select(0, rows)
+    def _read(self, epoch: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        clouds = [augment_cloud(self.x[r].numpy(), self.seed, epoch, r, **self.options) for r in rows.tolist()]
+        return torch.from_numpy(np.stack(clouds)), self.y.index_select(0, rows)

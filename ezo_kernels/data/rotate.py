@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dataset import Dataset
+from .dataset import Dataset, check_images
 from .draws import check_seed, uniforms, words
 
 SPLITS = ("train", "valid", "test")
@@ -31,13 +31,10 @@ def rotate_images(images: np.ndarray, degrees) -> np.ndarray:
         uint8 of the same shape.
 
     Raises:
-        TypeError: images that are not uint8.
+        TypeError: images that are no numpy array of uint8.
         ValueError: another shape, as many angles as fit neither form, an angle that is not finite.
     """
-    if images.dtype != np.uint8:
-        raise TypeError(f"images are {images.dtype}, uint8 expected")
-    if images.ndim != 3:
-        raise ValueError(f"images have shape {list(images.shape)}, [n, height, width] expected")
+    check_images(images)
     angles = np.asarray(degrees, np.float64)
     if angles.shape not in ((), (len(images),)):
         raise ValueError(f"angles have shape {list(angles.shape)}: one number or [{len(images)}] expected")
