@@ -65,6 +65,8 @@ def info(args: argparse.Namespace) -> int:
     device = system.pick_device(args.device)
     precision = "fp32" if args.precision == "float" else args.precision
     recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head, precision=precision)
+    if args.hidden != Recipe.hidden:
+        recipe.check_given(("hidden",))
     model, of = build_model(recipe, device), f"{args.model}, head {args.head}"
     if recipe.integer:
         table = summary(convert_(model, head=recipe.head_argument, precision="int8"))

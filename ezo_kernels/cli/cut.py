@@ -59,6 +59,8 @@ def cut(args: argparse.Namespace) -> int:
     recipe = Recipe(
         model=args.model, hidden=args.hidden, data=args.data, precision=args.precision, seed=args.seed, batch=args.batch
     )  # fmt: skip
+    if args.hidden != Recipe.hidden:
+        recipe.check_given(("hidden",))
     data = load(recipe.data, args.data_dir)
     x, y = first_batch(recipe, data, device)
     rows = signal_rows(recipe, data, device)

@@ -61,6 +61,7 @@ def test_ezo_cut_refuses(cut, tmp_path):
         (("--batch", 100000), "a batch of 100000 out of"),
         (("--precision", "int8"), "plan_int8_step"),
         (("--json", tmp_path / "none" / "x.json"), "there is no folder"),
+        (("--model", "lenet5"), "--hidden: no meaning with --model lenet5"),
     ):
         code, out, err = cut(*MLP, *argv)
         assert code == 2 and out == "" and err.count("\n") == 1 and said in err, argv

@@ -72,6 +72,8 @@ def test_info_shows_strategies_and_why(ezo):
     assert refused(ezo("info", "--arch", -1), "--arch must be at least 0")
     assert refused(ezo("info", "--strategy", "fast"), "strategy must be one of auto, fused")
     assert refused(ezo("info", "--noise", "normal"), "normal")
+    assert refused(ezo("info", "--hidden", "a"), "--hidden: no meaning with --model lenet5")
+    assert refused(ezo("info", "--hidden", "a", "--model", "mlp"), "hidden is 'a': widths")
 
 
 @pytest.mark.parametrize("model", ["lenet5", "mlp", "pointnet"])
