@@ -57,10 +57,23 @@ def tensors(op, dtype, rows, alter):
         return (losses, torch.tensor([0.1]), eps, *head, True, 0.5, bad, weights, *outs, *flags, *counts)
     if op.startswith("cross_entropy"):
         logits, target = alter(randn(2 * rows, 5, dtype=dtype)), torch.arange(rows) % 5
+        common = (logits, target, randn(rows, seed=3) if dtype == torch.bfloat16 else None, -100)
         if op == "cross_entropy":
             now = (randn(2), alter(torch.empty_like(logits))) if rows else (None, None)
-            return (logits, target, -100, now[0], torch.empty(2), torch.empty(1), now[1])
-        return (logits, target, -100, randn(2), torch.full((1,), float(rows)), alter(torch.empty_like(logits)))
+            return (*common, now[0], torch.empty(2), torch.empty(1), now[1])
+        return (*common, randn(2), torch.full((1,), float(rows)), alter(torch.empty_like(logits)))
+    if op == "importance_rows":
+        logits = alter(randn(max(1, 3 * rows), 5, dtype=dtype))
+        return (
+            logits,
+            torch.arange(len(logits)) % 5,
+            key,
+            -100,
+            1,
+            7,
+            torch.empty(rows, dtype=torch.int64),
+            torch.empty(rows),
+        )
     if op == "batch_norm":
         x, affine = alter(randn(4, 3, 5, dtype=dtype)), randn(2, 3, seed=3, dtype=dtype)
         return (x, affine, affine[0], 2, 1e-5, alter(torch.empty_like(x)), torch.empty(2, 3), torch.empty(2, 3))
@@ -89,7 +102,7 @@ def tensors(op, dtype, rows, alter):
 
 OPERATORS = ["noise", "dropout_mask", "fold_key", "perturb", "linear", "conv2d", "embedding", "coefficients", "update_"]
 OPERATORS += ["cross_entropy", "cross_entropy_backward", "grouped_linear", "grouped_linear_backward"]
-OPERATORS += ["batch_norm", "running_statistics"]
+OPERATORS += ["batch_norm", "running_statistics", "importance_rows"]
 
 
 def overload(op):

@@ -149,8 +149,18 @@ def cross_entropy_backward_kernel(
     group = tl.program_id(1)
     scale = tl.div_rn(tl.load(grad_ptr + group), tl.load(count_ptr))
     _write_gradient(
-        logits_ptr, target_ptr, weight_ptr, out_ptr, tl.program_id(0) * R, rows, classes, ignore_index, group, scale,
-        R, C,
+        logits_ptr,
+        target_ptr,
+        weight_ptr,
+        out_ptr,
+        tl.program_id(0) * R,
+        rows,
+        classes,
+        ignore_index,
+        group,
+        scale,
+        R,
+        C,
     )
 
 

@@ -211,4 +211,47 @@ MUTANTS = (
         "if candidate.steps < WARM_UP:",
         "tests/test_capture_settings.py -k not_finite",
     ),
+    # rows drawn by importance
+    Mutant(
+        "drawn rows whose losses weigh alike",
+        "ezo_kernels/optim/losses.py",
+        "return loss_fn.weight if type(loss_fn) is WeightedCrossEntropy else None",
+        "return None",
+        "tests/test_importance_step.py -k formula",
+    ),
+    Mutant(
+        "each micro-batch draws by the same word",
+        "ezo_kernels/optim/importance.py",
+        "draw=self._micro,",
+        "draw=0,",
+        "tests/test_importance_step.py -k draws",
+    ),
+    Mutant(
+        "rows drawn of a batch that is not looked at",
+        "ezo_kernels/optim/importance.py",
+        "same = not bool(",
+        "same = True or not bool(",
+        "tests/test_importance_step.py -k no_batch",
+    ),
+    Mutant(
+        "rows that do not count are drawn",
+        "ezo_kernels/ops/_importance_triton.py",
+        "mass = tl.where(counts, 9 * n * q + total, 0)",
+        "mass = 9 * n * q + total",
+        "tests/interpret/test_importance.py -k contract",
+    ),
+    Mutant(
+        "every block of drawn rows is the first",
+        "ezo_kernels/ops/_importance_triton.py",
+        "j = tl.program_id(0) * J + tl.arange(0, J)",
+        "j = tl.arange(0, J)",
+        "tests/interpret/test_importance.py -k many_programs",
+    ),
+    Mutant(
+        "the gradient of a weighted loss without its weight",
+        "ezo_kernels/ops/_cross_entropy_triton.py",
+        "    scale = scale * _weights(weight_ptr, r, counts)\n",
+        "",
+        "tests/interpret/test_cross_entropy.py -k weights",
+    ),
 )
