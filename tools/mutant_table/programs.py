@@ -32,6 +32,21 @@ MUTANTS = (
         "outputs.jsonable(record)",
         "tests/test_experiments.py -k restarted",
     ),
+    # baselines
+    Mutant(
+        "MeZO makes a full step of a loss that is not finite",
+        "ezo_kernels/optim/baselines.py",
+        "if all(map(math.isfinite, gs)):",
+        "if gs:",
+        "tests/test_baselines.py -k finite",
+    ),
+    Mutant(
+        "MeZO leaves its weights perturbed when the loss raises",
+        "ezo_kernels/optim/baselines.py",
+        "            self._sweep(query, -eps)\n            raise",
+        "            raise",
+        "tests/test_baselines.py -k perturbation",
+    ),
     # diagnostics
     Mutant(
         "a finding is told at every reading",
@@ -70,10 +85,17 @@ MUTANTS = (
         "tests/test_data_more.py -k bilinear",
     ),
     Mutant(
+        "a column is told constant by its rounded deviation",
+        _DATA + "regression.py",
+        "still = least == values[train].max(0)",
+        "still = std == 0",
+        "tests/test_data_more.py -k never_changes",
+    ),
+    Mutant(
         "pixels drawn whatever their ink",
         _DATA + "pointcloud.py",
-        "ink = np.cumsum(images.reshape(n, -1), axis=1",
-        "ink = np.cumsum(images.reshape(n, -1) > 0, axis=1",
+        "ink = np.cumsum(images.reshape(n, height * width), axis=1",
+        "ink = np.cumsum(images.reshape(n, height * width) > 0, axis=1",
         "tests/test_pointcloud.py -k ink",
     ),
     Mutant(
