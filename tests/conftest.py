@@ -13,6 +13,8 @@ NO_GPU = "needs a CUDA device, and torch.cuda is not available"
 
 
 def pytest_collection_modifyitems(items):
+    # minutes each: begun last, one of them would run alone at the end
+    items.sort(key=lambda item: item.get_closest_marker("interpret") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
