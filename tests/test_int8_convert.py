@@ -209,3 +209,14 @@ def test_a_float_loss_decides_the_sign_alone():
         for m in (model, other)
     ]
     assert all(torch.equal(moves[0][n], -moves[1][n]) for n in moves[0])
+
+
+def test_a_frozen_layer_of_integers_is_shown_in_its_kernel():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    frozen, trained = ezo.summary(ezo.convert_(model, head=0, precision="int8")).rows
+    assert (
+        (frozen.trained, frozen.backend)
+        == ("frozen", "int8 reference (numba + torch)")
+        == (frozen.trained, trained.backend)
+    )

@@ -355,3 +355,19 @@ def test_summary_of_other_samples_and_refusals():
         ezo.summary(model, noise="normal")
     with pytest.raises(NotImplementedError, match="integer layers"):
         ezo.summary(model, noise="sparse_int8")
+
+
+@pytest.mark.parametrize(
+    "arguments, error, said",
+    [
+        (dict(sample=[torch.zeros(2, 3)]), TypeError, "sample must be .*, got list"),
+        (dict(sample=torch.zeros(2, 3).numpy()), TypeError, "sample must be .*, got ndarray"),
+        (dict(sample=ezo.quantize(torch.zeros(2, 3))), TypeError, "sample must be .*, got Int8Tensor"),
+        (dict(sample=torch.zeros(2, 3), arch="90"), TypeError, "arch must be an int, got str"),
+        (dict(sample=torch.zeros(2, 3), arch=-1), ValueError, "arch must be in"),
+    ],
+)
+def test_summary_refuses(arguments, error, said):
+    model = ezo.convert_(torch.nn.Sequential(torch.nn.Linear(3, 4)), head=0)
+    with pytest.raises(error, match=said):
+        ezo.summary(model, **arguments)

@@ -204,7 +204,7 @@ class Recipe:
         """The head as ``ezo_kernels.convert_`` takes it."""
         if self.head == "all":
             return "all"
-        if self.head.isdigit():
+        if self.head.removeprefix("-").isdigit():  # no layer has a negative number, which convert_ says
             return int(self.head)
         return [name.strip() for name in self.head.split(",") if name.strip()]
 

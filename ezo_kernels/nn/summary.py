@@ -13,6 +13,7 @@ from ..ops._perturbation import compute_dtype
 from ..ops._strategy import Strategy
 from ..ops.conv2d import strategy_for as conv_strategy_for
 from ..ops.linear import strategy_for as linear_strategy_for
+from ..ops.noise import check_index
 from .context import ZOContext
 from .conv import ZOConv1d, ZOConv2d, conv_strategy
 from .convert import context_of, is_int8, plan_of
@@ -147,16 +148,23 @@ def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int
         arch: compute capability whose choices are shown, 90 for an H100, 0 for the CPU; by default the model's device's.
 
     Raises:
-        ValueError: a model that is not converted, an unknown noise, a sample of an int8 model (whose strategies are
-            :class:`ezo_kernels.ElasticZOInt8`'s).
+        TypeError: a sample or an arch of another type.
+        ValueError: a model that is not converted, a negative arch, an unknown noise, a sample of an int8 model (whose
+            strategies are :class:`ezo_kernels.ElasticZOInt8`'s).
         NotImplementedError: noise of integer layers.
     """
     spec, chosen = Noise(noise), {}
     if noise == "sparse_int8":
         raise NotImplementedError("sparse_int8 is noise of integer layers: use 'sparse' for float weights")
+    if arch is not None:
+        arch = check_index(arch, "arch", 1 << 12)
     if sample is not None:
         if is_int8(model):
             raise ValueError("summary: strategies of integer layers are ElasticZOInt8's; leave the sample out")
+        if not isinstance(sample, (torch.Tensor, tuple, dict)):
+            raise TypeError(
+                f"sample must be a tensor, a tuple of arguments or a dict of them, got {type(sample).__name__}"
+            )
         if arch is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -167,6 +175,8 @@ def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int
     fused_backend = {"cuda": "triton, z in the kernel", "cpu": "reference (numba + torch)"}
     if integer:
         fused_backend = {"cuda": "triton int8, z in the kernel", "cpu": "int8 reference (numba + torch)"}
+    # a frozen layer of integers runs in the same kernel, without a z
+    frozen_backend = {d: b.removesuffix(", z in the kernel") for d, b in fused_backend.items()} if integer else {}
     kinds = {name: s for s in zo.manifest for name in s.names}
     rows, seen = [], set()
     for name, module in model.named_modules():
@@ -181,7 +191,7 @@ def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int
         cls = module.__dict__.get("plain_class") or getattr(type(module), "base", type(module))
         tied = next((n for n in kinds[first].names if n != first), None) if first in kinds else None
         if all(n in plan.frozen for n in own):
-            row = ("frozen", "torch", plan.frozen[first])
+            row = ("frozen", frozen_backend.get(device, "torch"), plan.frozen[first])
         elif in_head(name, plan.head):
             row = ("BP", "integer backward" if integer else "torch autograd", "in the head")
         elif name in plan.fused:

@@ -52,6 +52,7 @@ def test_info(ezo):
     for word in ("python", "torch", "triton", "numba", "cupy", "ezo-1/philox4x32-7", "device", "conv1", "fc2", "fc3"):
         assert word in out
     assert refused(ezo("info", "--head", "fc9"), "fc9")
+    assert refused(ezo("info", "--head", "-1"), "head=-1 is outside 0..5")
 
 
 def test_info_shows_strategies_and_why(ezo):
