@@ -40,7 +40,7 @@ class SignCounter(ElasticZOInt8):
         """Fraction bits -> share of the pairs that agree."""
         return {bits: n / max(1, self.pairs) for bits, n in self.agreed.items()}
 
-    def _losses_of(self, out, y, loss_fn):
+    def _losses_of(self, out, y, loss_fn, signs):
         self.calls += 1
         if self.calls % self.EVERY == 0:
             exact = [
@@ -52,7 +52,7 @@ class SignCounter(ElasticZOInt8):
                 own = int8_cross_entropy(out, y, fraction_bits=bits)
                 ours = ternary_gradient(own, self.antithetic)
                 self.agreed[bits] += int(((ours == sign) & (ours != 0)).sum())
-        return super()._losses_of(out, y, loss_fn)
+        return super()._losses_of(out, y, loss_fn, signs)
 
 
 class GradientTrace:
@@ -188,8 +188,11 @@ class SquaredErrorWatch(ElasticZOInt8):
             values = (values + sign * own).clamp(-127, 127)
         return values.double() * 2.0 ** exponent.item()
 
-    def _losses_of(self, out, y, loss_fn):
-        losses, error = super()._losses_of(out, y, loss_fn)
+    def _makes_signs(self, p) -> bool:
+        return not self.float_loss and super()._makes_signs(p)  # g is then of floats, made after the integer losses
+
+    def _losses_of(self, out, y, loss_fn, signs):
+        losses, error = super()._losses_of(out, y, loss_fn, signs)
         exact = y.dequantize(torch.float64)
         floats = torch.stack([F.mse_loss(part, exact) for part in out.dequantize(torch.float64).chunk(out.groups)])
         if out.groups == 1:  # nothing is perturbed: no sign
