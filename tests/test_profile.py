@@ -63,6 +63,11 @@ def test_integers_and_no_files(profile, capsys):
     assert len([line for line in out.splitlines() if line.rstrip().endswith("more)")]) == 1
 
 
+def test_rows_that_are_drawn(profile):
+    code, out, err = profile("--importance-rows", 2, "--batch", 4, "--steps", 1)
+    assert code == 0 and "ezo::importance_rows" in out, err
+
+
 def test_a_model_of_clouds_gets_clouds(profile):
     code, out, err = profile("--model", "pointnet", "--steps", 1)
     assert code == 0, err

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import outputs, system
 from .recipe import Recipe
-from .run import Run, data_for, loss_fn
+from .run import Run, data_for, loss_of
 from .train import get_data
 
 #: steps before anything is measured: they compile, load and allocate
@@ -110,7 +110,7 @@ def take_step(run: Run, x, y) -> None:
     if run.recipe.integer:
         run.optimizer.train_step(x, y)
     else:
-        run.optimizer.train_step(x, y, loss_fn=loss_fn)
+        run.optimizer.train_step(x, y, loss_fn=loss_of(run.recipe))
 
 
 def measure(run: Run, steps: int, bandwidth: float | None = None) -> tuple[dict, object]:
