@@ -2,6 +2,7 @@
 
 | range | around |
 |---|---|
+| ``rows`` | with ``importance_rows`` the plain forward of the whole batch, and the draw |
 | ``forward`` | the model's forward of all groups as one batch; of one group, with its loss, where they run one by one |
 | ``loss`` | the losses of all groups of a stacked pass |
 | ``head backward`` | the backward of the head |

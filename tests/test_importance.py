@@ -34,7 +34,7 @@ def by_hand(logits, target, count, key, draw=0, rounds=7):
     word = philox4x32((0, 0, draw << 8 | 9, 0), [int(k) & 0xFFFFFFFF for k in key], rounds)[0]
     rows, weights = [], []
     for j in range(count):
-        at, row, before = j * everything + (everything * (word >> 14) >> 18), 0, mass[0]
+        at, row, before = j * everything + (everything * word >> 32), 0, mass[0]
         while before * count <= at:
             row += 1
             before += mass[row]
@@ -74,8 +74,10 @@ def test_rows_that_are_all_right_or_do_not_count():
     assert sorted(rows.tolist()) == [0, 1, 2, 4, 5] and (weight == 1).all()  # as likely each
     rows, weight = importance_rows(right, torch.full((6,), IGNORED), 4, key)
     assert weight.isnan().all() and (rows >= 0).all() and (rows < 6).all()  # a step that will be skipped
-    right[1, 0] = float("nan")
-    assert importance_rows(right, target, 5, key)[0].tolist().count(1) >= 4  # so that its step is skipped
+    for row, found in ((1, True), (3, False)):  # a batch whose loss would be no number, and one whose would not
+        bad = right.clone()
+        bad[row, 0] = float("nan")
+        assert bool(importance_rows(bad, target, 2, key)[1].isnan().all()) == found
 
 
 def test_most_rows_fit():
@@ -93,6 +95,7 @@ def test_what_cannot_be_drawn_from():
         (TypeError, {"target": target.int()}),
         (TypeError, {"key": key.long()}),
         (TypeError, {"count": 2.0}),
+        (TypeError, {"target": target.tolist()}),
         (ValueError, {"count": 0}),
         (ValueError, {"count": 4097}),
         (ValueError, {"target": target[1:]}),

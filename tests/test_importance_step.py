@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import ezo_kernels as ezo
 from ezo_kernels.ops import materialize
 from ezo_kernels.ops.importance import importance_rows
 from ezo_kernels.ops.noise import key_tensor
+from ezo_kernels.optim.capture import may_be_left_out
 from tests.test_step import batch, bits, lenet, same
 
 
@@ -79,10 +81,11 @@ class Wide(nn.Module):
         super().__init__()
         self.inner, self.drop, self.out = nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3)
 
-    def forward(self, x, y, table=None, mixed=False):
+    def forward(self, x, y, table=None, mixed=False, masked=False):
         h = torch.relu(self.inner(x) + (0 if table is None else table.sum(0)))
         h = self.drop(h)
-        return self.out(h - h.mean(0) if mixed else h)
+        logits = self.out(h - h.mean(0) if mixed else h)
+        return logits.index_fill(1, torch.tensor([2]), -math.inf) if masked else logits
 
 
 def wide(p=0.0):
@@ -90,16 +93,20 @@ def wide(p=0.0):
     model = Wide()
     model.drop.p = p
     x = {"x": torch.randn(12, 5), "y": torch.zeros(2)}
-    return ezo.ElasticZO(ezo.convert_(model, head=["out"]), importance_rows=4), x, torch.randint(3, (12,))
+    return ezo.ElasticZO(ezo.convert_(model, head=["out"]), importance_rows=4), x, torch.randint(2, (12,))
 
 
-def test_dicts_and_arguments_that_are_no_batch():
-    opt, x, y = wide()
-    opt.train_step(x, y, table=torch.ones(5, 7))
+@pytest.mark.parametrize("mode", ["auto", "sequential"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "a class without a chance"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dicts_and_arguments_that_are_no_batch(p, masked, mode):
+    opt, x, y = wide(p)
+    opt.train_step(x, y, table=torch.ones(5, 7), masked=masked)
     assert opt.step_count == 1 and opt.skipped == 0
     before = bits(opt.model)
-    for kwargs in ({"table": torch.ones(12, 7)}, {"mixed": True}):
-        opt, x, y = wide()
+    for kwargs in ({"table": torch.ones(12, 7), "masked": masked}, {"mixed": True, "masked": masked}):
+        opt, x, y = wide(p)
+        opt.mode = opt.requested_mode = mode
         with pytest.raises(ValueError, match="a row's logits are others when it is drawn"):
             opt.train_step(x, y, **kwargs)
         assert opt.step_count == 0 and not same(bits(opt.model), before)
@@ -134,16 +141,24 @@ def test_a_copy_goes_on_and_another_state_is_refused():
         whole.load_state_dict(state)
 
 
+def masked(module, args, logits):
+    return logits.index_fill(1, torch.tensor([7]), -math.inf)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["", "a class without a chance"])
 @pytest.mark.parametrize("mode", ["stacked", "sequential"])
-def test_a_captured_step_draws_anew(monkeypatch, mode):
+def test_a_captured_step_draws_anew(monkeypatch, mode, hidden):
     monkeypatch.setattr("ezo_kernels.optim.elastic_zo.graphs_for", RecordingGraphs)
     ours, theirs = (
         optimizer(lr=1e-3, mode=mode, capture=on, head_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, fused=True))
         for on in (True, False)
     )
+    for opt in (ours, theirs) if hidden else ():
+        opt.model.fc3.register_forward_hook(may_be_left_out(masked))
     for i in range(8):
         for opt in (ours, theirs):
-            opt.train_step(*batch(20, i % 2))
+            x, y = batch(20, i % 2)
+            opt.train_step(x, y % 7)
     assert ours.capture_counters["replays"] > 3
     assert same(bits(ours.model), bits(theirs.model)) and torch.equal(ours.losses, theirs.losses)
 
@@ -173,9 +188,32 @@ def test_refusals():
     assert same(bits(model), before) and opt.step_count == 0
     model[1].eval()
     opt.train_step(x, y, loss_fn=nn.CrossEntropyLoss())
-    with pytest.raises(ValueError, match=r"target \[P\]"):
-        opt.train_step(x, y[:5])
+    for change, error, text in (
+        ((x, y[:5]), ValueError, r"got \(9, 3\) and \(5,\)"),
+        ((x, y.tolist()), TypeError, "y must be a tensor of class indices, got list"),
+        ((x.repeat(500, 1), y.repeat(500)), ValueError, "at most 4096 rows, got a batch of 4500"),
+    ):
+        with pytest.raises(error, match=text):
+            opt.train_step(*change)
     assert opt.step_count == 1
+
+
+class OfSteps(nn.Module):
+    """[time, batch, features]: its first dimension is no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.inner(x)).sum(0))
+
+
+def test_logits_that_are_not_of_the_batchs_rows():
+    opt = ezo.ElasticZO(ezo.convert_(OfSteps(), head=["out"]), importance_rows=6, mode="sequential")
+    with pytest.raises(ValueError, match=r"logits \[20, classes\] and y \[20\].*got \(6, 3\) and \(6,\)"):
+        opt.train_step(torch.randn(20, 6, 5), torch.arange(6) % 3)
+    assert opt.step_count == 0
 
 
 class Counting(nn.Sequential):

@@ -33,6 +33,7 @@ def test_differentiates():
 def test_refuses_shapes():
     with pytest.raises(ValueError, match="rows, classes"):
         chunked_cross_entropy(torch.randn(2, 3, 4), torch.zeros(2, dtype=torch.long))
+    assert chunked_cross_entropy(torch.empty(0, 5), torch.empty(0, dtype=torch.long)).isnan()
     with pytest.raises(ValueError, match="rows, classes"):
         chunked_cross_entropy(torch.randn(3, 4), torch.zeros(2, dtype=torch.long))
 

@@ -175,6 +175,22 @@ def test_a_first_step_that_is_not_finite_has_checked_nothing():
         opt.train_step(x, y)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_rows_are_compared_where_an_output_is_no_number(value):
+    """A class without a chance, or one that no target has: the losses are finite, and the groups are mixed all the same."""
+
+    class Masked(Centred):
+        def forward(self, x):
+            logits = super().forward(x)
+            aside = (logits * 0).detach() + torch.tensor([0.0, 0.0, -value])
+            return logits[:, :2], aside
+
+    x, y = torch.randn(4, 4), torch.randint(0, 2, (4,))
+    with pytest.raises(ValueError, match="mode='sequential'"):
+        opt = ezo.ElasticZO(ezo.convert_(seeded(Masked)), mode="stacked")
+        opt.train_step(x, y, lambda out, y: F.cross_entropy(out[0], y))
+
+
 def test_random_attention_is_refused_by_name():
     x, y = torch.randn(4, 6, 16), torch.randint(0, 5, (4,))
     model = ezo.convert_(seeded(lambda: zoo.Encoder(dropout=0.1)), head=["classify"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
+from ..ops.importance import MOST_ROWS
 from ..ops.int8_pass import sparse_noise
 from ..ops.int8_update import check_bits
 
@@ -145,9 +146,10 @@ class Recipe:
         if scales and self.method != "elastic":
             raise ValueError(f"scales goes with method elastic, not {self.method}")
         if self.importance_rows:
-            if not 0 < self.importance_rows < self.batch:
+            if not 0 < self.importance_rows < self.batch <= MOST_ROWS:
                 raise ValueError(
-                    f"importance_rows is {self.importance_rows}: 1 to {self.batch - 1} are drawn out of a batch of {self.batch}"
+                    f"importance_rows is {self.importance_rows}: 1 to {self.batch - 1} are drawn out of a batch of "
+                    f"{self.batch}, which may be {MOST_ROWS} at most"
                 )
             if self.method != "elastic" or self.integer or self.model == "pointnet":
                 raise ValueError(

@@ -68,6 +68,7 @@ class ZOContext:
     traced: bool = False
     batch_stats: dict = field(default_factory=dict)
     micro: int = 0
+    undropped: bool = False
     one_mask: bool = False
     calls: dict = field(default_factory=dict)
     strategy: str = "auto"

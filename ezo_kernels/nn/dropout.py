@@ -41,6 +41,8 @@ class ZODropout(nn.modules.dropout._DropoutNd):
         zo = self.zo
         if zo.p is None or not self.training or self.p == 0:
             return self.plain_class.forward(self, input)
+        if zo.undropped:
+            return input
         if self.p == 1:
             return input * 0.0
         call = zo.calls.get(self.site, 0)

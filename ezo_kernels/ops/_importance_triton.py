@@ -20,8 +20,9 @@ from ._cross_entropy_triton import maximum_and_sum
 from ._noise_triton import ASM, load_key, philox
 from ._triton import constexpr, jit, require, tl
 from ._variants import Variant
+from .importance import NO_NUMBER
 
-_S_IMPORTANCE = constexpr(K.STREAM_IMPORTANCE)
+_S_IMPORTANCE, _NO_NUMBER = constexpr(K.STREAM_IMPORTANCE), constexpr(NO_NUMBER)
 #: Of the first kernel's block, rows times classes, which are fp32 and as many addresses: 4096 spill.
 _BLOCK, _WARPS = 1024, 4
 #: Of a program of the second kernel: rows drawn times rows drawn from.
@@ -47,7 +48,7 @@ def importance_score_kernel(
         square += tl.sum(tl.where(inside, e * e, 0.0), axis=1)[:, None]
     # a target that is no class has no largest probability to compare with
     known = (target >= 0) & (target < classes) & (square == square)
-    q = tl.where(known, (tl.sqrt_rn(square) * 65536.0 + 0.5).to(tl.int32), 1 << 17)
+    q = tl.where(known, (tl.sqrt_rn(square) * 65536.0 + 0.5).to(tl.int32), _NO_NUMBER)
     tl.store(q_ptr + r, tl.where(counts, q, -1), mask=r < rows)
 
 
@@ -61,6 +62,7 @@ def importance_draw_kernel(
     j = tl.program_id(0) * J + tl.arange(0, J)
     q = tl.load(q_ptr + r, mask=r < rows, other=-1)
     counts = q >= 0
+    no_number = tl.max(q, axis=0) == _NO_NUMBER
     n = tl.sum(counts.to(tl.int64), axis=0)
     q = tl.maximum(q, 0).to(tl.int64)
     total = tl.sum(q, axis=0)
@@ -71,13 +73,17 @@ def importance_draw_kernel(
     k0, k1 = load_key(key_ptr)
     zero = draw.to(tl.uint32) * 0
     word, _, _, _ = philox(zero, zero, (draw.to(tl.uint32) << 8) | _S_IMPORTANCE, zero, k0, k1, ROUNDS, ASM)
-    at = j.to(tl.int64) * everything + ((everything * (word >> 14).to(tl.int64)) >> 18)
+    u = word.to(tl.int64)
+    # everything * u needs more than 64 bits: its halves do not
+    low = ((everything & 0xFFFF) * u) >> 16
+    at = j.to(tl.int64) * everything + (((everything >> 16) * u + low) >> 16)
     before = tl.cumsum(mass, axis=0) * count
     row = tl.sum((before[None, :] <= at[:, None]).to(tl.int32), axis=1)
     row = tl.minimum(row, rows - 1)  # no row counts, or j is beyond the last
     own = tl.sum(tl.where(r[None, :] == row[:, None], mass[None, :], 0), axis=1)
     tl.store(rows_ptr + j, row.to(tl.int64), mask=j < count)
-    tl.store(weight_ptr + j, tl.div_rn((10 * total).to(tl.float32), own.to(tl.float32)), mask=j < count)
+    share = tl.where(no_number, float("nan"), (10 * total).to(tl.float32))
+    tl.store(weight_ptr + j, tl.div_rn(share, own.to(tl.float32)), mask=j < count)
 
 
 # ---------------------------------------------------------------------------------------------------------- launchers

@@ -55,7 +55,7 @@ def chunked_cross_entropy(
         )
     step = max(1, chunk_elements // max(1, logits.shape[1]))
     total = logits.new_zeros((), dtype=torch.float32)
-    weights = [None] * -(-target.numel() // step) if weight is None else weight.split(step)
+    weights = [None] * max(1, -(-target.numel() // step)) if weight is None else weight.split(step)
     for part, want, own in zip(logits.split(step), target.split(step), weights, strict=True):
         total = total + _sum(torch.log_softmax(part.float(), 1), want, ignore_index, own)
     return total / (target != ignore_index).sum()

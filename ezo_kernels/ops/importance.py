@@ -10,15 +10,17 @@ The norm by the logits bounds that by the parameters up to a constant (Katharopo
 
     q_r = floor(65536 e_r + 1/2), 2^17 where e_r is not a number;  Q = sum of q, or q_r = 1 and Q = n where all are 0
     m_r = 9 n q_r + Q, 0 of a row that does not count;  M = 10 n Q = sum of m
-    t = M u >> 18, u of 18 bits;   row_j = how many r have R (m_0 + ... + m_r) <= j M + t;   w_j = fp32(10 Q) / fp32(m_row_j)
+    t = M u >> 32, u of 32 bits;   row_j = how many r have R (m_0 + ... + m_r) <= j M + t;   w_j = fp32(10 Q) / fp32(m_row_j)
+
+Where some e_r is not a number all w are NaN, for so is the mean of the batch's losses.
 
 | tensor | shape |
 |---|---|
 | logits x | fp32, fp16 or bf16 [P, classes] |
 | target | int64 [P]; rows with ``ignore_index`` do not count |
-| key | int32 [2]; u is the high bits of word 0 of counter (0, 0, draw << 8 \\| 9, 0) |
+| key | int32 [2]; u is word 0 of counter (0, 0, draw << 8 \\| 9, 0) |
 | rows | int64 [R], rising |
-| weight w | fp32 [R]; NaN where no row counts |
+| weight w | fp32 [R]; NaN where no row counts, too |
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from ._library import launcher, register
 from ._perturbation import FLOATS
 from .noise import check_index, key_words, philox4x32
 
-#: Rows that are drawn from, and drawn: R M stays below 2^57.
+#: Rows that are drawn from, and drawn: R M stays below 2^57, and M below 2^45.
 MOST_ROWS = 1 << 12
+#: q of a row whose e is not a number: above any other, for e is at most the root of two.
+NO_NUMBER = 1 << 17
 
 
 def _importance_rows_cpu(logits, target, key, ignore_index, draw, rounds, rows, weight) -> None:
@@ -47,9 +51,9 @@ def _importance_rows_cpu(logits, target, key, ignore_index, draw, rounds, rows, 
     error = torch.softmax(logits.float(), 1)
     error[torch.arange(len(target)), torch.where(target == ignore_index, 0, target)] -= 1
     norms = error.square().sum(1).sqrt().numpy()
-    q = np.where(np.isnan(norms), 1 << 17, np.floor(np.nan_to_num(norms) * np.float32(65536) + np.float32(0.5))).astype(
-        np.int64
-    )
+    q = np.where(
+        np.isnan(norms), NO_NUMBER, np.floor(np.nan_to_num(norms) * np.float32(65536) + np.float32(0.5))
+    ).astype(np.int64)
     q = np.where(counts, q, 0)
     if not q.any():
         q = counts.astype(np.int64)
@@ -57,11 +61,12 @@ def _importance_rows_cpu(logits, target, key, ignore_index, draw, rounds, rows, 
     mass = np.where(counts, 9 * n * q + total, 0)
     word = philox4x32((0, 0, draw << 8 | C.STREAM_IMPORTANCE, 0), map(int, key_words(key)), rounds)[0]
     everything = 10 * n * total
-    at = np.arange(len(rows), dtype=np.int64) * everything + (everything * (word >> 14) >> 18)
+    at = np.arange(len(rows), dtype=np.int64) * everything + (everything * word >> 32)
     drawn = np.searchsorted(np.cumsum(mass) * len(rows), at, side="right").clip(max=len(target) - 1)
     rows.copy_(torch.from_numpy(drawn))
+    share = np.float32("nan" if (q == NO_NUMBER).any() else 10 * total)
     with np.errstate(invalid="ignore"):
-        weight.copy_(torch.from_numpy(np.float32(10 * total) / mass[drawn].astype(np.float32)))
+        weight.copy_(torch.from_numpy(share / mass[drawn].astype(np.float32)))
 
 
 _importance_rows = register(
@@ -88,7 +93,7 @@ def importance_rows(
 
     Args:
         logits: [P, classes] of a plain forward.
-        target: class indices int64 [P]. On CUDA one that is no class makes its row's e not a number.
+        target: class indices int64 [P]. On CUDA one that is no class makes its row's e not a number; a CPU refuses it.
         count: R, how many are drawn, 1 to 4096; a row may be drawn several times.
         key: int32[2], of the step (:func:`ezo_kernels.ops.noise.fold_key`).
         ignore_index: of rows that are not drawn.
@@ -103,6 +108,9 @@ def importance_rows(
         ValueError: shapes or devices that do not fit, more than 4096 rows; on a CPU a target that is no class.
     """
     count, draw = check_index(count, "count", MOST_ROWS + 1), check_index(draw, "draw", 1 << 24)
+    for name, tensor in (("logits", logits), ("target", target), ("key", key)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
     if target.dtype != torch.int64:

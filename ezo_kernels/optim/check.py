@@ -7,6 +7,7 @@ eval or back, and for the rows where a batch has other shapes.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sys
 
@@ -37,18 +38,27 @@ class Checks:
         self._known: dict[tuple, tuple] = {}  # each once, however many batches refer to it
         self._forwards: set[tuple] = set()
         self._batch: tuple = ()
+        self._drawn: tuple = ()
         self._rows: set[tuple] = set()
 
     def begin(self) -> None:
         """A step begins."""
         modes = tuple(module.training for module in self._modules)
         self._modes = self._known.setdefault(modes, modes)
+        self._drawn = ()
 
     def stacked(self, batch, groups: int) -> None:
         """Its batch runs as one, ``groups`` times."""
+        self._batch = self._kind(batch, groups)
+
+    def drawn(self, batch) -> None:
+        """Its rows are drawn of this batch."""
+        self._drawn = self._kind(batch, 0)
+
+    def _kind(self, batch, groups: int) -> tuple:
         leaves = pytree.tree_leaves(batch)
         shapes = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
-        self._batch = (groups, shapes, self._modes)
+        return groups, shapes, self._modes
 
     @property
     def forward_is_new(self) -> bool:
@@ -60,11 +70,19 @@ class Checks:
         """Whether no stacked pass of such a batch has been compared with its groups one by one."""
         return not self.off and (not self._batch or self._batch not in self._rows)
 
+    @property
+    def draws_are_new(self) -> bool:
+        """Whether no rows that were drawn of such a batch have been compared with themselves among the others."""
+        return not self.off and bool(self._drawn) and self._drawn not in self._rows
+
     def forward_passed(self) -> None:
         self._forwards.add(self._modes)
 
     def rows_passed(self) -> None:
         self._rows.add(self._batch)
+
+    def draws_passed(self) -> None:
+        self._rows.add(self._drawn)
 
 
 class Places:
@@ -277,6 +295,17 @@ def _checked(model: nn.Module, zo, names: dict[int, str], listed: dict[int, str]
         raise ValueError("this model cannot take a zeroth-order step: " + "; ".join(problems))
 
 
+def differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The largest difference, 0 where both are the same infinity or no number; infinite where one of them alone is."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, a - b).abs().nan_to_num(nan=math.inf).max()
+
+
+def largest(t: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of its finite values."""
+    return torch.where(t.isfinite(), t, 0.0).abs().max()
+
+
 def rows_apart(stacked: list, alone: list) -> bool:
     """Whether the stacked pass gave every group what the group gives alone.
 
@@ -292,8 +321,10 @@ def rows_apart(stacked: list, alone: list) -> bool:
         for i, (s, t) in enumerate(zip(a, b, strict=True)):
             if s.shape != t.shape:
                 return False
-            moved = max(((other[i] - t).abs().max() for other in flat[half:]), default=t.new_zeros(()))
-            floor = 64 * torch.finfo(t.dtype).eps * t.abs().max()
-            if bool((s - t).abs().max() > moved / 50 + floor):
+            if not t.numel():
+                continue
+            moved = max((differ(other[i], t) for other in flat[half:]), default=t.new_zeros(()))
+            floor = 64 * torch.finfo(t.dtype).eps * largest(t)
+            if bool(differ(s, t) > moved / 50 + floor):
                 return False
     return True

@@ -224,7 +224,7 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         return self._plan
 
     def _looks(self) -> bool:
-        return self.mode == "stacked" and bool(self.trunk) and self._must_check_rows
+        return self._must_check_draws or (self.mode == "stacked" and bool(self.trunk) and self._must_check_rows)
 
     def _mode(self, mode: str) -> str:
         if mode != "auto" or not self.trunk:

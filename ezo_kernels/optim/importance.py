@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch.utils import _pytree as pytree
 
-from ..nn.dropout import ZODropout
 from ..nn.grouped import BATCH_NORMS
 from ..ops import Perturbation
 from ..ops.importance import MOST_ROWS, importance_rows
 from ..ops.noise import check_index
 from .batches import call, rows_of
-from .check import unwritten
+from .check import differ, largest, unwritten
 from .losses import WeightedCrossEntropy, ignored_by
 
 #: Of the plain forward's dropouts and of the draw: no direction has it, whose number is below.
@@ -45,10 +44,19 @@ class ImportanceRows:
             return x, y, loss_fn, kwargs
         ignored = ignored_by(loss_fn)
         self._require_drawable(ignored)
-        self._checks.stacked(("drawn", x, kwargs), 0)
+        if taken > MOST_ROWS:
+            raise ValueError(f"importance_rows draws out of at most {MOST_ROWS} rows, got a batch of {taken}")
+        if not isinstance(y, torch.Tensor):
+            raise TypeError(f"importance_rows: y must be a tensor of class indices, got {type(y).__name__}")
+        self._checks.drawn((x, kwargs))
         p = Perturbation(self._key, self._eps, self.noise, _QUERY, 1, (0,))
         with torch.no_grad(), self._phase("rows"):
             logits = self._unperturbed(p, x, kwargs)
+            if logits.dim() != 2 or logits.shape[0] != taken or y.shape != (taken,):
+                raise ValueError(
+                    f"importance_rows needs logits [{taken}, classes] and y [{taken}] of a batch of {taken} rows, got "
+                    f"{tuple(logits.shape)} and {tuple(y.shape)}"
+                )
             rows, weight = importance_rows(
                 logits,
                 y,
@@ -62,11 +70,17 @@ class ImportanceRows:
             def pick(batch):
                 return pytree.tree_map(lambda leaf: leaf.index_select(0, rows) if _is_of(leaf, taken) else leaf, batch)
 
-            x, y, kwargs = pick(x), y.index_select(0, rows), pick(kwargs)
-            if self._must_check_rows and bool(torch.isfinite(logits).all()):  # NaN is not told from NaN
-                self._require_apart(p, x, kwargs, logits.index_select(0, rows))
-                self._checks.rows_passed()
-        return x, y, WeightedCrossEntropy(ignored, weight), kwargs
+            drawn = pick(x), y.index_select(0, rows), WeightedCrossEntropy(ignored, weight), pick(kwargs)
+            if self._must_check_draws:
+                self._require_apart(p, (x, kwargs), (drawn[0], drawn[3]), rows)
+                if not bool(weight.isnan().any()):  # a step that is skipped has shown nothing
+                    self._checks.draws_passed()
+        return drawn
+
+    @property
+    def _must_check_draws(self) -> bool:
+        """Whether no rows have been drawn yet of such a batch, of a model whose values can be looked at."""
+        return self._checks.draws_are_new and not self._is_fake
 
     def _require_drawable(self, ignored: int | None) -> None:
         problems = []
@@ -96,20 +110,28 @@ class ImportanceRows:
             raise TypeError(f"importance_rows: the model must return its logits, got {type(logits).__name__}")
         return logits
 
-    def _require_apart(self, p: Perturbation, x, kwargs: dict, logits: torch.Tensor) -> None:
+    def _require_apart(self, p: Perturbation, whole: tuple, drawn: tuple, rows: torch.Tensor) -> None:
         """Refuse a model whose rows depend on the others, or an argument that is as long as the batch by chance."""
-        if any(isinstance(m, ZODropout) and m.training and m.p for m in self.model.modules()):
-            return  # the rows have other masks among others
-        alone = self._unperturbed(p, x, kwargs)
-        same = alone.shape == logits.shape
-        if same and logits.numel():
-            far = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max()
-            same = not bool((alone - logits).abs().max() > far)
-        if not same:
+        self.zo.undropped = True  # a row has another mask in another place
+        try:
+            among, alone = (self._unperturbed(p, *batch) for batch in (whole, drawn))
+        finally:
+            self.zo.undropped = False
+        among = among.index_select(0, rows)
+        if alone.shape != among.shape or bool(
+            differ(alone, among) > self._rounding(among.dtype) ** 0.5 * largest(among)
+        ):
             raise ValueError(
                 "importance_rows: a row's logits are others when it is drawn: the model does not treat the rows of a batch "
                 "apart, or an argument that is no batch has as many rows"
             )
+
+    def _rounding(self, dtype: torch.dtype) -> float:
+        """The largest of what the model's products may be rounded by; on CUDA, fp32 ones to tf32."""
+        dtypes = {dtype, *(p.dtype for p in self.trunk)}
+        if torch.is_autocast_enabled(self.device.type):
+            dtypes.add(torch.get_autocast_dtype(self.device.type))
+        return max(2.0**-10 if self.device.type == "cuda" else 0.0, *(torch.finfo(d).eps for d in dtypes))
 
 
 def _is_of(leaf, rows: int) -> bool:
