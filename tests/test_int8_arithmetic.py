@@ -126,6 +126,15 @@ def test_one_number_without_a_dimension_comes_back():
     assert row.dequantize().item() == -2.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("exponent", [-200, -150, -127, -64, -24, -10, 0, 9, 20, 64, 130])
+def test_dequantize_is_exact_where_the_dtype_reaches(dtype, exponent):
+    """2^s by itself may be out of reach where v 2^s is not; a zero stays one."""
+    v = torch.arange(-128, 128).to(torch.int8)
+    want = (v.double() * 2.0**exponent).to(dtype)
+    assert torch.equal(Int8Tensor(v, exponents(exponent)).dequantize(dtype), want)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -136,9 +145,11 @@ def test_one_number_without_a_dimension_comes_back():
         (lambda: quantize(torch.ones(2).int()), TypeError, "int32"),
         (lambda: quantize([1.0]), TypeError, "list"),
         (lambda: quantize(torch.tensor([math.inf])), ValueError, "finite"),
-        (lambda: quantize(torch.tensor([1e30])), ValueError, "exponent"),
+        (lambda: quantize(torch.tensor([1e30])), ValueError, r"reaches 1e\+30.*127 \* 2\^64"),
         (lambda: Int8Tensor(torch.ones(2), exponents(0)), TypeError, "float32"),
         (lambda: Int8Tensor(randint(2), torch.zeros(1)), TypeError, "float32"),
+        (lambda: Int8Tensor([1, 2], 0), TypeError, "list and int"),
+        (lambda: Int8Tensor(randint(2), 0), TypeError, "torch.int8 and int"),
         (lambda: Int8Tensor(randint(3), exponents(0, 0)), ValueError, "3 rows.*2"),
         (lambda: Int8Tensor(randint(3), exponents(0)[0]), ValueError, "groups"),
         (lambda: Int8Tensor(randint(3)[0], exponents(0, 0)), ValueError, r"shape \(\).*2 groups"),

@@ -154,3 +154,49 @@ def test_amax_in_the_head_is_refused_by_name():
     with pytest.raises(NotImplementedError, match="the head calls amax, which has no integer backward"):
         ezo.ElasticZOInt8(model).train_step(Int8Tensor(randint(3, 5, 4), exponents(-5)), torch.arange(3) % 2)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- pools
+
+
+POOLS = [
+    (lambda x: F.max_pool1d(x, 3, 2, 1), nn.MaxPool1d(3, 2, 1)),
+    (lambda x: F.avg_pool1d(x, 4), nn.AvgPool1d(4)),
+    (lambda x: F.avg_pool1d(x, 2, 1, 1), nn.AvgPool1d(2, 1, 1)),
+    (lambda x: F.adaptive_avg_pool1d(x, 3), nn.AdaptiveAvgPool1d(3)),
+    (lambda x: F.adaptive_max_pool1d(x, 4), nn.AdaptiveMaxPool1d(4)),
+]
+
+
+@pytest.mark.parametrize(("function", "module"), POOLS, ids=lambda m: type(m).__name__)
+def test_pools_of_one_dimension_are_those_of_floats(function, module):
+    """Maxima exactly, averages rounded with halves away from zero; of a function and of the module in a model."""
+    x = given(2, 3, 4, 12)
+    y, floats = function(x), function(x.values.double())
+    want = torch.sign(floats) * torch.floor(floats.abs() + 0.5)
+    assert torch.equal(y.values.double(), want) and torch.equal(y.exponent, x.exponent) and y.values.any()
+    model = ezo.convert_(nn.Sequential(nn.Conv1d(4, 2, 1), module, nn.Flatten()), precision="int8")
+    ezo.ElasticZOInt8(model).train_step(Int8Tensor(randint(3, 4, 12), exponents(-5)), torch.arange(3) % 2)
+
+
+def test_the_largest_of_a_plane_is_its_adaptive_maximum():
+    x = given(2, 3, 4, 6, 6)
+    y = F.adaptive_max_pool2d(x, (1, 2))
+    assert torch.equal(y.values.double(), F.adaptive_max_pool2d(x.values.double(), (1, 2)))
+    model = nn.Sequential(nn.Conv2d(4, 2, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    ezo.ElasticZOInt8(ezo.convert_(model, precision="int8")).train_step(
+        Int8Tensor(randint(3, 4, 6, 6), exponents(-5)), torch.arange(3) % 2
+    )
+
+
+def test_pools_of_one_dimension_refuse():
+    x = given(1, 2, 3, 8)
+    for call, error, match in (
+        (lambda: F.max_pool1d(x, 2, ceil_mode=True), NotImplementedError, "max_pool1d in integers"),
+        (lambda: F.avg_pool1d(x, 2, 2, 1, False, False), NotImplementedError, "avg_pool1d in integers"),
+        (lambda: F.adaptive_avg_pool1d(x, 3), NotImplementedError, r"\(8,\) is no multiple of \(3,\).*use avg_pool1d"),
+        (lambda: F.adaptive_max_pool1d(x, 0), ValueError, "at least 1, got"),
+        (lambda: F.adaptive_max_pool1d(x, 1, return_indices=True), TypeError, "with_indices has no integer form"),
+    ):
+        with pytest.raises(error, match=match):
+            call()

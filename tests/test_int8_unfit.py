@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +127,56 @@ UNFIT = {
 }
 
 
+class InPlace(nn.Module):
+    """Two layers and what is called between them."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.a, self.b, self.relu, self.call = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True), call
+
+    def forward(self, x):
+        return self.call(self, self.a(x), x)
+
+
+def adds(h, x):
+    keep = h
+    h += x
+    return h + keep
+
+
+def of_a_view(h):
+    flat = h.flatten(1)
+    h = F.relu_(h)
+    return flat + h
+
+
+def sized(self, h):
+    h = self.relu(h)
+    n = h.size(0)
+    n += 0
+    return h.view(n, -1)
+
+
+MISSED = {
+    "read again": (
+        lambda self, h, x: self.b(self.relu(h)) + h,
+        r"the forward changes a in place \(relu \(ReLU\)\), and add",
+    ),
+    "returned": (
+        lambda self, h, x: (torch.relu_(h), h)[1],
+        r"changes a in place \(relu_\), and output reads that again",
+    ),
+    "ignored": (
+        lambda self, h, x: (F.relu(self.b(h), True), h)[1],
+        r"b in place \(F.relu\(inplace=True\)\), .*is not used",
+    ),
+    "another name": (lambda self, h, x: adds(h, x), r"changes a in place \(\+=\), and add reads"),
+    "a view": (lambda self, h, x: of_a_view(h), r"changes a in place \(relu_\), and add reads"),
+}
+for _name, (_call, _match) in MISSED.items():
+    UNFIT[f"in place, {_name}"] = (lambda call=_call: InPlace(call), 0, _match)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element", "ignore:.*weight_norm.*is deprecated")
 @pytest.mark.parametrize("case", UNFIT)
 def test_a_model_without_an_integer_form_is_refused_by_name(case):
@@ -135,6 +189,58 @@ def test_a_model_without_an_integer_form_is_refused_by_name(case):
     assert [type(m) for m in model.modules()] == classes and [p.requires_grad for p in model.parameters()] == flags
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+
+
+FOUND = {
+    "its result": lambda self, h, x: self.b(self.relu(h)),
+    "a sum's": lambda self, h, x: self.relu(operator.iadd(self.b(self.relu(h)), x)),
+    "a size": lambda self, h, x: sized(self, h),
+    "an older size": lambda self, h, x: self.relu(h).view(h.size(0), -1),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_returns_all_that_it_changes_in_place_is_accepted(case):
+    """As a residual block does."""
+    model = ezo.convert_(InPlace(FOUND[case]), head=0, precision="int8")
+    if case in ("its result", "a sum's"):
+        ezo.ElasticZOInt8(model).train_step(ints((3, 4), 0), torch.zeros(3, dtype=torch.int64))
+    batch = ezo.quantize(torch.ones(3, 4))
+    for _ in range(2):
+        model(batch)
+
+
+class Keeping(nn.Module):
+    """Counts its calls and keeps its features, so that a trace leaves its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.features, self.calls, self.seen = nn.Linear(4, 4), nn.Linear(4, 2), None, 0, []
+        self.register_buffer("counter", torch.zeros(1))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.calls += 1
+        self.counter += 1
+        self.last = self.counter.clone()
+        self.features = self.a(x)
+        self.seen.append(self.features)
+        return self.b(self.features)
+
+
+@pytest.mark.parametrize("how", [{"precision": "int8"}, {"head": 1}, {"head": 1, "sample": torch.ones(2, 4)}], ids=str)
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_conversion_leaves_nothing_of_its_trace(how, refused):
+    model = Keeping()
+    if refused:
+        model.sub = nn.LSTM(2, 2) if "precision" not in how else nn.BatchNorm1d(2)
+    keys, seen = set(vars(model)), model.seen
+    with pytest.raises(NotImplementedError) if refused else contextlib.nullcontext():
+        ezo.convert_(model, **how)
+    assert set(vars(model)) - {name for name in vars(model) if name.startswith("_ezo")} == keys
+    assert model.features is None and model.last is None and model.calls == 0 == model.counter.item()
+    assert model.seen is seen == []
+    pickle.dumps(model)
 
 
 @pytest.mark.parametrize("leaf", ["bias", "weight"])

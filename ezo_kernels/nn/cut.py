@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .trace import untouched
+
 
 def _is_weight_layer(module: nn.Module) -> bool:
     """Whether the module itself owns a weight of two or more dimensions."""
@@ -19,7 +21,8 @@ def _called_in_order(model: nn.Module, sample) -> list[str]:
         return list(owners.values())
     if sample is None:
         try:
-            graph = torch.fx.symbolic_trace(model).graph
+            with untouched(model):
+                graph = torch.fx.symbolic_trace(model).graph
         except Exception as error:
             raise ValueError(
                 "head=<integer> needs the order of a forward, and this model cannot be traced without an input "
@@ -29,8 +32,8 @@ def _called_in_order(model: nn.Module, sample) -> list[str]:
     hooks = [m.register_forward_pre_hook(lambda m, _: order.append(owners[m])) for m in owners]
     was_training = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with untouched(model), torch.no_grad():
+            model.eval()
             if isinstance(sample, dict):
                 model(**sample)
             elif isinstance(sample, (tuple, list)):

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..ops._constants import MOST_TERMS
 from ..ops._layout import default_layout
-from ..ops.int8_functions import AVG_POOL, FUNCTIONS, MAX_POOL
-from ..ops.int8_tensor import MOST_EXPONENT, Int8Tensor, integer_forms, least_exponent, quantize
+from ..ops.int8_functions import AVG_POOL, MAX_POOL
+from ..ops.int8_tensor import MOST_EXPONENT, Int8Tensor, least_exponent, quantize
 from .arena import Arena
 from .context import Site, ZOContext
 from .cut import in_head, resolve_head
 from .int8_layers import Int8Conv1d, Int8Conv2d, Int8Linear
+from .int8_trace import faults_of_the_forward
 from .linear import release
 from .plan import Plan, refuse_classes
 
 WEIGHT_LAYERS: dict[type, type] = {nn.Linear: Int8Linear, nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 #: Modules without parameters that call functions which have an integer form, and containers.
-PLAIN = (
-    nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleList,
-    nn.ModuleDict,
+_LEAVES = (
+    nn.ReLU, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity,
 )  # fmt: skip
-_LEAVES = PLAIN[:6]
+PLAIN = (*_LEAVES, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ADVICE = {
     nn.BatchNorm2d: "fold it into the convolution first (torch.nn.utils.fusion.fuse_conv_bn_eval)",
     nn.BatchNorm1d: "fold it into the layer before it first (torch.nn.utils.fusion.fuse_linear_bn_eval, or fuse_conv_bn_eval)",
@@ -35,9 +33,6 @@ _ADVICE = {
     nn.Tanh: "use nn.ReLU",
     nn.GELU: "use nn.ReLU",
 }
-#: Methods of an Int8Tensor that a traced forward may call.
-_METHODS = {"relu", "flatten", "view", "reshape", "size", "dim", "add"}
-_PYTHON = {operator.add, operator.getitem, operator.mul, operator.floordiv, getattr}
 
 
 def _advice(module: nn.Module) -> str:
@@ -80,12 +75,14 @@ def _check_layer(module: nn.Module) -> str | None:
 
 def _check_plain(module: nn.Module) -> str | None:
     """Why a module without parameters has no integer form as it is set, or None."""
-    if isinstance(module, nn.MaxPool2d):
-        asked = module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d)):
+        asked = module.dilation not in (1, (1,), (1, 1)) or module.ceil_mode or module.return_indices
         return f"{MAX_POOL} in integers" if asked else None
-    if isinstance(module, nn.AvgPool2d):
-        asked = module.ceil_mode or module.divisor_override is not None
-        outside = module.padding not in (0, (0, 0)) and not module.count_include_pad
+    if isinstance(module, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)) and module.return_indices:
+        return f"{MAX_POOL} in integers"
+    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)):
+        asked = module.ceil_mode or getattr(module, "divisor_override", None) is not None
+        outside = module.padding not in (0, (0,), (0, 0)) and not module.count_include_pad
         return f"{AVG_POOL} in integers" if asked or outside else None
     if isinstance(module, nn.Flatten) and module.start_dim == 0:
         return "it flattens rows, which belong to groups: start_dim=1"
@@ -126,7 +123,9 @@ def _refuse(model: nn.Module, head: tuple[str, ...]) -> None:
         if place in names:
             problems.append(f"{names[place]!r} and {name!r} are one parameter: untie them")
         names[place] = name
-    problems += _half_frozen(model, head) + _functions_without_form(model)
+    problems += _half_frozen(model, head)
+    if type(model) not in WEIGHT_LAYERS:
+        problems += faults_of_the_forward(model, (*WEIGHT_LAYERS, *_LEAVES))
     if problems:
         raise NotImplementedError("this model has no integer form: " + "; ".join(problems))
 
@@ -141,43 +140,6 @@ def _half_frozen(model: nn.Module, head: tuple[str, ...]) -> list[str]:
                 f"{name or 'the model'} ({type(module).__name__}) is frozen in half: freeze its weight and bias, or neither"
             )
     return found
-
-
-def _functions_without_form(model: nn.Module) -> list[str]:
-    """Functions that a traced forward calls and that no integer form is of; none if it cannot be traced."""
-
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, module, name):
-            return type(module) in WEIGHT_LAYERS or type(module) in _LEAVES or super().is_leaf_module(module, name)
-
-    if type(model) in WEIGHT_LAYERS:
-        return []
-    try:
-        graph = Tracer().trace(model)
-    except Exception:  # a forward with control flow: its first step finds out
-        return []
-    found = []
-    wrapped = {F.dropout, F.max_pool2d}
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target not in FUNCTIONS and node.target not in _PYTHON | wrapped:
-            if getattr(node.target, "__module__", "").startswith("ezo_kernels"):
-                continue
-            name = getattr(node.target, "__name__", node.target)
-            found.append(f"{_where(node)} calls {name}, which has no integer form ({integer_forms()})")
-        elif node.op == "call_method" and node.target not in _METHODS:
-            found.append(
-                f"{_where(node)} calls the method {node.target}, which has no integer form ({integer_forms()})"
-            )
-        elif node.op == "get_attr":
-            found.append(f"the forward reads {node.target!r} itself instead of calling the layer that owns it")
-    return found
-
-
-def _where(node: torch.fx.Node) -> str:
-    """Whose forward a traced call is in."""
-    owners = list((node.meta.get("nn_module_stack") or {}).values())
-    name, module = owners[-1] if owners else ("", None)
-    return f"the forward of {name} ({getattr(module, '__name__', module)})" if name else "the forward"
 
 
 def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Module:

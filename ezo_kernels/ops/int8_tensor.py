@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -40,13 +41,19 @@ class Int8Tensor:
     It is not a torch.Tensor: torch's functions that have an integer form take it (``F.relu``, pooling, ``flatten``, ``+``, ...)
     and all others refuse it.
 
+    In a step its values lie in memory that others get once nobody refers to the Int8Tensor. What a hook keeps beyond the
+    layer's call is the Int8Tensor itself, ``values.clone()`` or ``dequantize()``; ``values`` alone are soon another layer's.
+
     Attributes:
         values: int8 [G * B, ...], contiguous, group-major.
         exponent: int32 [G], on the same device.
         memory: where the results of operations on it live; None is torch's allocator.
         block: what keeps the memory of ``values`` alive.
         tape: records what the head's backward needs; None outside of the head.
+        spent: the function of a pass that was to change it in place; None where there was none.
     """
+
+    spent: ClassVar[str | None] = None
 
     values: torch.Tensor
     exponent: torch.Tensor
@@ -55,9 +62,12 @@ class Int8Tensor:
     tape: object = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.values.dtype != torch.int8 or self.exponent.dtype != torch.int32:
+        if not (torch.is_tensor(self.values) and torch.is_tensor(self.exponent)) or (
+            self.values.dtype != torch.int8 or self.exponent.dtype != torch.int32
+        ):
+            kinds = [getattr(part, "dtype", type(part).__name__) for part in (self.values, self.exponent)]
             raise TypeError(
-                f"values must be int8 and exponent int32, got {self.values.dtype} and {self.exponent.dtype}; "
+                f"values must be an int8 tensor and exponent an int32 tensor, got {kinds[0]} and {kinds[1]}; "
                 "ezo_kernels.quantize(x) makes one of a float tensor"
             )
         if self.exponent.dim() != 1 or not self.exponent.numel():
@@ -133,19 +143,40 @@ class Int8Tensor:
         """Batches of at most ``rows`` rows of a tensor of one group."""
         return tuple(self[first : first + rows] for first in range(0, len(self), rows))
 
+    def require_unspent(self) -> None:
+        """Refuse what a function was to change in place: another one of the model's would read what was there before."""
+        if self.spent is not None:
+            raise ValueError(
+                f"this Int8Tensor is used again after {self.spent} was to change it in place, which integers never are: use "
+                "what that returned from there on (h = relu(h)), or what is not in place"
+            )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values as floats, exactly.
+        """The values as floats: exactly, where ``dtype`` reaches that far (float16 reaches from 2^-24 to 65504).
+
+        On a GPU, where nothing waits to look at them, exponents outside of [-126, 127] are beyond float32 and bfloat16.
 
         Raises:
-            TypeError: a dtype that is not of floats.
+            TypeError: a dtype that is not of floats. ValueError: spent (see the attribute).
         """
+        self.require_unspent()
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dequantize gives floats: its dtype must be a floating one of torch's, got {dtype}")
         if not self.values.dim():
             return Int8Tensor(self.values[None], self.exponent).dequantize(dtype)[0]
+        # 2^s by itself may be out of dtype's reach where v 2^s is not
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        if self._beyond_float32():
+            wide = torch.float64
         per_row = self.exponent.repeat_interleave(self.values.shape[0] // self.groups)
-        scale = torch.ldexp(torch.ones_like(per_row, dtype=dtype), per_row)
-        return self.values.to(dtype) * scale.view(-1, *(1,) * (self.values.dim() - 1))
+        scale = torch.ldexp(torch.ones_like(per_row, dtype=wide), per_row)
+        return (self.values.to(wide) * scale.view(-1, *(1,) * (self.values.dim() - 1))).to(dtype)
+
+    def _beyond_float32(self) -> bool:
+        """Whether an exponent is none that float32 has a normal power of two for: looked at where that costs no wait."""
+        if self.exponent.device.type != "cpu" or type(self.exponent) is not torch.Tensor:
+            return False
+        return not all(-126 <= s <= 127 for s in self.exponent.tolist())
 
     # ------------------------------------------------------------------------------------ what torch's functions do to it
 
@@ -153,7 +184,9 @@ class Int8Tensor:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         functions = _functions()
         if func not in functions:
-            raise TypeError(f"{getattr(func, '__name__', func)} has no integer form: {integer_forms()}")
+            raise TypeError(
+                f"{getattr(func, '__name__', func)} has no integer form: {integer_forms()}. Of an Int8Tensor, {_PARTS}"
+            )
         return functions[func](*args, **(kwargs or {}))
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Int8Tensor:
@@ -170,10 +203,23 @@ class Int8Tensor:
     def add(self, other) -> Int8Tensor:
         return torch.add(self, other)
 
-    __add__ = add
+    __add__ = __radd__ = add
+
+    def __iadd__(self, other) -> Int8Tensor:
+        return torch.add(self, other).in_place_of(self, "+=")
+
+    def in_place_of(self, before: Int8Tensor, function: str) -> Int8Tensor:
+        """This result; in a pass, ``before``, which ``function`` would have changed in floats, may not be used again."""
+        if before.memory is not None:  # outside of one it is often a batch, which the user goes on with
+            object.__setattr__(before, "spent", function)
+        return self
 
     def __getattr__(self, name: str):
-        raise AttributeError(f"an Int8Tensor has no {name!r}: {integer_forms()}")
+        raise AttributeError(f"an Int8Tensor has no {name!r}: {_PARTS}; in a forward, {integer_forms()}")
+
+
+#: What people ask an Int8Tensor for, for messages.
+_PARTS = ".values are its integers, .dequantize() gives floats, and .to('cpu') moves it"
 
 
 def integer_forms() -> str:
@@ -230,7 +276,7 @@ def quantize(x: torch.Tensor, exponent: int | None = None) -> Int8Tensor:
 
     Raises:
         TypeError: x is no float tensor.
-        ValueError: x is not finite, or the exponent is out of [-64, 64].
+        ValueError: x is not finite, too large for any exponent, or the exponent is out of [-64, 64].
     """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise TypeError(f"quantize takes a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -238,7 +284,12 @@ def quantize(x: torch.Tensor, exponent: int | None = None) -> Int8Tensor:
     if not bool(torch.isfinite(x).all()):
         raise ValueError("quantize: the tensor is not finite")
     if exponent is None:
-        exponent = least_exponent(x.abs().max().item() if x.numel() else 0.0)
+        reach = x.abs().max().item() if x.numel() else 0.0
+        exponent = least_exponent(reach)
+        if exponent > MOST_EXPONENT:
+            raise ValueError(
+                f"quantize: the tensor reaches {reach:.3g}, and int8 holds 127 * 2^{MOST_EXPONENT} at most: scale it down"
+            )
     exponent = check_exponent(exponent)
     scaled = x * 2.0**-exponent
     rounded = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled))
