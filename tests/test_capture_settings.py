@@ -91,6 +91,16 @@ def test_the_memory_that_an_integer_graph_writes_to_lives_as_long_as_it():
     assert any(held is opt.arena.buffer for held in opt._captured._kept)
 
 
+def test_assigned_integers_are_refused_and_never_replayed():
+    opt = ezo.ElasticZOInt8(tiny(("fc2",)), capture=True)
+    for i in range(5):
+        opt.train_step(*tiny_batch(i))
+    opt.model.load_state_dict({n: v.clone() for n, v in opt.model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="was replaced"):
+        opt.train_step(*tiny_batch())
+    assert opt.capture_counters["replays"] and opt.step_count.item() == 5
+
+
 def test_a_failed_capture_is_told_as_it_was_whatever_it_left_behind():
     """A buffer that cannot be put back, as none can while a stream is in a broken capture, hides no reason."""
     ours, _ = pair("all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_g_is_the_sign_of_a_comparison_that_cannot_wrap(dtype, plus, minus, g):
     opt = ezo.ElasticZOInt8(tiny())
     opt.step(closure_of(opt.model, [torch.tensor(v, dtype=dtype) for v in (plus, minus)]))
     assert opt.g.tolist() == [g] and opt.step_count.item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8], ids=str)
+def test_a_loss_function_may_count(dtype):
+    """As a closure may."""
+    opt, counts = ezo.ElasticZOInt8(tiny(), loss="float_cross_entropy"), iter((1, 0))
+    opt.train_step(*tiny_batch(), lambda logits, y: torch.tensor(next(counts), dtype=dtype))
+    assert opt.g.tolist() == [1] and opt.group_losses.tolist() == [1.0, 0.0] and opt.step_count.item() == 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -248,7 +257,16 @@ class Inner(nn.Module):
         (lambda x: 1 - x, TypeError, "sub of an Int8Tensor"),
         (lambda x: -x, TypeError, "neg of an Int8Tensor"),
         (lambda x: x.mean(1), AttributeError, "has no 'mean'"),
-        (torch.sigmoid, TypeError, "sigmoid has no integer form"),
+        (lambda x: x.argmax(1), AttributeError, r"has no 'argmax'.*\.values.*\.dequantize\(\).*\.to\('cpu'\)"),
+        (torch.sigmoid, TypeError, r"sigmoid has no integer form.*\.values.*\.dequantize\(\)"),
+        (lambda x: x + 1, TypeError, "takes two Int8Tensors, got one and int"),
+        (lambda x: 1 + x, TypeError, "takes two Int8Tensors, got one and int"),
+        (lambda x: torch.ones(3) + x, TypeError, "takes two Int8Tensors, got one and torch.float32"),
+        (lambda x: (F.relu_(x), x + x)[1], ValueError, "used again after an in-place relu"),
+        (lambda x: (F.relu(x, inplace=True), x.flatten(1))[1], ValueError, "used again after an in-place relu"),
+        (lambda x: (operator.iadd(x, x), F.relu(x))[1], ValueError, r"used again after \+="),
+        (lambda x: F.max_pool1d(x[:, None], 2), ValueError, "rows of a pass"),
+        (lambda x: F.max_pool1d(x, 2), ValueError, r"max_pool1d.*\[B, C, L\], got \(8, 3\)"),
         (lambda x: F.adaptive_avg_pool2d(x.view(-1, 1, 1, 3), (1, 2)), NotImplementedError, r"\(1, 3\).*\(1, 2\).*divides"),
         (lambda x: F.adaptive_avg_pool2d(x.view(-1, 1, 1, 3), 0), ValueError, "at least 1 by 1"),
     ],

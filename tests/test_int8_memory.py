@@ -13,7 +13,7 @@ from ezo_kernels.nn.arena import Arena, ArenaPlan, Interval
 from ezo_kernels.ops import Int8Tensor
 from ezo_kernels.planning import paper_tally
 from ezo_kernels.planning.live import LiveBytes
-from tests.int8_models import ints, lenet, lenet_batch, overwrite, same, state, steps, tiny
+from tests.int8_models import ints, lenet, lenet_batch, overwrite, same, state, steps, tiny, tiny_batch
 
 # ---- live bytes
 
@@ -90,6 +90,22 @@ def test_memory_before_a_step_is_refused():
         ezo.ElasticZOInt8(tiny()).memory()
 
 
+def test_memory_is_of_the_optimizers_own_passes():
+    """Another one of the same model shares its arena."""
+    model = tiny()
+    large, small = ezo.ElasticZOInt8(model), ezo.ElasticZOInt8(model, mode="sequential")
+    steps(large, 1, tiny_batch, 9)
+    steps(small, 1, tiny_batch, 3)
+    assert small.memory()["measured_bytes"] == small.memory()["planned_bytes"] < large.memory()["measured_bytes"]
+
+
+def test_passes_of_a_closure_are_not_planned():
+    model = tiny()
+    opt, (x, y) = ezo.ElasticZOInt8(model), tiny_batch()
+    opt.step(lambda: ezo.ops.int8_cross_entropy(model(x), y))
+    assert opt.memory()["planned_bytes"] == opt.memory()["measured_bytes"] == 0 < opt.memory()["parameter_bytes"]
+
+
 @pytest.mark.parametrize(("rows", "ratio"), [(32, 1.598), (256, 1.458)])
 def test_the_papers_tally(rows, ratio):
     """P = 107,786, A = 18,058 and A32 = 8,054 from the model's shapes, and the paper's two ratios."""
@@ -146,10 +162,10 @@ def test_the_arena_hands_out_what_was_recorded_and_counts_what_was_not():
     zeros = torch.zeros(found[0].counters, dtype=torch.int32)
     with arena.running(found[0], zeros):
         run([100, 200, 300])
-    assert arena.measured_bytes == found[0].planned_bytes
+    assert found[0].measured_bytes == found[0].planned_bytes
     with arena.running(found[0], zeros):
         run([100, 200, 999])
-    assert arena.measured_bytes == found[0].planned_bytes + 1024
+    assert found[0].measured_bytes == found[0].planned_bytes + 1024
     with pytest.raises(RuntimeError, match="no pass"):
         arena.allocate((1,), torch.int8)
 

@@ -45,6 +45,8 @@ class ArenaPlan:
         all_at_once_bytes: the sum of all intermediates: what they take if none is released.
         live_bytes: the most that live at one time: no plan can do with less.
         counters: int32 words that start as zeros: peaks and sums, which are not counted among the bytes.
+        measured_bytes: end of the highest intermediate that a pass by this plan was handed, plus whatever it asked for that
+            was not in the plan.
     """
 
     intervals: list[Interval] = field(default_factory=list)
@@ -52,6 +54,7 @@ class ArenaPlan:
     all_at_once_bytes: int = 0
     live_bytes: int = 0
     counters: int = 0
+    measured_bytes: int = 0
 
     @classmethod
     def of(cls, intervals: list[Interval]) -> ArenaPlan:
@@ -103,14 +106,11 @@ class Arena:
 
     Attributes:
         owner: the layer that runs, so that a plan knows whose accumulators a block holds.
-        measured_bytes: end of the highest intermediate that was handed out since :meth:`reset_measured`, plus whatever a pass
-            asked for that was not in its plan.
     """
 
     def __init__(self) -> None:
         self.owner = None
         self.buffer: torch.Tensor | None = None
-        self.measured_bytes = 0
         self._pass = 0
         self._mode: str | None = None
         self._plan: ArenaPlan | None = None
@@ -120,9 +120,6 @@ class Arena:
         self._clock = self._next = self._outside = self._counted = 0
         self._zeros: torch.Tensor | None = None
         self._live: dict[int, tuple[int, int]] = {}
-
-    def reset_measured(self) -> None:
-        self.measured_bytes = 0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[ArenaPlan]]:
@@ -208,7 +205,7 @@ class Arena:
         return self._zeros[first : self._counted].view(dtype)
 
     def _measure(self, end: int) -> None:
-        self.measured_bytes = max(self.measured_bytes, end + self._outside)
+        self._plan.measured_bytes = max(self._plan.measured_bytes, end + self._outside)
 
     def _drop(self, index: int, of_pass: int) -> None:
         if of_pass != self._pass:

@@ -50,7 +50,7 @@ class ZOContext:
         own: fields of the pass that a site has of its own, by site: the eps, or the noise, of an optimizer's scales.
         rows: rows of the whole stacked batch, or None when groups run one by one.
         manifest: every trunk parameter, by site.
-        visited: sites that the last pass perturbed (an integer step listens only to its first).
+        visited: sites that the last pass perturbed.
         traced: part of the last pass was compiled code, which does not fill ``visited`` (its contents would be guarded).
         batch_stats: batch-norm module -> (mean, unbiased variance), each [groups, channels], of every call of the step.
         micro: number of the micro-batch under gradient accumulation.

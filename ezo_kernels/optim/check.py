@@ -98,13 +98,18 @@ class Places:
             slots[id(module), leaf] = module._parameters, leaf, p
         self._names, self._slots = names, list(slots.values())
 
+    def require_own(self, model: nn.Module, whose: str = "ElasticZO") -> None:
+        """Refuse a model that has another parameter in the place of one."""
+        if all(table.get(name) is held for table, name, held in self._slots):
+            return
+        own = {id(p) for p in model.parameters()}  # it may have another name: of a module that was wrapped
+        for name, p in self._names.items():
+            if id(p) not in own:
+                raise ValueError(f"{name!r} was replaced by another Parameter: make a new {whose}")
+
     def require(self, model: nn.Module) -> None:
         """Refuse a model that has another parameter in the place of one, or has frozen it."""
-        if not all(table.get(name) is held for table, name, held in self._slots):
-            own = {id(p) for p in model.parameters()}  # it may have another name: of a module that was wrapped
-            for name, p in self._names.items():
-                if id(p) not in own:
-                    raise ValueError(f"{name!r} was replaced by another Parameter: make a new ElasticZO")
+        self.require_own(model)
         for name, p in self._names.items():
             if not p.requires_grad:
                 raise ValueError(f"{name!r} of the head was frozen (requires_grad_(False)): make a new ElasticZO")

@@ -11,7 +11,6 @@ Nothing between the int8 input and the int8 weights is a floating-point number, 
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 
 import torch
@@ -23,7 +22,6 @@ from ..nn.context import group_pass
 from ..nn.convert import context_of, head_parameters, is_int8, plan_of, trunk_parameters
 from ..nn.cut import in_head
 from ..nn.int8_layers import _Int8Layer, parameter_faults
-from ..nn.tape import Tape
 from ..ops._constants import INT8_VERSION, MOST_FRACTION_BITS
 from ..ops._int8_slab import check_way
 from ..ops._perturbation import PassError
@@ -35,6 +33,7 @@ from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_update_, update_s
 from ..ops.noise import Noise, check_index, rng_version
 from .arguments import check_antithetic
 from .capture import CapturedStep, graphs_for, refusals, refuse
+from .check import Places
 from .int8_memory import Int8Memory
 from .int8_passes import Int8Passes, one_value
 from .int8_state import Int8State
@@ -49,9 +48,9 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
     """Trains a model that ``convert_(model, head=..., precision="int8")`` converted.
 
     ``param_groups[0]`` is the trunk (``bits``, ``r_max``, ``p_zero``), ``param_groups[1]`` the head (``bits``); all are Python
-    numbers, which may be changed between steps (:class:`ezo_kernels.optim.IntegerSchedule`). A step never waits for the device,
-    except the first with an input of a new shape, which checks the model and plans its memory. A step whose loss is not finite,
-    which a float loss may be, changes nothing and is counted in ``skipped``.
+    numbers, which may be changed between steps (:class:`ezo_kernels.optim.IntegerSchedule`). A step never waits for the device.
+    The first with an input of a new shape runs the model once more, without values on the meta device, to plan its memory. A
+    step whose loss is not finite, which a float loss may be, changes nothing and is counted in ``skipped``.
 
     Args:
         model: converted, on its device.
@@ -179,7 +178,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         self._update_plan: Int8UpdatePlan | None = None
         self._sites = tuple(s.site for s in self.zo.manifest)
         self._layouts = tuple(s.layout for s in self.zo.manifest)
-        self._checked = False
+        of_trunk = {site.names[0]: p for site, p in zip(self.zo.manifest, self.trunk, strict=True)}
+        self._places = Places(model, {**of_trunk, **self._head})
 
         def scalar(value, dtype, shape=(1,)):
             return torch.full(shape, value, dtype=dtype, device=self.device)
@@ -192,7 +192,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         self.skipped = scalar(0, torch.int64, ())
         self.g = scalar(0, torch.int32, (self.queries,))
         self.losses = scalar(0, torch.int64, (self._groups,))
-        self._rows = 1
+        self._rows, self._by_closure = 1, None
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -219,12 +219,13 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
     def group_losses(self) -> torch.Tensor:
         """Losses of the last step's groups, means over the rows, fp64 [groups] on the device: for people.
 
-        In nats, in squared units, or as ``loss_fn`` gave them.
+        In nats, in squared units, or as ``loss_fn`` or the closure gave them.
         """
+        if self._by_closure or self.loss == "float_cross_entropy" or self.losses.is_floating_point():
+            return self.losses.double()
         if self.loss == "cross_entropy":
             return nats(self.losses, self._rows, self.fraction_bits)
-        losses = self.losses.double()
-        return losses if self.loss == "float_cross_entropy" else losses / self._rows
+        return self.losses.double() / self._rows
 
     @property
     def mean_loss(self) -> torch.Tensor:
@@ -243,21 +244,6 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
                 getattr(self, name).fill_(value)
                 self._filled[name] = value
         return noise
-
-    @contextlib.contextmanager
-    def _running(self, p):
-        for layer, strategy in self._strategies.items():  # another optimizer of the same model may want others
-            layer.strategy, layer.rounding, layer.weights = strategy, self.activation_rounding, self.weights
-        self.zo.tape = Tape(self._groups) if self.head else None
-        try:
-            with self.zo.running(p) if p is not None else contextlib.nullcontext():
-                yield self.zo.tape
-        finally:
-            if (
-                self.zo.tape is not None
-            ):  # of a pass that the head does not learn from: notes hold what they are of, in a circle
-                self.zo.tape.notes.clear()
-            self.zo.tape = None
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -324,6 +310,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         return self._take(run, 1, sequential=True)
 
     def _take(self, run, rows: int, sequential: bool = False) -> torch.Tensor:
+        self._require_model()
         noise = self._fill_scalars()
         passes: list = [None]
         if self.trunk:
@@ -333,23 +320,22 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         gradients = defaultdict(list)
         losses = []
         try:
-            self.zo.visited = None if self._checked else set()
+            self.zo.visited = set()
             with self._phase.layers(self.model, lambda name: in_head(name, plan_of(self.model).head)):
                 for p in passes:
                     own, grads, signs = run(p, p is passes[0])
+                    self._require_visits()
                     losses.append(own)
                     for name, parts in grads.items():
                         gradients[name] += parts
-            self._check_visits()
         except PassError as error:
             names = [s.names[0].rpartition(".")[0] for s in self.zo.manifest if s.site == error.site]
             raise ValueError(f"{names[0]}: {error}" if names and names[0] else str(error)) from error
         finally:
             self.zo.visited = None
-        self._checked, self._rows = True, rows
-        self.losses = losses[0] if len(losses) == 1 else torch.cat(losses)
-        self._opt_called = True
         self._check_places()
+        self.losses = losses[0] if len(losses) == 1 else torch.cat(losses)
+        self._rows, self._by_closure, self._opt_called = rows, sequential, True
         with self._phase("g"):
             total, ok = self._judge(signs, closure=sequential)
         if self.trunk:
@@ -359,24 +345,6 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
             with self._phase("head update"):
                 self._update_head(gradients, ok)
         return total
-
-    def _check_visits(self) -> None:
-        if self._checked or self.zo.visited is None:
-            return
-        missing = sorted(s.names[0] for s in self.zo.manifest if s.site not in self.zo.visited)
-        if missing:
-            raise ValueError(
-                f"not visited by the forward, so never perturbed: {', '.join(map(repr, missing))}. Freeze them "
-                "(requires_grad_(False) before convert_), put them in the head, or call their module"
-            )
-
-    def _check_places(self) -> None:
-        """Before anything is written: where the parameters of the updates lie, or ValueError."""
-        if self.trunk and (self._update_plan is None or not self._update_plan.fits(self.trunk)):
-            self._update_plan = Int8UpdatePlan.build(self.trunk, self._sites, self._layouts)
-        for name, w in self._head.items():
-            if not w.is_contiguous():
-                raise ValueError(f"{name} of the head, of shape {tuple(w.shape)}, is not contiguous")
 
     def _update(self, noise: Noise, step: torch.Tensor | None) -> None:
         int8_update_(

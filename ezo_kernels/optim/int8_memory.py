@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -13,10 +14,13 @@ from ..ops._perturbation import PassError
 from ..ops.int8_signs import Signs
 from ..ops.int8_tensor import Int8Tensor, counters
 
+#: Errors of a forward that may come of what has no integer form. A user's own subclass keeps its class and gets a note.
+_OWN = (AttributeError, NotImplementedError, TypeError, ValueError)
+
 
 @contextlib.contextmanager
 def named_errors(model: nn.Module) -> Iterator[None]:
-    """Errors of a forward that come of what has no integer form say which module's forward they come of."""
+    """Errors of a trial forward say which module's forward they come of, and why a value was not there to be read."""
     running: list[tuple[str, nn.Module]] = []
 
     def enter(name: str):
@@ -34,11 +38,22 @@ def named_errors(model: nn.Module) -> Iterator[None]:
         hooks += module.register_forward_pre_hook(enter(name), prepend=True), module.register_forward_hook(leave)
     try:
         yield
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        if isinstance(error, PassError) or not running or not running[-1][0]:
+    except (RuntimeError, *_OWN) as error:
+        if isinstance(error, PassError):
             raise
-        name, module = running[-1]
-        raise type(error)(f"{name} ({type(module).__name__}): {error}") from error
+        name, module = running[-1] if running else ("", model)
+        where = f"{name} ({type(module).__name__}): " if name else ""
+        if isinstance(error, (RuntimeError, TypeError)) and re.search("meta (tensor|device)", str(error)):
+            raise RuntimeError(
+                f"{where}a value is read here ({error}). The first step with an input of a new shape runs the model once "
+                "without values, on the meta device, to plan its memory: read values outside of steps, or not where "
+                "tensor.is_meta"
+            ) from error
+        if where and type(error) in _OWN:
+            raise type(error)(where + str(error)) from error
+        if where and isinstance(error, _OWN):
+            error.add_note(f"in the forward of {where.removesuffix(': ')}")
+        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -50,15 +65,16 @@ class Int8Memory:
     def memory(self) -> dict[str, int]:
         """Bytes of the intermediates of the largest pass so far: planned, measured, all at once (the paper's tally), live.
 
-        And of the parameters, and of the remainders of the head's.
+        And of the parameters, and of the remainders of the head's. A closure's passes are not planned: they are in torch's
+        allocator, and count as 0 here.
         """
         plans = list(self._plans.values())
-        if not plans:
+        if not plans and self._by_closure is None:
             raise ValueError("no step was taken yet")
-        largest = max(plans, key=lambda plan: plan.planned_bytes)
+        largest = max(plans, key=lambda plan: plan.planned_bytes, default=ArenaPlan())
         return {
             "planned_bytes": largest.planned_bytes,
-            "measured_bytes": self.arena.measured_bytes,
+            "measured_bytes": max((plan.measured_bytes for plan in plans), default=0),
             "all_at_once_bytes": largest.all_at_once_bytes,
             "live_bytes": largest.live_bytes,
             "parameter_bytes": sum(p.numel() for p in self.model.parameters()),

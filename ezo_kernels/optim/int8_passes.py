@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
 import torch.nn.functional as F
 
+from ..nn.convert import context_of
 from ..nn.tape import Tape
 from ..ops.int8_loss import (
     MOST_ROWS,
@@ -18,7 +20,9 @@ from ..ops.int8_loss import (
 )
 from ..ops.int8_signs import MOST_GROUPS, Signs, int8_signs, ternary_gradient
 from ..ops.int8_tensor import Int8Tensor, check_exponent, counters
+from ..ops.int8_update import Int8UpdatePlan
 from ..ops.noise import fold_key
+from .check import unvisited
 from .losses import grouped_losses
 
 
@@ -65,6 +69,40 @@ class Int8Passes:
         if isinstance(y, Int8Tensor):
             raise TypeError(f"y must be int64 labels for loss {self.loss!r}, got an Int8Tensor")
         return y
+
+    def _require_model(self) -> None:
+        """Refuse a model that is no longer what this optimizer was made for: its updates would go to nobody's weights."""
+        if context_of(self.model) is not self.zo:
+            raise ValueError("the model was converted anew since this ElasticZOInt8 was made: make a new one")
+        self._places.require_own(self.model, "ElasticZOInt8")
+
+    def _require_visits(self) -> None:
+        """Refuse a pass that left out a layer of the trunk: its update would be noise."""
+        if len(self.zo.visited) < len(self.trunk):
+            raise ValueError(unvisited(self.zo, {s.site: s.names[0] for s in self.zo.manifest}))
+
+    def _check_places(self) -> None:
+        """Before anything is written: where the parameters of the updates lie, or ValueError."""
+        if self.trunk and (self._update_plan is None or not self._update_plan.fits(self.trunk)):
+            self._update_plan = Int8UpdatePlan.build(self.trunk, self._sites, self._layouts)
+        for name, w in self._head.items():
+            if not w.is_contiguous():
+                raise ValueError(f"{name} of the head, of shape {tuple(w.shape)}, is not contiguous")
+
+    @contextlib.contextmanager
+    def _running(self, p):
+        for layer, strategy in self._strategies.items():  # another optimizer of the same model may want others
+            layer.strategy, layer.rounding, layer.weights = strategy, self.activation_rounding, self.weights
+        self.zo.tape = Tape(self._groups) if self.head else None
+        try:
+            with self.zo.running(p) if p is not None else contextlib.nullcontext():
+                yield self.zo.tape
+        finally:
+            if (
+                self.zo.tape is not None
+            ):  # of a pass that the head does not learn from: notes hold what they are of, in a circle
+                self.zo.tape.notes.clear()
+            self.zo.tape = None
 
     def _fold_key(self, zeros: torch.Tensor | None = None) -> None:
         """The key of a step, once, and the zeros of its first pass in the same launch."""
@@ -117,6 +155,7 @@ class Int8Passes:
         losses = grouped_losses(loss_fn, logits, y, out.groups)
         if losses is None:
             losses = torch.cat([one_value(loss_fn(part, y), "loss_fn") for part in logits.chunk(out.groups)])
+            losses = losses if losses.is_floating_point() else losses.long()  # a count, or a bool
         return losses, None
 
     def _used(self, p) -> slice | None:

@@ -244,4 +244,40 @@ MUTANTS = (
         "choose(x.numel() // k, n, k,",
         "tests/test_launch_int8.py -k one_group",
     ),
+    # what a model has become since
+    Mutant(
+        "a layer that an integer step left out is updated with its noise",
+        "ezo_kernels/optim/int8_passes.py",
+        "if len(self.zo.visited) < len(self.trunk):",
+        "if self.trunk and not self.zo.visited:",
+        "tests/test_int8_refusals.py -k leaves_out",
+    ),
+    Mutant(
+        "only the last pass of an integer step is asked what it left out",
+        "ezo_kernels/optim/elastic_zo_int8.py",
+        "                    self._require_visits()",
+        "                    _ = self._require_visits() if p is passes[-1] else None",
+        "tests/test_int8_refusals.py -k leaves_out",
+    ),
+    Mutant(
+        "integer weights that the model no longer has are trained",
+        "ezo_kernels/optim/int8_passes.py",
+        'self._places.require_own(self.model, "ElasticZOInt8")',
+        "pass",
+        "tests/test_int8_refusals.py -k no_longer",
+    ),
+    Mutant(
+        "a view of what is changed in place is taken for a copy",
+        _NN + "int8_trace.py",
+        "base[node] = base[own] if what or _is_view(node, modules) else node",
+        "base[node] = base[own] if what else node",
+        "tests/test_int8_unfit.py -k without_an_integer_form",
+    ),
+    Mutant(
+        "what an operation was to change in place is used again",
+        _OPS + "int8_tensor.py",
+        'object.__setattr__(before, "spent", function)',
+        "pass",
+        "tests/test_int8_limits.py -k way_out",
+    ),
 )
