@@ -65,7 +65,7 @@ def test_models_that_are_not_converted_so_are_refused():
 @pytest.mark.parametrize(
     "milestones",
     [{1: {"bits": 8}}, {1: {"head_bits": -9}}, {1: {"r_max": 0}}, {1: {"r_max": 128}}, {1: {"p_zero": 1.0}},
-     {1: {"lr": 1}}, {-1: {"bits": 1}}, {1.5: {"bits": 1}}, {1: {"bits": 1.5}}, {0: {"bits": 2}, 5: {"p_zero": -0.1}}],
+     {1: {"lr": 1}}, {-1: {"bits": 1}}, {1: {"bits": 1.5}}, {0: {"bits": 2}, 5: {"p_zero": -0.1}}],
     ids=str,
 )  # fmt: skip
 def test_a_schedule_refuses_bad_values_before_anything_changes(milestones):
@@ -74,6 +74,30 @@ def test_a_schedule_refuses_bad_values_before_anything_changes(milestones):
     with pytest.raises((TypeError, ValueError)):
         IntegerSchedule(opt, milestones)
     assert before == [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("milestones", "match"),
+    [({3: None}, "int 3 and NoneType"), ({3.0: {}}, "float 3.0"), ({True: {}}, "bool True"), ([3], "got list")],
+    ids=str,
+)
+def test_milestones_of_another_type_are_refused(milestones, match):
+    with pytest.raises(TypeError, match=match):
+        IntegerSchedule(ezo.ElasticZOInt8(TINY), milestones)
+
+
+@pytest.mark.parametrize(
+    ("saved", "error", "match"),
+    [({"last_step": "a"}, TypeError, "last_step.*str"), ({"last_step": -1}, ValueError, "-1"), ({}, ValueError, "lacks"),
+     ([1], TypeError, "list")],
+    ids=str,
+)  # fmt: skip
+def test_a_schedule_refuses_what_is_no_state_of_one_and_stays_where_it_was(saved, error, match):
+    schedule = IntegerSchedule(ezo.ElasticZOInt8(TINY), {2: {"bits": 3}})
+    schedule.step()
+    with pytest.raises(error, match=match):
+        schedule.load_state_dict(saved)
+    assert schedule.state_dict() == {"last_step": 1}
 
 
 # ---- steps
@@ -173,6 +197,86 @@ def test_a_layer_that_the_forward_does_not_call_is_named(skipped):
     assert same(state(models[0]), state(models[1]))
 
 
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_a_layer_that_a_later_step_leaves_out_is_named_and_nothing_moves(mode):
+    """Its z was in no forward: an update would be noise."""
+    model = overwrite(ezo.convert_(Skipping(""), head=["fc2", "tail"], precision="int8"))
+    opt = ezo.ElasticZOInt8(model, r_max=15, p_zero=0.0, bits=3, head_bits=3, mode=mode)
+    opt.train_step(*tiny_batch())
+    before, losses = state(model), opt.losses
+    model.skipped = "extra"
+    with pytest.raises(ValueError, match="not visited by the forward.*'extra.bias', 'extra.weight'"):
+        opt.train_step(*tiny_batch())
+    assert same(before, state(model)) and opt.step_count.item() == 1 and opt.losses is losses
+
+
+def test_a_layer_that_one_pass_of_a_step_leaves_out_is_named():
+    """The losses of its two signs are those of two functions."""
+    model = overwrite(ezo.convert_(Skipping(""), precision="int8"))
+    opt = ezo.ElasticZOInt8(model, mode="sequential")
+    opt.train_step(*tiny_batch())
+    model.conv.register_forward_pre_hook(lambda *_: setattr(model, "skipped", "" if model.skipped else "extra"))
+    with pytest.raises(ValueError, match="not visited by the forward.*'extra.weight'"):
+        opt.train_step(*tiny_batch())
+
+
+def converted_anew(model):
+    ezo.convert_(ezo.unconvert_(model), head=["fc2"], precision="int8")
+
+
+def assigned(model):
+    model.load_state_dict(state(model), assign=True)
+
+
+def another_head(model):
+    model.fc2.weight = nn.Parameter(model.fc2.weight.data.clone(), requires_grad=False)
+
+
+STALE = [(converted_anew, "converted anew"), (ezo.unconvert_, "not converted"), (assigned, "'conv.bias' was replaced"),
+         (another_head, "'fc2.weight' was replaced")]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+@pytest.mark.parametrize(("change", "match"), STALE, ids=[f.__name__ for f, _ in STALE])
+def test_an_optimizer_of_weights_that_are_no_longer_the_models_is_refused(change, match, mode):
+    model = tiny(("fc2",))
+    opt = ezo.ElasticZOInt8(model, mode=mode)
+    opt.train_step(*tiny_batch())
+    change(model)
+    before = state(model)
+    with pytest.raises(ValueError, match=match):
+        opt.train_step(*tiny_batch())
+    assert same(before, state(model)) and opt.step_count.item() == 1
+
+
+class Reading(Tiny):
+    def forward(self, x):
+        assert int(x.values.max()) <= 127
+        return super().forward(x)
+
+
+def test_a_forward_or_a_hook_that_reads_a_value_is_told_of_the_pass_without_values():
+    for model, match in ((Reading(), "^a value is read"), (Tiny(), r"^fc1 \(Int8Linear\): a value is read")):
+        ezo.convert_(model, precision="int8")
+        if match.startswith("^fc1"):
+            model.fc1.register_forward_hook(lambda module, args, out: int(out.exponent[0]))
+        with pytest.raises(RuntimeError, match=match + ".*without values, on the meta device, to plan its memory"):
+            ezo.ElasticZOInt8(model).train_step(*tiny_batch())
+
+
+class TwoWords(ValueError):
+    def __init__(self, first, second) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def test_a_users_own_error_keeps_its_class_and_says_where():
+    model = tiny()
+    model.fc1.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(TwoWords("bad", "rows")))
+    with pytest.raises(TwoWords, match="^bad rows") as caught:
+        ezo.ElasticZOInt8(model).train_step(*tiny_batch())
+    assert caught.value.__notes__ == ["in the forward of fc1 (Int8Linear)"]
+
+
 class Leaving(Tiny):
     """With control flow, so that no trace warns of it at the conversion."""
 
@@ -232,6 +336,10 @@ BAD_STATES = {
     "a stranger's": (lambda s: s.clear(), "lacks"),
     "groups": (lambda s: s["param_groups"].pop(), None),
     "bits": (lambda s: s["param_groups"][0].update(bits=99), "99"),
+    "a manifest of numbers": (lambda s: s.update(manifest=[5]), "manifest is no list of sites"),
+    "groups of numbers": (lambda s: s.update(param_groups=[1, 2]), "param_groups"),
+    "no groups": (lambda s: s.update(param_groups=3), "param_groups"),
+    "bits in words": (lambda s: s["param_groups"][0].update(bits="two"), "no settings: bits"),
     "activations": (lambda s: s["rounding"].__setitem__(2, "pseudo"), "rounding"),
 }
 

@@ -29,6 +29,21 @@ def test_resume_equals_the_uninterrupted_run(head, tmp_path):
     assert same(state(fresh), state(model)) and other.step_count.item() == 6
 
 
+def test_values_without_their_exponent_are_not_loaded():
+    """With strict=False torch would take them, and read them with the exponent that was there."""
+    model, saved = tiny(), tiny().state_dict()
+    for gone in ("fc1.weight_exponent", "fc1.bias"):
+        part = {name: value for name, value in saved.items() if name != gone}
+        lacked = (
+            "fc1.weight comes without fc1.weight_exponent"
+            if "weight" in gone
+            else "fc1.bias_exponent comes without fc1.bias"
+        )
+        with pytest.raises(RuntimeError, match=lacked):
+            model.load_state_dict(part, strict=False)
+    model.load_state_dict({name: value for name, value in saved.items() if not name.startswith("fc1")}, strict=False)
+
+
 CHANGES = {"bits": 3, "r_max": 50, "p_zero": 0.25, "head_bits": 4}
 
 
@@ -41,6 +56,36 @@ def test_the_loss_for_people_is_the_mean_over_rows_whatever_the_loss():
         assert opt.group_losses.shape == (2,) and opt.mean_loss == opt.group_losses.mean()
         means.append(opt.mean_loss.item())
     assert means[0] == pytest.approx(means[1], rel=0.01) and means[0] > 1
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+def test_the_loss_for_people_of_a_closure_is_what_it_returned(loss):
+    model = tiny()
+    opt, (x, _) = ezo.ElasticZOInt8(model, loss=loss), tiny_batch()
+    for losses in ((torch.tensor([0.25]), torch.tensor(1.75)), (torch.tensor(3), torch.tensor([8]))):
+        given = iter(losses)
+        opt.step(lambda given=given: (model(x), next(given))[1])
+        want = [float(v) for v in losses]
+        assert opt.group_losses.tolist() == want and opt.mean_loss == sum(want) / 2
+        assert opt.mean_loss.dtype == torch.float64
+
+
+def test_a_run_by_closures_is_watched():
+    model = tiny()
+    opt, (x, y) = ezo.ElasticZOInt8(model), tiny_batch()
+    watch = ezo.Diagnostics(opt, every=2)
+
+    def steps(n):
+        for _ in range(n):
+            opt.step(lambda: ezo.ops.int8_cross_entropy(model(x), y))
+            watch.observe()
+
+    steps(4)
+    assert len(watch._windows) == 2
+    watch._read = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        steps(2)
+    assert watch._scales == [], "the next reading has as many again"
 
 
 def test_a_schedule_changes_what_it_says_when_it_says():

@@ -93,7 +93,11 @@ class _Int8Layer:
         problems = []
         for leaf in ("weight", "bias"):
             values, exponent = (state.get(prefix + leaf + end) for end in ("", "_exponent"))
-            problems += parameter_faults(prefix + leaf, values, exponent)
+            faults = parameter_faults(prefix + leaf, values, exponent)
+            if not faults and (values is None) != (exponent is None):  # strict=False would pair it with an old one
+                there, lacking = (leaf, leaf + "_exponent") if exponent is None else (leaf + "_exponent", leaf)
+                faults.append(f"{prefix}{there} comes without {prefix}{lacking}, and means nothing without it")
+            problems += faults
         errors += problems
         if not problems:
             super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)

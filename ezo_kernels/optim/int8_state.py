@@ -8,6 +8,7 @@ import torch
 
 from ..ops.int8_pass import sparse_noise
 from ..ops.int8_update import check_bits
+from ..ops.noise import check_index
 from .state import Copies
 
 
@@ -28,6 +29,14 @@ class Int8State(Copies):
             "manifest": [[s.site, list(s.names), list(s.shape), s.layout, s.z_dtype] for s in self.zo.manifest],
             "head": list(self._head),
         }
+
+    @staticmethod
+    def _as_manifest(theirs) -> list:
+        """A state's manifest in lists, however it was saved."""
+        try:
+            return [[*row[:1], list(row[1]), list(row[2]), *row[3:]] for row in theirs]
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"the state's manifest is no list of sites: {error}") from None
 
     def state_dict(self) -> dict:
         """Everything a run needs to go on bit for bit, beside the model's own state_dict."""
@@ -57,18 +66,24 @@ class Int8State(Copies):
         for name, mine in own.items():
             theirs = state_dict[name]
             if name == "manifest":
-                theirs = [[*row[:1], list(row[1]), list(row[2]), *row[3:]] for row in theirs]
+                theirs = self._as_manifest(theirs)
             if theirs != mine:
                 shown = "" if name in ("manifest", "head") else f" ({theirs!r} is not {mine!r})"
                 raise ValueError(f"the state is of another run: {name} differs{shown}")
         groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups) or any(
-            set(g) != set(m) - {"params"} for g, m in zip(groups, self.param_groups, strict=True)
+        if (
+            not isinstance(groups, (list, tuple))
+            or len(groups) != len(self.param_groups)
+            or not all(isinstance(group, Mapping) for group in groups)
+            or any(set(g) != set(m) - {"params"} for g, m in zip(groups, self.param_groups, strict=True))
         ):
             raise ValueError("the state's param_groups are not those of ElasticZOInt8: the trunk's and the head's")
-        for group in groups:
-            check_bits(group["bits"], "bits")
-        sparse_noise(self.rounds, groups[0]["p_zero"], groups[0]["r_max"])
+        try:
+            for group in groups:
+                check_bits(group["bits"], "bits")
+            sparse_noise(self.rounds, groups[0]["p_zero"], groups[0]["r_max"])
+        except TypeError as error:
+            raise ValueError(f"the settings in the state are no settings: {error}") from None
         remainders = state_dict["head_remainder"]
         if not isinstance(remainders, Mapping):
             raise ValueError(f"head_remainder of the state must be a dict of tensors, got {type(remainders).__name__}")
@@ -119,10 +134,16 @@ class IntegerSchedule:
     def __init__(self, optimizer, milestones: dict[int, dict]) -> None:
         if not isinstance(optimizer, Int8State):
             raise TypeError(f"IntegerSchedule takes an ElasticZOInt8, got {type(optimizer).__name__}")
+        if not isinstance(milestones, Mapping):
+            raise TypeError(f"milestones must be a dict of steps, got {type(milestones).__name__}")
         self.optimizer, self.milestones, self.last_step = optimizer, dict(milestones), 0
         for at, changes in self.milestones.items():
+            if isinstance(at, bool) or not isinstance(at, int) or not isinstance(changes, Mapping):
+                raise TypeError(
+                    f"a milestone is an int and a dict, got {type(at).__name__} {at} and {type(changes).__name__}"
+                )
             unknown = set(changes) - {*self._TRUNK, "head_bits"}
-            if unknown or not isinstance(at, int) or at < 0:
+            if unknown or at < 0:
                 raise ValueError(
                     f"a milestone is a step and any of bits, r_max, p_zero, head_bits; got {at}: {changes}"
                 )
@@ -154,7 +175,16 @@ class IntegerSchedule:
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.last_step = state_dict["last_step"]
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            TypeError, ValueError: no state of a schedule; nothing is changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"a state is a dict, got {type(state_dict).__name__}")
+        if "last_step" not in state_dict:
+            raise ValueError("this is no state of IntegerSchedule: it lacks last_step")
+        self.last_step = check_index(state_dict["last_step"], "last_step of the state", 1 << 63)
         trunk, head = self.optimizer.param_groups
         trunk.update({name: self._first[name] for name in self._TRUNK})
         head["bits"] = self._first["head_bits"]
