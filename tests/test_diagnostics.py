@@ -269,6 +269,7 @@ def test_saturated_weights_of_the_head():
     found = run(opt, Diagnostics(opt, every=20, warn=False), batches(60))
     finding = next(f for f in found if f.kind == "saturated_weights")
     assert "'4.weight' are at +-127" in finding.seen and "smaller head_bits" in finding.advice
+    assert "z only" not in finding.seen, "the head has no z"
     weight = opt.model[4].weight
     assert finding.numbers["count"] >= D.LEAST_AT_RAILS and finding.numbers["of"] == weight.numel() == 64
     assert (weight.abs() == 127).sum() > D.AT_RAILS * weight.numel()
@@ -278,7 +279,7 @@ def test_saturated_weights_of_the_trunk():
     opt = integers(head=[], bits=6, p_zero=0.0)
     found = run(opt, Diagnostics(opt, every=20, warn=False), batches(60, labels="random"))
     finding = next(f for f in found if f.kind == "saturated_weights")
-    assert "p_zero" in finding.advice and "head_bits" not in finding.advice
+    assert "p_zero" in finding.advice and "head_bits" not in finding.advice and "one side of z only" in finding.seen
 
 
 def test_drifting_exponents():

@@ -171,6 +171,16 @@ def test_copies_of_a_converted_model_are_models(copied, stepped):
     assert same(state(model), state(other)) and not same(state(other), before)
 
 
+@pytest.mark.parametrize("precision", ["int8", "float"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_of_a_model_that_is_watched_are_not_watched(copied, precision):
+    model = ezo.convert_(Tiny(), head=0, precision=precision)
+    watch = ezo.Diagnostics((ezo.ElasticZOInt8 if precision == "int8" else ezo.ElasticZO)(model))
+    hooks = [h for m in copied(model).modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert len(hooks) == 5 and all(hook(None, (), None) is None and hook.may_be_left_out for hook in hooks)
+    watch.close()
+
+
 # ---- a converted model in use
 
 

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 
-from ..nn.int8_layers import _Int8Layer
 from ..ops.int8_update import update_shift
 from ..ops.noise import check_index
-from .capture import may_be_left_out
+from .activations import Activations
 from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
 from .findings import Finding, TrainingWarning
@@ -66,7 +64,7 @@ class _Window:
     difference: float  # |L+ - L-|
 
 
-class Diagnostics:
+class Diagnostics(Activations):
     """Watches a training run beside its optimizer: call :meth:`observe` after each step.
 
     The step path has no host synchronisation: a few small copies on the device. Every ``every`` steps all is read in one
@@ -147,8 +145,10 @@ class Diagnostics:
         self.steps += 1
         self._disarm()
         if self.steps % self.every == 0:
-            found = self._read()
-            self._scales.clear()
+            try:
+                found = self._read()
+            finally:
+                self._scales.clear()  # of a reading that raised, too, as one of warnings that are errors
         else:
             found = []
         if (self.steps + 1) % self.every == 0:
@@ -176,59 +176,6 @@ class Diagnostics:
             return trunk["lr"]
         # a pair's difference is twice what a step along z is worth, one sign's is once
         return 2.0 ** -(update_shift(trunk["bits"], trunk["r_max"]) + self.optimizer.antithetic)
-
-    # --------------------------------------------------------------------------------------------------------- hooks
-
-    def _arm(self) -> None:
-        model = self.optimizer.model
-        self._hooks.append(model.register_forward_pre_hook(self._enter))
-        self._hooks.append(model.register_forward_hook(self._leave))
-        for name, module in model.named_modules():
-            if isinstance(module, _Int8Layer):
-                self._hooks.append(module.register_forward_hook(self._note_exponent(name)))
-            elif not self.integer and not any(module.children()):
-                self._hooks.append(module.register_forward_hook(self._note_size))
-
-    def _disarm(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def _in_a_step(self) -> bool:
-        """Whether the forward that runs is one of a step, not of an evaluation between two."""
-        return self.optimizer.zo.p is not None if self.zeroth else self.optimizer.model.training
-
-    @may_be_left_out
-    def _enter(self, module, args) -> None:
-        self._kept = {} if self._in_a_step() else None
-
-    @may_be_left_out
-    def _leave(self, module, args, out) -> None:
-        if self._kept is not None:
-            self.kept_bytes = max(self.kept_bytes, sum(n for ref, n in self._kept.items() if not ref.expired()))
-        self._kept = None
-
-    @may_be_left_out
-    def _note_size(self, module, args, out) -> None:
-        if self._kept is None:
-            return
-        outputs = _tensors(out)
-        if any(t.requires_grad for t in outputs):
-            # Weak references: what is freed does not count, and its address names nothing else while one is held.
-            for t in outputs:
-                self._kept[StorageWeakRef(t.untyped_storage())] = t.nbytes
-        else:
-            self.passing_bytes = max(self.passing_bytes, sum(t.nbytes for t in (*_tensors(args), *outputs)))
-
-    def _note_exponent(self, name: str):
-        @may_be_left_out
-        def note(module, args, out) -> None:
-            # The trial pass that plans the arena has no values; what is captured would be written again by every replay.
-            if self._in_a_step() and out.exponent.device.type != "meta" and not _capturing(out.exponent):
-                self._exponents[name] = out.exponent.amax()
-                self._first_exponents.setdefault(name, self._exponents[name])
-
-        return note
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -331,8 +278,9 @@ class Diagnostics:
         if worst is None:
             return None
         share, name, k, n = worst
-        seen = f"{k} of the {n} weights of {name!r} are at +-127 ({share:.1%}): they cannot grow, and see one side of z only"
         in_head = name in self.optimizer._head
+        seen = f"{k} of the {n} weights of {name!r} are at +-127 ({share:.1%}): they cannot grow"
+        seen += "" if in_head else ", and see one side of z only"
         advice = (
             "smaller head_bits" if in_head else "a larger p_zero or fewer bits"
         ) + ", or a schedule that gets there sooner"
@@ -375,14 +323,6 @@ class Diagnostics:
             "activation_memory", seen, "; ".join(tries), bytes=total, kept_bytes=self.kept_bytes,
             parameter_bytes=parameters, memory_bytes=self.memory_bytes,
         )  # fmt: skip
-
-
-def _capturing(t: torch.Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _mib(size: float) -> str:

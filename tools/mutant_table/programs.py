@@ -64,7 +64,7 @@ MUTANTS = (
     ),
     Mutant(
         "evaluations count as activations of a step",
-        _WATCH,
+        "ezo_kernels/optim/activations.py",
         "self.optimizer.zo.p is not None if self.zeroth",
         "True if self.zeroth",
         "tests/test_diagnostics.py -k evaluation",
