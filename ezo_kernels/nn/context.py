@@ -54,6 +54,7 @@ class ZOContext:
         traced: part of the last pass was compiled code, which does not fill ``visited`` (its contents would be guarded).
         batch_stats: batch-norm module -> (mean, unbiased variance), each [groups, channels], of every call of the step.
         micro: number of the micro-batch under gradient accumulation.
+        undropped: dropouts let everything through, for a check that compares rows.
         one_mask: a dropout draws one mask for all queries: their losses are compared with each other.
         calls: site -> how often a dropout ran in this pass.
         strategy: of linear layers and convolutions, as in :func:`ezo_kernels.ops.perturbed_linear`.

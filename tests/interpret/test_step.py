@@ -108,6 +108,21 @@ def test_two_steps_follow_the_reference(mode, name, on_cpu):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
+def test_steps_on_drawn_rows_follow_the_reference(on_cpu):
+    def run():
+        model, opt = start(noise="clt4", importance_rows=3, head_lr=0.1)
+        model.norm.eval()
+        x, y = torch.randn(9, 2, 3, 3, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 3
+        for _ in range(2):
+            opt.train_step(x, y)
+        return opt.losses.clone(), {k: v.clone() for k, v in model.state_dict().items()}
+
+    (losses, weights), (near, reference) = run(), on_cpu(run)
+    torch.testing.assert_close(losses, near, rtol=1e-4, atol=1e-6)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, reference[name], rtol=1e-4, atol=1e-4)
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     model, opt = start()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -151,8 +151,8 @@ MUTANTS = (
     Mutant(
         "rows compared for the first shape of batch alone",
         "ezo_kernels/optim/check.py",
-        "self._batch = (groups, shapes, self._modes)",
-        "self._batch = (groups, self._modes)",
+        "return groups, shapes, self._modes",
+        "return groups, (), self._modes",
         "tests/test_checks.py -k another_size",
     ),
     Mutant(
@@ -220,6 +220,13 @@ MUTANTS = (
         "tests/test_importance_step.py -k formula",
     ),
     Mutant(
+        "groups compared where their outputs are numbers alone",
+        "ezo_kernels/optim/check.py",
+        "torch.where(same, 0.0, a - b)",
+        "(a - b)",
+        "tests/test_importance_step.py -k no_batch",
+    ),
+    Mutant(
         "each micro-batch draws by the same word",
         "ezo_kernels/optim/importance.py",
         "draw=self._micro,",
@@ -229,8 +236,8 @@ MUTANTS = (
     Mutant(
         "rows drawn of a batch that is not looked at",
         "ezo_kernels/optim/importance.py",
-        "same = not bool(",
-        "same = True or not bool(",
+        "self.zo.undropped = True",
+        "return",
         "tests/test_importance_step.py -k no_batch",
     ),
     Mutant(
