@@ -347,6 +347,13 @@ def test_labels_of_no_class_are_refused(label):
         choose_cut(model, (x, y), time_step=fixed())
 
 
+def test_a_micro_batch_of_padding_has_no_gradient():
+    model, (x, y) = mlp(64)
+    y[8:12] = -100
+    for layer in measure(model, x, y, F.cross_entropy, all_cuts(model, x)):
+        assert layer.drawn.isfinite().all() and layer.drawn.nonzero().flatten().tolist() == [0, 1, *range(3, 16)]
+
+
 @pytest.mark.parametrize("seed, error", [(1.5, TypeError), ("a", TypeError), (True, TypeError), (-1, ValueError)])
 def test_seeds_are_checked(seed, error):
     model, (x, y) = mlp(8)

@@ -196,6 +196,14 @@ def _require_finite(loss: torch.Tensor, model: nn.Module, x, y) -> None:
     )
 
 
+def _all_left_out(y) -> bool:
+    """Whether a loss of these targets counts none: torch's mean over nothing is nan, and its gradient zero."""
+    leaves = pytree.tree_leaves(y)
+    return bool(leaves) and all(
+        isinstance(t, torch.Tensor) and not t.is_floating_point() and bool((t == -100).all()) for t in leaves
+    )
+
+
 def micro_batches(model: nn.Module, x) -> tuple[int, int]:
     """How many micro-batches a sample gives, and their rows.
 
@@ -226,7 +234,8 @@ def measure(
         seed: of drawn targets, of folds and of random layers, [0, 2^64); torch's global state is left alone.
 
     Raises:
-        TypeError, ValueError: a seed that is none; labels that are no class of the model; a loss that is not finite.
+        TypeError, ValueError: a seed that is none; labels that are no class of the model; a loss that is not finite, but
+            for that of rows whose labels are all -100.
     """
     seed = check_index(seed, "seed", 1 << 64)
     draw = draw_for(loss_fn, draw_target)
@@ -249,8 +258,14 @@ def measure(
             for which in range(2):
                 target = draw(output, own_y, generator) if which else own_y
                 loss = loss_fn(output, target)
-                _require_finite(loss, model, own_x, target)
-                flat = iter(torch.autograd.grad(loss, parameters, retain_graph=which == 0, materialize_grads=True))
+                padding = _all_left_out(target)
+                if not padding:
+                    _require_finite(loss, model, own_x, target)
+                grads = torch.autograd.grad(loss, parameters, retain_graph=which == 0, materialize_grads=True)
+                # of rows of padding alone the gradients tell what the loss cannot
+                if padding and not all(bool(g.isfinite().all()) for g in grads):
+                    _require_finite(loss, model, own_x, target)
+                flat = iter(grads)
                 for layer, (own, into) in enumerate(zip(layers, vectors, strict=True)):
                     signs = torch.Generator().manual_seed(
                         (seed + 1 + layer) % (1 << 64)
