@@ -154,6 +154,19 @@ def test_mezo_without_a_noise_contract_takes_any_seed():
     assert torch.isfinite(MeZO(net(), noise=None, seed=2**64 - 1).train_step(*batch()))
 
 
+@pytest.mark.parametrize("of", [lambda t: (t * 1000).round().long(), lambda t: t > 1.0])
+def test_mezo_takes_losses_of_integers_and_bools_as_floats(of):
+    models = [net() for _ in range(2)]
+    x, y = batch()
+    closures = [lambda m=m: of(F.cross_entropy(m(x), y)) for m in models]
+    losses = [
+        MeZO(models[0], clip=1.0).step(closures[0]),
+        MeZO(models[1], clip=1.0).step(lambda: closures[1]().float()),
+    ]
+    assert losses[0].dtype == torch.float32 and torch.equal(*losses)
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
 def test_mezo_goes_on_from_its_state():
     whole, begun = net(), net()
     a, b = MeZO(whole, seed=3), MeZO(begun, seed=3)

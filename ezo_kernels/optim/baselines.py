@@ -135,7 +135,8 @@ class MeZO(_Baseline, torch.optim.Optimizer):
             if self.head:
                 Passes._require_grad([loss])
                 torch.autograd.backward(loss * share, inputs=self.head)
-        return loss.detach()
+        # as ElasticZO has it: no mean is taken of integers, and bools have no difference
+        return (loss if loss.is_floating_point() else loss.float()).detach().reshape(())
 
     def _pair(self, query: int, eps: float, closure, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses at both signs of a direction; the weights are unperturbed again whatever the closure raises."""
