@@ -339,6 +339,15 @@ def test_an_evaluation_between_two_steps_is_not_noted(make):
     assert (len(watch._exponents) == 3) if make is integers else (0 < watch.passing_bytes < 1000 * 12 * 4)
 
 
+def test_a_step_after_a_reading_that_raised_is_watched(monkeypatch):
+    opt = floats()
+    watch = Diagnostics(opt, every=1, warn=False)
+    monkeypatch.setattr(watch, "_memory", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(opt, watch, batches(1))
+    assert watch._hooks and not watch._scales
+
+
 # ---- use
 
 

@@ -144,15 +144,15 @@ class Diagnostics(Activations):
         self._scales.append(self._scale())
         self.steps += 1
         self._disarm()
-        if self.steps % self.every == 0:
-            try:
+        found = []
+        try:
+            if self.steps % self.every == 0:
                 found = self._read()
-            finally:
-                self._scales.clear()  # of a reading that raised, too, as one of warnings that are errors
-        else:
-            found = []
-        if (self.steps + 1) % self.every == 0:
-            self._arm()
+        finally:  # after a reading that raised, too, as one of warnings that are errors
+            if self.steps % self.every == 0:
+                self._scales.clear()
+            if (self.steps + 1) % self.every == 0:
+                self._arm()
         return found
 
     def close(self) -> None:
