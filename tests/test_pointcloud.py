@@ -257,6 +257,9 @@ FACES = "3 0 1 2\n3 0 2 3\n3 4 5 6\n"
         # colours, of which one could be the start of a face
         f"OFF\n7 3 0\n{MESH}3 0 1 2 255 0 0\n3 0 2 3 3 0 1\n3 4 5 6 3 0 1 2\n",
         f"OFF\n7 2 0\n{MESH}4 0 1 2 3 0.5 0.5 0.5\n3 4 5 6\n3 0 0 0\n",
+        # faces that share a line, and that run over lines
+        f"OFF\n7 2 0\n{MESH}4 0 1 2 3 3 4 5 6\n",
+        f"OFF\n7 2 0\n{MESH}4 0 1\n2 3\n3 4 5 6\n",
         f"OFF\n7 3\n0 {MESH.replace(chr(10), ' ', 3)}{FACES[:7]}  7\n{FACES[8:]}",
     ],
 )

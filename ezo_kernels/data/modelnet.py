@@ -90,11 +90,38 @@ def _from_hdf5(root: Path, part: str, points: int, seed: int) -> tuple[np.ndarra
 # --------------------------------------------------------------------------------------------------------------------- OFF
 
 
+def _walked(rest: np.ndarray, f: int) -> list[np.ndarray] | None:
+    """The corners of ``f`` faces without colours, wherever lines end; None where their counts do not take the rest exactly."""
+    corners, at = [], 0
+    for _ in range(f):
+        if at >= len(rest) or not (3 <= rest[at] < len(rest) - at and rest[at] % 1 == 0):
+            return None
+        corners.append(rest[at + 1 : at + 1 + int(rest[at])])
+        at += 1 + len(corners[-1])
+    return corners if at == len(rest) else None
+
+
+def _corners(path: Path, rest: np.ndarray, ends: np.ndarray, f: int) -> list[np.ndarray]:
+    """The corners of each face: of one a line, whose colour is left out, or else of all as they follow each other."""
+    spans = list(zip([0, *ends[:-1]], ends[:f], strict=False))
+    wrong = next((i for i, (a, b) in enumerate(spans) if not (3 <= rest[a] < b - a and rest[a] % 1 == 0)), None)
+    # a colour may look like a face, so that the walk is asked only where the lines are not one a face
+    walked = _walked(rest, f) if wrong is not None or len(ends) != f else None
+    if walked is not None:
+        return walked
+    if wrong is not None:
+        raise ValueError(f"{path}: truncated or corrupt: face {wrong} of {f} has no three or more corners")
+    if len(ends) < f:
+        raise ValueError(f"{path}: truncated: {len(ends)} lines of faces, {f} expected")
+    return [rest[a + 1 : a + 1 + int(rest[a])] for a, _ in spans]
+
+
 def read_off(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """The mesh in an OFF file; a face of more than three corners becomes a fan of triangles, its colour is left out.
 
-    Each face has a line of its own, as the format wants it: a colour ends where its line does. Many files of ModelNet40 have no
-    line break behind the magic ("OFF490 518 0"); they are read all the same.
+    Each face has a line of its own, as the format wants it: a colour ends where its line does. Faces that share lines or run
+    over them are read where none has a colour. Many files of ModelNet40 have no line break behind the magic ("OFF490 518 0");
+    they are read all the same.
 
     Returns:
         vertices float64 [v, 3], triangles int64 [t, 3].
@@ -125,16 +152,8 @@ def read_off(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     else:
         # where the lines of faces end, in the rest
         ends = np.cumsum([len(line.split()) for line in text[3:].splitlines() if line.strip()]) - end
-        ends, fans = ends[ends > 0], []
-        for face, (first, last) in enumerate(zip([0, *ends[:-1]], ends[:f], strict=False)):
-            count = rest[first]
-            if not (3 <= count < last - first and count % 1 == 0):
-                raise ValueError(f"{path}: truncated or corrupt: face {face} of {f} has no three or more corners")
-            corners = rest[first + 1 : first + 1 + int(count)]
-            fans += [(corners[0], corners[i], corners[i + 1]) for i in range(1, len(corners) - 1)]
-        if len(ends) < f:
-            raise ValueError(f"{path}: truncated: {len(ends)} lines of faces, {f} expected")
-        triangles = np.array(fans)
+        corners = _corners(path, rest, ends[ends > 0], f)
+        triangles = np.array([(c[0], c[i], c[i + 1]) for c in corners for i in range(1, len(c) - 1)])
     if not np.isfinite(vertices).all():
         raise ValueError(f"{path}: a vertex is not finite")
     if triangles.min() < 0 or triangles.max() >= v or (triangles % 1).any():
