@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import pathlib
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -357,12 +358,24 @@ def test_summary_of_other_samples_and_refusals():
         ezo.summary(model, noise="sparse_int8")
 
 
+@pytest.mark.parametrize("sample, key", [([torch.ones(4, 64), None], 0), (UserDict(x=torch.ones(4, 64)), "x")])
+def test_summary_of_a_list_or_a_mapping_that_is_the_one_argument(sample, key):
+    class Net(torch.nn.Sequential):
+        def forward(self, batch):
+            return self[0](batch[key])
+
+    (row,) = ezo.summary(ezo.convert_(Net(torch.nn.Linear(64, 32)), strategy="slab"), sample).rows
+    assert (row.strategy, row.workspace_bytes) == ("slab", 2 * 16 * 64 * 4)
+
+
 @pytest.mark.parametrize(
     "arguments, error, said",
     [
         (dict(sample=[torch.zeros(2, 3)]), TypeError, "sample must be .*, got list"),
         (dict(sample=torch.zeros(2, 3).numpy()), TypeError, "sample must be .*, got ndarray"),
         (dict(sample=ezo.quantize(torch.zeros(2, 3))), TypeError, "sample must be .*, got Int8Tensor"),
+        (dict(sample=[torch.zeros(2, 3), torch.zeros(2, 3).numpy()]), TypeError, "got list with ndarray in it"),
+        (dict(sample=UserDict(x=[torch.zeros(2, 3), 3])), TypeError, "got UserDict with int in it"),
         (dict(sample=torch.zeros(2, 3), arch="90"), TypeError, "arch must be an int, got str"),
         (dict(sample=torch.zeros(2, 3), arch=-1), ValueError, "arch must be in"),
     ],

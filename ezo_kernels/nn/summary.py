@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ def strategies(model: nn.Module, sample, noise: Noise, arch: int) -> dict[str, S
     call; one that cannot take the strategy of its model has the name ``refused``.
 
     Args:
-        sample: the batch of one sign: a tensor, a tuple of arguments or a dict.
+        sample: the batch of one sign: a tensor, a tuple of arguments or a dict; anything else is the one argument.
         noise: of the pass.
         arch: compute capability, 90 for an H100; 0 for the CPU reference.
     """
@@ -138,12 +139,35 @@ def _strategy_of(module, x: torch.Tensor, out: torch.Tensor, zo: ZOContext, nois
     return conv_strategy_for(x, w, out, 1, arch, module.groups, "", conv_strategy(zo.strategy), both, noise.name)
 
 
+_SAMPLES = "sample must be a tensor, a tuple of arguments, a dict of them, or a list or mapping of tensors"
+
+
+def _inside(value):
+    """What a nest of mappings, lists and tuples holds."""
+    if isinstance(value, (Mapping, list, tuple)):
+        for own in value.values() if isinstance(value, Mapping) else value:
+            yield from _inside(own)
+    else:
+        yield value
+
+
+def _check_sample(sample) -> None:
+    if isinstance(sample, (torch.Tensor, tuple, dict)):
+        return
+    if not isinstance(sample, (list, Mapping)):
+        raise TypeError(f"{_SAMPLES}, got {type(sample).__name__}")
+    for own in _inside(sample):
+        if own is not None and not isinstance(own, torch.Tensor):
+            raise TypeError(f"{_SAMPLES}, got {type(sample).__name__} with {type(own).__name__} in it")
+
+
 def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int | None = None) -> Summary:
     """One row for each module of a converted model that holds parameters.
 
     Args:
-        sample: the batch of one sign (a tensor, a tuple of arguments or a dict; its values do not matter), for the strategy of
-            each linear layer and convolution, its workspace, and why. Without it there are none.
+        sample: the batch of one sign (a tensor, a tuple of arguments or a dict; a list or another mapping, of tensors, is the
+            one argument; its values do not matter), for the strategy of each linear layer and convolution, its workspace, and
+            why. Without it there are none.
         noise: of the passes; a name of :data:`ezo_kernels.ops.noise.NOISES`.
         arch: compute capability whose choices are shown, 90 for an H100, 0 for the CPU; by default the model's device's.
 
@@ -161,15 +185,18 @@ def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int
     if sample is not None:
         if is_int8(model):
             raise ValueError("summary: strategies of integer layers are ElasticZOInt8's; leave the sample out")
-        if not isinstance(sample, (torch.Tensor, tuple, dict)):
-            raise TypeError(
-                f"sample must be a tensor, a tuple of arguments or a dict of them, got {type(sample).__name__}"
-            )
+        _check_sample(sample)
         if arch is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
             arch = 10 * major + minor
-        chosen = strategies(model, sample, spec, arch)
+        try:
+            chosen = strategies(model, sample, spec, arch)
+        except (TypeError, AttributeError) as error:
+            if isinstance(sample, (torch.Tensor, tuple, dict)):
+                raise
+            # a model that does not take such an argument shows it only here, by what it does with a tensor
+            raise TypeError(f"{_SAMPLES}, got {type(sample).__name__}, and the model failed on it: {error}") from error
     plan, zo = plan_of(model), context_of(model)
     integer = is_int8(model)
     fused_backend = {"cuda": "triton, z in the kernel", "cpu": "reference (numba + torch)"}
