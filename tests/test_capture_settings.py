@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -99,6 +100,21 @@ def test_assigned_integers_are_refused_and_never_replayed():
     with pytest.raises(ValueError, match="was replaced"):
         opt.train_step(*tiny_batch())
     assert opt.capture_counters["replays"] and opt.step_count.item() == 5
+
+
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_a_replaced_layer_is_refused_and_never_replayed(precision):
+    opt, take = pair("sgd")[0], batch
+    if precision == "int8":
+        opt, take = ezo.ElasticZOInt8(tiny(("fc2",)), capture=True), tiny_batch
+    for _ in range(6):
+        opt.train_step(*take(4))
+    assert opt.capture_counters["replays"]
+    name = "conv" if precision == "int8" else "conv1"
+    setattr(opt.model, name, copy.deepcopy(getattr(opt.model, name)))
+    with pytest.raises(ValueError, match="was replaced by another Parameter"):
+        opt.train_step(*take(4))
+    assert opt.step_count.item() == 6
 
 
 def test_a_failed_capture_is_told_as_it_was_whatever_it_left_behind():

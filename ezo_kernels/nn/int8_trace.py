@@ -92,7 +92,9 @@ def _in_place(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> list[str]
             continue
         before = [other for other in base if base[other] is base[own] and other is not node]
         later = {user for other in before for user in other.users if order[user] > order[node]}
-        readers = [user for user in later if not _is_number(user)]
+        # a relu of what a relu has changed finds the same
+        alike = _is_relu(node, modules)
+        readers = [user for user in later if not _is_number(user) and not (alike and _is_relu(user, modules))]
         if readers:
             then = f"and {min(readers, key=order.get)} reads that again"
         elif not node.users:
@@ -116,6 +118,12 @@ def _changes(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if node.target is F.relu and (node.kwargs.get("inplace") or any(node.args[1:])):
         return "F.relu(inplace=True)"
     return {torch.relu_: "relu_", operator.iadd: "+="}.get(node.target)
+
+
+def _is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[node.target], nn.ReLU)
+    return node.target in (F.relu, torch.relu, torch.relu_, "relu")
 
 
 def _is_view(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .int8_matmul import check_input
 from .int8_pointwise import int8_add, int8_pool2d, int8_relu
-from .int8_tensor import Int8Tensor
+from .int8_tensor import IN_PLACE_RELU, Int8Tensor
 
 #: What the pools of torch can do and these cannot.
 MAX_POOL = "no dilation, ceil_mode or return_indices"
@@ -26,7 +26,7 @@ def _record(kind: str, y: Int8Tensor, *inputs: Int8Tensor, **info) -> Int8Tensor
 
 def relu(x, inplace: bool = False):
     y = _record("relu", int8_relu(x), x)
-    return y.in_place_of(x, "an in-place relu") if inplace else y
+    return y.in_place_of(x, IN_PLACE_RELU) if inplace else y
 
 
 def relu_(x):

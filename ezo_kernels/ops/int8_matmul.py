@@ -206,7 +206,7 @@ def check_input(x, name: str) -> None:
             f"{name} takes an Int8Tensor, got {getattr(x, 'dtype', type(x).__name__)}: quantise the input with "
             "ezo_kernels.quantize(x)"
         )
-    x.require_unspent()
+    x.require_unspent(name)
 
 
 def of_activations(rounding: str) -> str:

@@ -143,9 +143,12 @@ class Int8Tensor:
         """Batches of at most ``rows`` rows of a tensor of one group."""
         return tuple(self[first : first + rows] for first in range(0, len(self), rows))
 
-    def require_unspent(self) -> None:
-        """Refuse what a function was to change in place: another one of the model's would read what was there before."""
-        if self.spent is not None:
+    def require_unspent(self, by: str = "") -> None:
+        """Refuse what a function was to change in place: another one of the model's would read what was there before.
+
+        A relu of what a relu was to change finds the same: no branch that begins with one is another function.
+        """
+        if self.spent is not None and not (by == "int8_relu" and self.spent == IN_PLACE_RELU):
             raise ValueError(
                 f"this Int8Tensor is used again after {self.spent} was to change it in place, which integers never are: use "
                 "what that returned from there on (h = relu(h)), or what is not in place"
@@ -157,9 +160,8 @@ class Int8Tensor:
         On a GPU, where nothing waits to look at them, exponents outside of [-126, 127] are beyond float32 and bfloat16.
 
         Raises:
-            TypeError: a dtype that is not of floats. ValueError: spent (see the attribute).
+            TypeError: a dtype that is not of floats.
         """
-        self.require_unspent()
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dequantize gives floats: its dtype must be a floating one of torch's, got {dtype}")
         if not self.values.dim():
@@ -218,6 +220,8 @@ class Int8Tensor:
         raise AttributeError(f"an Int8Tensor has no {name!r}: {_PARTS}; in a forward, {integer_forms()}")
 
 
+#: What :attr:`Int8Tensor.spent` says after a relu.
+IN_PLACE_RELU = "an in-place relu"
 #: What people ask an Int8Tensor for, for messages.
 _PARTS = ".values are its integers, .dequantize() gives floats, and .to('cpu') moves it"
 

@@ -37,12 +37,6 @@ from .updates import Updates
 MODES = ("auto", "stacked", "sequential")
 
 
-def _slot(model: nn.Module, name: str) -> tuple[dict, str]:
-    """Where a module keeps the parameter of this qualified name."""
-    owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner)._parameters, leaf
-
-
 class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Optimizer):
     """Trains a model that :func:`ezo_kernels.convert_` converted.
 
@@ -156,13 +150,14 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             refuse(refusals(self))
         self._phase = Ranges(nvtx)
         self._plan: UpdatePlan | None = None
-        self._slots = [_slot(model, s.names[0]) for s in self.zo.manifest]
         self._sites = tuple(s.site for s in self.zo.manifest)
         self._layouts = tuple(s.layout for s in self.zo.manifest)
         self._checks, self._told = Checks(model), False
         heads = {id(p) for p in self.head}
         self._head_names = {n: p for n, p in model.named_parameters() if id(p) in heads}
         self._places = Places(model, self._head_names)
+        sites = zip(self.zo.manifest, self.trunk, strict=True)
+        self._trunk_places = Places(model, {site.names[0]: p for site, p in sites})
         self._losses: torch.Tensor | None = None
         self._micro = 0
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -258,20 +253,21 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         if self.head_optimizer is not None:
             self.head_optimizer.fill()
 
-    def _begin(self) -> Perturbation | None:
-        """Device scalars and the key of this step; the pass of all its groups."""
+    def _require_model(self) -> None:
+        """Refuse a model that is no longer what this optimizer was made for: its updates would go to nobody's weights."""
         if context_of(self.model) is not self.zo:
             raise ValueError("the model was converted anew since this ElasticZO was made: make a new one")
-        for (table, name), p, site in zip(self._slots, self.trunk, self.zo.manifest, strict=True):
-            if table[name] is not p:
-                raise ValueError(f"{site.names[0]!r} was replaced by another Parameter: make a new ElasticZO")
+        self._trunk_places.require_own(self.model)
         self._places.require(self.model)
-        if not self.trunk:
-            self._fill_scalars()
-            return None
-        if self.trunk[0].device != self.device:
+        if self.trunk and self.trunk[0].device != self.device:
             raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
+
+    def _begin(self) -> Perturbation | None:
+        """Device scalars and the key of this step; the pass of all its groups."""
+        self._require_model()
         self._fill_scalars()
+        if not self.trunk:
+            return None
         fold_key(self._seed, self._step, self._key)
         self.zo.micro, self.zo.one_mask, self.zo.own = self._micro, not self.antithetic, self._scaled_eps.of_site
         return Perturbation(self._key, self._eps, self.noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
@@ -306,6 +302,7 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             return self._eager(x, y, loss_fn, model_kwargs, update)
         if not update:
             refuse(["update=False accumulates over calls, and a graph is one whole step"])
+        self._require_model()  # a replay looks at nothing
         return self._captured.step(self, loss_fn, x, y, loss_fn, model_kwargs)
 
     def _eager(self, x, y, loss_fn, model_kwargs: dict, update: bool = True) -> torch.Tensor:

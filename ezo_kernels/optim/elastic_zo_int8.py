@@ -271,6 +271,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         if self._captured is None:
             return self._eager(x.values, x.exponent, y, loss_fn)
         target = (y.values, y.exponent) if isinstance(y, Int8Tensor) else y
+        self._require_model()  # a replay looks at nothing
         loss = self._captured.step(self, loss_fn, x.values, x.exponent, target, loss_fn)
         self._rows = x.shape[0]
         return loss
