@@ -19,9 +19,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Put back what the forward inside, traced or on a sample, leaves on the modules, raised or not.
 
     A forward that keeps its features would keep the trace's proxies, and one that counts its calls would count this one. Put
-    back are attributes, what lists, dicts and sets among them hold, and what was written into buffers. What it registers, layers
-    and parameters that are made in a first forward, stays: they are the model's from then on; and a lazy module stays what it
-    has become.
+    back are attributes, what lists, dicts and sets among them hold, and what was written into buffers. Layers and parameters
+    that it makes, as some first forwards do, stay: they are the model's from then on; and a lazy module stays what it has
+    become.
     """
     modules = [m for m in model.modules() if not isinstance(m, LazyModuleMixin)]
     held = [(vars(m), dict(vars(m))) for m in modules]
