@@ -355,6 +355,7 @@ TABLES = {
             "partition_mnist",
             "partition_pointnet",
             "pointcloud",
+            "importance",
             "epsilon",
             "batch",
             "finetune",
