@@ -248,8 +248,8 @@ MUTANTS = (
     Mutant(
         "a layer that an integer step left out is updated with its noise",
         "ezo_kernels/optim/int8_passes.py",
-        "if len(self.zo.visited) < len(self.trunk):",
-        "if self.trunk and not self.zo.visited:",
+        "if not self.zo.traced and len(self.zo.visited) < len(self.trunk):",
+        "if not self.zo.traced and self.trunk and not self.zo.visited:",
         "tests/test_int8_refusals.py -k leaves_out",
     ),
     Mutant(
