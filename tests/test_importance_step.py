@@ -189,9 +189,9 @@ def test_refusals():
     model[1].eval()
     opt.train_step(x, y, loss_fn=nn.CrossEntropyLoss())
     for change, error, text in (
-        ((x, y[:5]), ValueError, r"got \(9, 3\) and \(5,\)"),
-        ((x, y.tolist()), TypeError, "y must be a tensor of class indices, got list"),
-        ((x.repeat(500, 1), y.repeat(500)), ValueError, "at most 4096 rows, got a batch of 4500"),
+        ((x, y[:5]), ValueError, r"got \(9, 3\), \(5,\)"),
+        ((x, y.tolist()), TypeError, "target must be a torch.Tensor, got list"),
+        ((x.repeat(500, 1), y.repeat(500)), ValueError, "1 to 4096 rows are drawn out of as many, got 4 out of 4500"),
     ):
         with pytest.raises(error, match=text):
             opt.train_step(*change)
@@ -211,7 +211,7 @@ class OfSteps(nn.Module):
 
 def test_logits_that_are_not_of_the_batchs_rows():
     opt = ezo.ElasticZO(ezo.convert_(OfSteps(), head=["out"]), importance_rows=6, mode="sequential")
-    with pytest.raises(ValueError, match=r"logits \[20, classes\] and y \[20\].*got \(6, 3\) and \(6,\)"):
+    with pytest.raises(ValueError, match=r"logits \[20, classes\] of a batch of 20 rows, got \(6, 3\)"):
         opt.train_step(torch.randn(20, 6, 5), torch.arange(6) % 3)
     assert opt.step_count == 0
 

@@ -98,7 +98,7 @@ class Places:
             slots[id(module), leaf] = module._parameters, leaf, p
         self._names, self._slots = names, list(slots.values())
 
-    def require_own(self, model: nn.Module, whose: str = "ElasticZO") -> None:
+    def require(self, model: nn.Module, whose: str) -> None:
         """Refuse a model that has another parameter in the place of one."""
         if all(table.get(name) is held for table, name, held in self._slots):
             return
@@ -106,13 +106,6 @@ class Places:
         for name, p in self._names.items():
             if id(p) not in own:
                 raise ValueError(f"{name!r} was replaced by another Parameter: make a new {whose}")
-
-    def require(self, model: nn.Module) -> None:
-        """Refuse a model that has another parameter in the place of one, or has frozen it."""
-        self.require_own(model)
-        for name, p in self._names.items():
-            if not p.requires_grad:
-                raise ValueError(f"{name!r} of the head was frozen (requires_grad_(False)): make a new ElasticZO")
 
 
 def eagerly(now: bool):

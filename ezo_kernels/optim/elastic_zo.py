@@ -155,9 +155,8 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         self._checks, self._told = Checks(model), False
         heads = {id(p) for p in self.head}
         self._head_names = {n: p for n, p in model.named_parameters() if id(p) in heads}
-        self._places = Places(model, self._head_names)
-        sites = zip(self.zo.manifest, self.trunk, strict=True)
-        self._trunk_places = Places(model, {site.names[0]: p for site, p in sites})
+        of_trunk = {site.names[0]: p for site, p in zip(self.zo.manifest, self.trunk, strict=True)}
+        self._places = Places(model, {**of_trunk, **self._head_names})
         self._losses: torch.Tensor | None = None
         self._micro = 0
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -254,11 +253,10 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             self.head_optimizer.fill()
 
     def _require_model(self) -> None:
-        """Refuse a model that is no longer what this optimizer was made for: its updates would go to nobody's weights."""
-        if context_of(self.model) is not self.zo:
-            raise ValueError("the model was converted anew since this ElasticZO was made: make a new one")
-        self._trunk_places.require_own(self.model)
-        self._places.require(self.model)
+        super()._require_model()
+        for name, p in self._head_names.items():
+            if not p.requires_grad:
+                raise ValueError(f"{name!r} of the head was frozen (requires_grad_(False)): make a new ElasticZO")
         if self.trunk and self.trunk[0].device != self.device:
             raise ValueError(f"the model moved from {self.device} to {self.trunk[0].device}: make a new ElasticZO")
 

@@ -44,28 +44,16 @@ class ImportanceRows:
             return x, y, loss_fn, kwargs
         ignored = ignored_by(loss_fn)
         self._require_drawable(ignored)
-        if taken > MOST_ROWS:
-            raise ValueError(f"importance_rows draws out of at most {MOST_ROWS} rows, got a batch of {taken}")
-        if not isinstance(y, torch.Tensor):
-            raise TypeError(f"importance_rows: y must be a tensor of class indices, got {type(y).__name__}")
         self._checks.drawn((x, kwargs))
         p = Perturbation(self._key, self._eps, self.noise, _QUERY, 1, (0,))
         with torch.no_grad(), self._phase("rows"):
             logits = self._unperturbed(p, x, kwargs)
-            if logits.dim() != 2 or logits.shape[0] != taken or y.shape != (taken,):
+            if logits.dim() != 2 or logits.shape[0] != taken:
                 raise ValueError(
-                    f"importance_rows needs logits [{taken}, classes] and y [{taken}] of a batch of {taken} rows, got "
-                    f"{tuple(logits.shape)} and {tuple(y.shape)}"
+                    f"importance_rows needs logits [{taken}, classes] of a batch of {taken} rows, got {tuple(logits.shape)}"
                 )
-            rows, weight = importance_rows(
-                logits,
-                y,
-                self.importance_rows,
-                self._key,
-                ignore_index=ignored,
-                draw=self._micro,
-                rounds=self.noise.rounds,
-            )
+            drawing = {"ignore_index": ignored, "draw": self._micro, "rounds": self.noise.rounds}
+            rows, weight = importance_rows(logits, y, self.importance_rows, self._key, **drawing)
 
             def pick(batch):
                 return pytree.tree_map(lambda leaf: leaf.index_select(0, rows) if _is_of(leaf, taken) else leaf, batch)

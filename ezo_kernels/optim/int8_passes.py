@@ -8,7 +8,6 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from ..nn.convert import context_of
 from ..nn.tape import Tape
 from ..ops.int8_loss import (
     MOST_ROWS,
@@ -69,12 +68,6 @@ class Int8Passes:
         if isinstance(y, Int8Tensor):
             raise TypeError(f"y must be int64 labels for loss {self.loss!r}, got an Int8Tensor")
         return y
-
-    def _require_model(self) -> None:
-        """Refuse a model that is no longer what this optimizer was made for: its updates would go to nobody's weights."""
-        if context_of(self.model) is not self.zo:
-            raise ValueError("the model was converted anew since this ElasticZOInt8 was made: make a new one")
-        self._places.require_own(self.model, "ElasticZOInt8")
 
     def _require_visits(self) -> None:
         """Refuse a pass that left out a layer of the trunk: its update would be noise."""

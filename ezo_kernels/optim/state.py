@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..nn.convert import context_of
 from ..ops._strategy import strategy_hash
 from .arguments import number, rate
 
@@ -23,6 +24,13 @@ class Copies:
     def capture_counters(self) -> dict[str, int] | None:
         """Captures, replays and eager steps of a captured step; None without one."""
         return None if self._captured is None else self._captured.counters()
+
+    def _require_model(self) -> None:
+        """Refuse a model that is no longer what this optimizer was made for: its updates would go to nobody's weights."""
+        whose = type(self).__name__
+        if context_of(self.model) is not self.zo:
+            raise ValueError(f"the model was converted anew since this {whose} was made: make a new one")
+        self._places.require(self.model, whose)
 
     def _results(self, loss) -> tuple:
         return loss, self.losses, self.g

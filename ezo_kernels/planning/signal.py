@@ -267,9 +267,8 @@ def measure(
                     _require_finite(loss, model, own_x, target)
                 flat = iter(grads)
                 for layer, (own, into) in enumerate(zip(layers, vectors, strict=True)):
-                    signs = torch.Generator().manual_seed(
-                        (seed + 1 + layer) % (1 << 64)
-                    )  # the same in every micro-batch
+                    # the same in every micro-batch
+                    signs = torch.Generator().manual_seed((seed + 1 + layer) % (1 << 64))
                     into[which].append(_fold([next(flat) for _ in own], signs) if own else torch.zeros(1))
             targets += target.numel() if target.is_floating_point() else int((target != -100).sum())
     found = []
