@@ -261,8 +261,8 @@ MUTANTS = (
     ),
     Mutant(
         "integer weights that the model no longer has are trained",
-        "ezo_kernels/optim/int8_passes.py",
-        'self._places.require_own(self.model, "ElasticZOInt8")',
+        "ezo_kernels/optim/state.py",
+        "self._places.require(self.model, whose)",
         "pass",
         "tests/test_int8_refusals.py -k no_longer",
     ),

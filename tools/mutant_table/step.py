@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "each micro-batch draws by the same word",
         "ezo_kernels/optim/importance.py",
-        "draw=self._micro,",
-        "draw=0,",
+        '"draw": self._micro',
+        '"draw": 0',
         "tests/test_importance_step.py -k draws",
     ),
     Mutant(
