@@ -235,3 +235,57 @@ def test_cross_entropy_of_each_group_is_the_models_own():
     opt = made(Net, eps=1e-30)
     opt.train_step(x, y)
     torch.testing.assert_close(opt.losses, F.cross_entropy(made(Net).model(x), y).expand(2).detach())
+
+
+class Writes(nn.Module):
+    """Writes into its input before it reads it."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.a, self.o, self.write = nn.Linear(8, 8), nn.Linear(8, 3), write
+
+    def forward(self, x):
+        self.write(x)
+        return self.o(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("how", ["sequential", "closure", "loss", "stacked loss"])
+@pytest.mark.parametrize("write", [lambda t: t.mul_(0.5), lambda t: t.unsqueeze_(0)], ids=["values", "shape"])
+def test_what_writes_into_its_batch_is_refused(how, write):
+    """The second group would be given what the first one left, and g would be the difference of two batches."""
+    of_loss = how.endswith("loss")
+    opt = made(lambda: Writes((lambda x: x) if of_loss else write), mode=how.split()[0] if " " in how else "sequential")
+    model, before, x, y = opt.model, bits(opt.model), torch.randn(4, 8), torch.randn(4, 3)
+
+    def loss(output, target):
+        if of_loss:
+            write(target)
+        return F.mse_loss(output.view(-1), target.reshape(-1))
+
+    with pytest.raises(ValueError, match="writes into its batch.*clone it"):
+        if how == "closure":
+            opt.step(lambda: loss(model(x), y))
+        else:
+            opt.train_step(x, y, loss)
+    assert same(before, bits(model)) and opt.step_count.item() == 0 and opt.zo.p is None
+
+
+@pytest.mark.parametrize("mode", ["sequential", "stacked"])
+def test_what_is_the_same_after_each_write_is_none(mode):
+    """A clamp or a relu in place, a closure's own copy; and a stacked batch is a copy, of which nobody else hears."""
+    x, y = torch.randn(4, 8), torch.randint(3, (4,))
+    x[0, 0] = torch.nan
+    plain = made(lambda: Writes(lambda x: x), mode=mode)
+    clamped = made(lambda: Writes(lambda x: x.nan_to_num_().clamp_(0)), mode=mode)
+    plain.train_step(x.nan_to_num().clamp(0), y)
+    clamped.train_step(x, y)
+    assert same(bits(plain.model), bits(clamped.model))
+    opt, other = made(lambda: Writes(lambda x: x.mul_(0.5)), mode=mode), made(lambda: Writes(lambda x: x), mode=mode)
+    opt.step(lambda: F.cross_entropy(opt.model(x.clone()), y))
+    other.step(lambda: F.cross_entropy(other.model(x * 0.5), y))
+    if mode == "stacked":
+        before = x.nan_to_num_().clone()
+        opt.train_step(x, y)
+        other.train_step(x * 0.5, y)
+        assert torch.equal(before, x)
+    assert same(bits(opt.model), bits(other.model))

@@ -108,6 +108,60 @@ class Places:
                 raise ValueError(f"{name!r} was replaced by another Parameter: make a new {whose}")
 
 
+class Given:
+    """What the groups of a first step are given: the model's arguments and what a loss is held against.
+
+    Who writes into it gives the next group another batch, and g is the difference of the two. It is found by what two groups
+    leave: a clamp or a relu in place leaves the same. What a closure makes anew for each group is held, and not written again.
+    """
+
+    def __init__(self, batch=None) -> None:
+        self._tensors = _tensors(batch)
+        self._left: list[tuple] | None = None
+        self._looked = False
+
+    @contextlib.contextmanager
+    def collecting(self, model: nn.Module):
+        """The first group runs inside."""
+
+        def note(_, args, kwargs) -> None:
+            self._tensors += _tensors((args, kwargs))
+
+        hook = model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """A group has run; ValueError if it is the second and has left another batch than the first."""
+        if self._looked:
+            return
+        if self._left is None:
+            self._left = [(t, _writes(t), t.detach().clone()) for t in self._tensors]
+            return
+        for t, writes, old in self._left:
+            same = t.shape == old.shape
+            if same and (writes is None or _writes(t) != writes):
+                same = bool(((t == old) | (t.isnan() & old.isnan())).all())
+            if not same:
+                raise ValueError(
+                    f"the forward or the loss writes into its batch, here {tuple(t.shape)}, so each group of a step would be "
+                    "given another one: clone it first"
+                )
+        self._tensors, self._left, self._looked = [], None, True
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _writes(t: torch.Tensor) -> int | None:
+    """How often a tensor was written, or None where that is not counted."""
+    return None if t.is_inference() else t._version
+
+
 def eagerly(now: bool):
     """A context in which nothing is compiled, if ``now``: a check looks at Python calls, and its groups must run alike."""
     if not now or "torch._dynamo" not in sys.modules:  # nobody has compiled anything

@@ -322,7 +322,7 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
                 for parameter in self.head:
                     parameter.grad = None
             try:
-                own = self._one_by_one(p, lambda: loss_for(own_loss, call(self.model, own_x, kwargs), own_y))
+                own = self._one_by_one(p, lambda: loss_for(own_loss, call(self.model, own_x, kwargs), own_y), own_y)
             except Exception as error:
                 if why:
                     error.add_note(why)

@@ -6,12 +6,13 @@ import contextlib
 import numbers
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import call, parts_of, rows_of, stack
-from .check import checked_forward, eagerly, rows_apart, unvisited
+from .check import Given, checked_forward, eagerly, rows_apart, unvisited
 from .losses import grouped_losses, losses_and_gradient
 
 HEAD_GRADS = ("mean", "plus", "minus")
@@ -40,14 +41,15 @@ class Passes:
         return f"{names[0]}: {error}" if names and names[0] else str(error)
 
     @contextlib.contextmanager
-    def _checking(self):
-        """The first step's check around a real forward."""
+    def _checking(self, given: Given | None = None):
+        """The first step's check around a real forward, of the arguments that other groups will be given, too, if any."""
         if not self._must_check:
             yield
             return
         listed = {s.site: s.names[0] for s in self.zo.manifest}
         names = {id(p): s.names[0] for p, s in zip(self.trunk, self.zo.manifest, strict=True)}
-        with checked_forward(self.model, self.zo, names, listed):
+        collecting = contextlib.nullcontext() if given is None else given.collecting(self.model)
+        with checked_forward(self.model, self.zo, names, listed), collecting:
             yield
 
     def _require_visits(self) -> None:
@@ -85,17 +87,19 @@ class Passes:
             self._shares[key][used[0] :: 1 if len(used) == groups else 2] = 1 / len(used)
         return self._shares[key]
 
-    def _one_by_one(self, p: Perturbation, run) -> torch.Tensor:
-        """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once."""
+    def _one_by_one(self, p: Perturbation, run, y=None) -> torch.Tensor:
+        """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once; ``y`` is what it reads."""
         used = sum(self._uses(g) for g in range(p.groups))
-        losses = []
+        losses, given = [], Given(y)
         for g in range(p.groups):
-            checking = self._checking() if g == 0 else contextlib.nullcontext()
+            checking = self._checking(given) if g == 0 else contextlib.nullcontext()
             running = self.zo.running(group_pass(p, g))
             with torch.set_grad_enabled(bool(self.head)), checking, running, self._phase("forward"):
                 loss = self._loss(run())
             if g or not self._must_check:
                 self._require_visits()
+            if self._must_check:
+                given.look()
             if self.head and self._uses(g):
                 with self._phase("head backward"), torch.enable_grad(), self.zo.backward(group_pass(p, g)):
                     self._backward_one(loss / used if used > 1 else loss)
@@ -144,6 +148,7 @@ class Passes:
         groups = p.groups
         rows = rows_of(x)
         self._checks.stacked((x, kwargs), groups)
+        given = Given(y)
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             # what is looked at is not compiled: each group by itself would be a kind of its own
             with self._phase("forward"), self.zo.running(p, rows * groups), eagerly(self._must_check_rows):
@@ -154,7 +159,11 @@ class Passes:
                 losses, gradient = self._grouped(loss_fn, output, y, groups)
                 parts = parts_of(output, groups) if losses is None else None
                 if losses is None:
-                    losses = [self._loss(loss_fn(own, y)) for own in parts]
+                    losses = []
+                    for own in parts:
+                        losses.append(self._loss(loss_fn(own, y)))
+                        if self._must_check:
+                            given.look()
         if self._must_check_rows:
             stats = dict(self.zo.batch_stats)
             parts = parts_of(output, groups) if parts is None else parts
@@ -193,8 +202,10 @@ class Passes:
         outputs = []
         for g in range(p.groups):
             self.zo.batch_stats = {}
+            # copies, as the stacked batch is one: a forward may write into them
+            own, others = pytree.tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, (x, kwargs))
             with self.zo.running(group_pass(p, g)):
-                outputs.append(call(self.model, x, kwargs))
+                outputs.append(call(self.model, own, others))
         return outputs
 
     def _plain(self, run) -> torch.Tensor:
