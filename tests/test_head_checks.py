@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
@@ -207,3 +209,49 @@ assert input_precision(torch.float32, "") == "tf32" and input_precision(torch.fl
 assert input_precision(torch.float16, "") == "ieee"
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("touch", ["model", "in place", "copy"])
+def test_accumulated_gradients_that_are_lost_are_told_of(touch):
+    """The others would be divided by the number of all: a head that learns half as much."""
+    opt = made(Net, head=["o"])
+    opt.train_step(*examples(4), update=False)
+    if touch == "model":
+        opt.model.zero_grad()
+    elif touch == "in place":
+        opt.head_optimizer.optimizer.zero_grad(set_to_none=False)
+    else:
+        opt = copy.deepcopy(opt)
+    before = bits(opt.model)
+    with pytest.raises(ValueError, match=r"gradients of the 1 micro-batches .* zero_grad\(\) of this optimizer"):
+        opt.train_step(*examples(4, seed=2))
+    assert same(before, bits(opt.model)) and opt.step_count.item() == 0
+    opt.train_step(*examples(4, seed=2))  # what was accumulated is forgotten
+
+
+@pytest.mark.parametrize("head", [0, ["o"], "all"])
+@pytest.mark.parametrize("options", [{}, {"set_to_none": False}])
+def test_zero_grad_forgets_all_that_was_accumulated(head, options):
+    fresh, opt = made(Net, head=head), made(Net, head=head)
+    opt.train_step(*examples(4), update=False)
+    opt.zero_grad(**options)
+    for each in (fresh, opt):
+        each.train_step(*examples(4, seed=2), update=False)
+        each.train_step(*examples(4, seed=3))
+    assert same(bits(fresh.model), bits(opt.model)) and torch.equal(fresh.losses, opt.losses)
+
+
+def test_zero_grad_in_a_closure_forgets_no_loss_of_a_group():
+    losses = []
+    for zeroing in (True, False):
+        opt = made(Net)
+        opt.train_step(*examples(4), update=False)
+
+        def closure(opt=opt, zeroing=zeroing):
+            if zeroing:
+                opt.zero_grad()
+            return F.cross_entropy(opt.model(examples(4, seed=2)[0]), examples(4, seed=2)[1])
+
+        opt.step(closure)
+        losses.append(opt.losses)
+    assert torch.equal(*losses)

@@ -367,13 +367,14 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             self._drop()
         try:
             self._checks.begin()
+            self._require_collected()
             with eagerly(self._must_check), self._phase.layers(self.model, self._in_head):
                 losses = run(self._begin())
             self._checks.forward_passed()
             self._opt_called = True  # torch's schedulers ask whether the optimizer stepped before them
             self._losses = losses if self._losses is None else self._losses + losses
             self._micro += 1
-            mean = self._finish() if update else None
+            mean = self._finish() if update else self._collect()
         except BaseException as error:
             buffers = self._buffers
             self._drop()

@@ -13,6 +13,27 @@ from .arguments import LARGEST, warn_user
 class Updates:
     """Takes the step of :class:`ezo_kernels.ElasticZO` whose losses and head gradients have been collected."""
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the head's gradients, and with them all that ``train_step(update=False)`` has accumulated."""
+        super().zero_grad(set_to_none)
+        if self._micro and self.zo.p is None:
+            self._drop()
+
+    def _collect(self) -> None:
+        """Leave losses and gradients to the next call, and note how: the mean of both is over the same micro-batches."""
+        self._collected = self._gradients()
+
+    def _gradients(self) -> list[int | None]:
+        """How often each gradient of the head was written, None where there is none."""
+        return [None if p.grad is None else p.grad._version for p in self.head]
+
+    def _require_collected(self) -> None:
+        if self._micro and self._gradients() != self._collected:
+            raise ValueError(
+                f"the head's gradients of the {self._micro} micro-batches accumulated so far were changed, or left behind by a "
+                "copy of the model: between them only zero_grad() of this optimizer may touch gradients, and it forgets all"
+            )
+
     @torch.no_grad()
     def _finish(self) -> torch.Tensor | None:
         """Take the step; the mean of its losses where they are those of one call."""
