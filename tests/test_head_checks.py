@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import ezo_kernels as ezo
 from tests.test_checks import Net, Sequences, examples, made
@@ -255,3 +256,25 @@ def test_zero_grad_in_a_closure_forgets_no_loss_of_a_group():
         opt.step(closure)
         losses.append(opt.losses)
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_step_hooks_run_around_a_train_step_that_updates(everywhere):
+    calls = []
+    opt = made(Net, head=["o"])
+
+    def note(optimizer, args, kwargs):
+        if optimizer is opt:
+            calls.append((opt.step_count.item(), args[0] is opt))
+
+    if everywhere:
+        hooks = [register_optimizer_step_pre_hook(note), register_optimizer_step_post_hook(note)]
+    else:
+        hooks = [opt.register_step_pre_hook(note), opt.register_step_post_hook(note)]
+    opt.train_step(*examples(4), update=False)
+    assert not calls
+    opt.train_step(*examples(4))
+    for hook in hooks:
+        hook.remove()
+    opt.train_step(*examples(4))
+    assert calls == [(0, True), (1, True)]

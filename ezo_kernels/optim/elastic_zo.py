@@ -32,7 +32,7 @@ from .losses import loss_for
 from .passes import HEAD_GRADS, Passes
 from .scales import ScaledEps, resolve_scales
 from .state import OptimizerState
-from .updates import Updates
+from .updates import Updates, with_hooks
 
 MODES = ("auto", "stacked", "sequential")
 
@@ -272,6 +272,7 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
 
     # --------------------------------------------------------------------------------------------------------- steps
 
+    @with_hooks
     def train_step(self, x, y, loss_fn=F.cross_entropy, *, update: bool = True, **model_kwargs) -> torch.Tensor:
         """One step on a batch: all groups as one stacked pass (or one by one, by ``mode``).
 

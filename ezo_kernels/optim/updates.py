@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..nn.grouped import update_batch_norms
 from ..ops import UpdatePlan, _library, update_
 from ..ops.coefficients import Coefficients, coefficients, in_one_launch
 from .arguments import LARGEST, warn_user
+
+
+def with_hooks(train_step):
+    """``train_step`` with the hooks around it that torch calls around ``step``, where it updates."""
+    hooked = torch.optim.Optimizer.profile_hook_step(train_step)
+
+    @functools.wraps(train_step)
+    def run(self, *args, update: bool = True, **kwargs):
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        around = update and (own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        return (hooked if around else train_step)(self, *args, update=update, **kwargs)
+
+    return run
 
 
 class Updates:
