@@ -278,3 +278,17 @@ def test_step_hooks_run_around_a_train_step_that_updates(everywhere):
         hook.remove()
     opt.train_step(*examples(4))
     assert calls == [(0, True), (1, True)]
+
+
+def test_the_default_dtype_rounds_no_rate_of_a_head():
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        opt, (x, y) = made(Net, head=["o"]), examples(4)  # before the default moves
+        torch.set_default_dtype(dtype)
+        try:
+            opt = ezo.ElasticZO(opt.model, head_optimizer=lambda p: torch.optim.SGD(p, lr=0.123, fused=True))
+            opt.train_step(x, y)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        runs.append(bits(opt.model))
+    assert same(*runs)

@@ -56,7 +56,7 @@ class GuardedOptimizer:
         self._lrs: list[torch.Tensor] = []
         self._filled: list[float] = []
         if self.fused or own and _library.bound_by_launches(groups[0]["params"][0].device):
-            self._lrs = [torch.zeros((), device=g["params"][0].device) for g in groups]
+            self._lrs = [torch.zeros((), dtype=torch.float32, device=g["params"][0].device) for g in groups]
             self._filled = [0.0] * len(groups)
 
     @property
