@@ -181,6 +181,9 @@ def test_modelnet_from_hdf5(tmp_path, lists):
         ({"data": np.zeros((5, 8, 3), "f4")}, "8 points a cloud, 16 are asked for"),
         ({"data": np.zeros((5, 20, 3), "i4")}, "data is int32"),
         ({"data": np.full((5, 20, 3), np.nan, "f4")}, "cloud 0 is not finite"),
+        ({"data": np.arange(5)[:, None, None] * np.full((20, 3), 1e39)}, "cloud 1 is not finite in fp32"),
+        ({"data": h5py.Empty("f4")}, "data is empty"),
+        ({"label": h5py.Empty("u1")}, "label is empty"),
         ({"label": np.zeros((4, 1), "u1")}, r"label has shape \[4, 1\], \[5, 1\] expected"),
         ({"label": np.full((5, 1), 40, "u1")}, "labels from 40 to 40, 0 to 39"),
         ({"label": np.full((5, 1), 0.5)}, "label float64"),
@@ -221,6 +224,14 @@ def test_damaged_and_missing_hdf5_files(tmp_path):
         D.load_modelnet40(tmp_path / "empty", 2.5)
     with pytest.raises(FileNotFoundError, match="absent.h5: no such file"):
         read_hdf5(tmp_path / "absent.h5", 1)
+
+
+def test_an_hdf5_file_of_more_than_memory_is_named(tmp_path):
+    with h5py.File(tmp_path / "vast.h5", "w") as file:
+        file.create_dataset("data", (10**12, 20, 3), "f4", chunks=(1, 20, 3))
+        file["label"] = np.zeros(5, "u1")
+    with pytest.raises(ValueError, match="vast.h5: corrupt or truncated HDF5 file: Unable to allocate"):
+        read_hdf5(tmp_path / "vast.h5", 16)
 
 
 def test_h5py_missing_names_the_extra(monkeypatch, tmp_path):
@@ -292,6 +303,7 @@ def test_off(tmp_path, text):
         ("OFF\ninf 3 0\n", "its header counts"),
         (f"OFF\n7 3 0\n{MESH}3 0 1 x\n3 0 2 3\n3 4 5 6\n", "not a number"),
         (f"OFF\n7 3 0\n{MESH.replace('6', 'nan', 1)}{FACES}", "a vertex is not finite"),
+        (f"OFF\n7 3 0\n{MESH.replace('6', '1e200', 1)}{FACES}", "a vertex is not finite in fp32"),
     ],
 )
 def test_off_refuses(tmp_path, text, match):

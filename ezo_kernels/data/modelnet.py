@@ -61,12 +61,19 @@ def read_hdf5(path: str | Path, points: int) -> tuple[np.ndarray, np.ndarray]:
             if missing:
                 raise ValueError(f"no {' and no '.join(missing)} in it, only {', '.join(file) or 'nothing'}")
             data, label = file["data"], file["label"]
+            if data.shape is None or label.shape is None:  # HDF5 has data sets of no shape at all
+                raise ValueError(f"{'data' if data.shape is None else 'label'} is empty")
             if data.ndim != 3 or data.shape[2] != 3 or len(data) == 0:
                 raise ValueError(f"data has shape {list(data.shape)}, [n, points, 3] expected")
             if data.shape[1] < points:
                 raise ValueError(f"{data.shape[1]} points a cloud, {points} are asked for")
             clouds, labels = data[:, :points], label[()]
-    except (OSError, KeyError, RuntimeError) as error:  # what h5py raises of damaged files
+    except (
+        OSError,
+        KeyError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # what h5py raises of damaged files, numpy of their sizes
         raise ValueError(f"{path}: corrupt or truncated HDF5 file: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -76,9 +83,12 @@ def read_hdf5(path: str | Path, points: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: data is {clouds.dtype} and label {labels.dtype}, floats and integers expected")
     if labels.min() < 0 or labels.max() >= CLASSES:
         raise ValueError(f"{path}: labels from {labels.min()} to {labels.max()}, 0 to {CLASSES - 1} expected")
-    if not np.isfinite(clouds).all():
-        raise ValueError(f"{path}: cloud {np.flatnonzero(~np.isfinite(clouds).all((1, 2)))[0]} is not finite")
-    return np.ascontiguousarray(clouds.transpose(0, 2, 1), np.float32), labels.reshape(-1).astype(np.int64)
+    with np.errstate(over="ignore"):  # what fp32 does not reach becomes infinite, and is refused as such
+        clouds = np.ascontiguousarray(clouds.transpose(0, 2, 1), np.float32)
+    finite = np.isfinite(clouds).all((1, 2))
+    if not finite.all():
+        raise ValueError(f"{path}: cloud {np.argmin(finite)} is not finite in fp32")
+    return clouds, labels.reshape(-1).astype(np.int64)
 
 
 def _from_hdf5(root: Path, part: str, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +164,8 @@ def read_off(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         ends = np.cumsum([len(line.split()) for line in text[3:].splitlines() if line.strip()]) - end
         corners = _corners(path, rest, ends[ends > 0], f)
         triangles = np.array([(c[0], c[i], c[i + 1]) for c in corners for i in range(1, len(c) - 1)])
-    if not np.isfinite(vertices).all():
-        raise ValueError(f"{path}: a vertex is not finite")
+    if not (np.abs(vertices) <= np.finfo(np.float32).max).all():  # areas of larger ones may be beyond fp64
+        raise ValueError(f"{path}: a vertex is not finite in fp32")
     if triangles.min() < 0 or triangles.max() >= v or (triangles % 1).any():
         raise ValueError(
             f"{path}: corners from {triangles.min():g} to {triangles.max():g}, but vertices are 0 to {v - 1}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -161,6 +162,43 @@ def test_faults_of_an_npz(tmp_path):
         read_folder(tmp_path, "mnist")
     write(x_train=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="corrupt or truncated npz file: an array of Python objects is in it"):
+        read_folder(tmp_path, "mnist")
+
+
+def test_an_npz_whose_members_are_no_arrays_is_named(tmp_path):
+    """Of a whole zip: numpy gives bytes, or lets errors of its header's parser, of sizes and of zipfile through."""
+    path = tmp_path / "mnist.npz"
+
+    def header(shape):
+        return (
+            b"\x93NUMPY\x01\x00\x76\x00"
+            + f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({shape},)}}".encode().ljust(118)
+        )
+
+    for raw, said in (
+        (b"no array", "y_train is no array"),
+        (b"", "y_train is no array"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': broken", "multi-line"),
+        (header(10**15), "Unable to allocate"),
+        (np.lib.format.magic(9, 9), "version"),
+    ):
+        np.savez(path, **{k: v for k, v in make_arrays().items() if k != "y_train"})
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("y_train.npy", raw)
+        with pytest.raises(ValueError, match=f"mnist.npz: corrupt or truncated npz file: .*{said}"):
+            read_folder(tmp_path, "mnist")
+    np.savez(path, **make_arrays())
+    whole = path.read_bytes()
+    # the flags and the method of its first member, in the member and in the directory
+    for at, method in ((6, b"\1\0"), (8, b"\x09\0"), (8, b"\x0e\0")):
+        raw = bytearray(whole)
+        for start in (whole.find(b"PK\3\4") + at, whole.find(b"PK\1\2") + at + 2):
+            raw[start : start + 2] = method
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match="mnist.npz: corrupt or truncated npz file: "):
+            read_folder(tmp_path, "mnist")
+    np.savez(path, **{**make_arrays(), "y_train": np.zeros(120, "m8[s]")})
+    with pytest.raises(TypeError, match=r"y_train is timedelta64\[s\], integers expected"):
         read_folder(tmp_path, "mnist")
 
 
