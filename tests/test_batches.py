@@ -14,6 +14,7 @@ from torch import nn
 
 import ezo_kernels as ezo
 from ezo_kernels.optim.batches import parts_of
+from tests import zoo
 
 
 class WithLoss(nn.Module):
@@ -198,3 +199,42 @@ def test_a_scalar_of_one_group_is_not_given_to_the_others():
     x, y = data()
     opt, said = one_step(Balanced(), x, y, "auto")
     assert opt.mode == "sequential" and "Auxiliary" in said[0]
+
+
+class Chosen(nn.Module):
+    """A layer that sees some rows of a batch, as an expert does."""
+
+    def __init__(self, layer) -> None:
+        super().__init__()
+        self.layer, self.o = layer, nn.Linear(8, 3)
+
+    def forward(self, x, keep):
+        h = self.layer(x[keep]).flatten(1)
+        return self.o(torch.zeros(len(x), 8).index_put((keep.nonzero()[:, 0],), h))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (lambda: nn.Linear(8, 8), torch.randn(4, 8)),
+        (lambda: zoo.Conv1D(8, 8), torch.randn(4, 8)),
+        (lambda: nn.Conv1d(2, 2, 3, padding=1), torch.randn(4, 2, 4)),
+        (lambda: nn.Conv2d(2, 2, 3, padding=1), torch.randn(4, 2, 2, 2)),
+        (lambda: nn.Embedding(9, 8), torch.randint(9, (4,))),
+    ],
+    ids=["Linear", "Conv1D", "Conv1d", "Conv2d", "Embedding"],
+)
+def test_rows_that_were_chosen_are_run_one_group_at_a_time(layer, x):
+    """A gate that is perturbed may choose more rows of one group than of another, and some would get the other's z."""
+    keep, y = torch.tensor([True, False, True, False]), torch.tensor([0, 1, 2, 0])
+    made, name = lambda: Chosen(layer()), type(layer()).__name__
+    torch.manual_seed(0)
+    opt, said = one_step(made(), x, y, "auto", keep=keep)
+    torch.manual_seed(0)
+    want, _ = one_step(made(), x, y, "sequential", keep=keep)
+    assert opt.mode == "sequential" and len(said) == 1 and f"layer: {name}" in said[0] and "4 rows" in said[0]
+    assert torch.equal(opt.losses, want.losses) and opt.g.item() != 0
+    with pytest.raises(ValueError, match=rf"layer: {name}.*no multiple of the 8 .*sequential"):
+        one_step(made(), x, y, "stacked", keep=keep)
+    opt, said = one_step(made(), x, y, "stacked", keep=torch.zeros(4, dtype=torch.bool) | True)
+    assert opt.mode == "stacked" and not said

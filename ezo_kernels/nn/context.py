@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..ops import Perturbation
-from ..ops._perturbation import aligned
+from ..ops._perturbation import NotStackedError, aligned
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,20 @@ class ZOContext:
             for site in sites:
                 if site is not None:
                     self.visited.add(site)
+
+    def require_rows(self, x: torch.Tensor, name: str, site: int) -> None:
+        """Refuse rows that were chosen among those of a stacked batch: whose they are, nobody knows.
+
+        A mixture of experts sends as many rows of each group to an expert as its perturbed gate says; what has whole batches as
+        rows (pixels, tokens, windows of them) lies group by group.
+        """
+        if self.rows is None or torch.compiler.is_compiling() or not x.dim() or x.shape[0] % self.rows == 0:
+            return
+        raise NotStackedError(
+            f"{name}: x {tuple(x.shape)} has {x.shape[0]} rows in its first dimension, no multiple of the {self.rows} of all "
+            f"{self.p.groups} groups (rows chosen among them, or no batch?): run them one by one (mode='sequential')",
+            site,
+        )
 
     @contextlib.contextmanager
     def running(self, p: Perturbation, rows: int | None = None) -> Iterator[None]:

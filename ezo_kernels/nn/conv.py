@@ -49,6 +49,7 @@ class _ZOConv:
         self.zo.visit(self.site, self.bias_site)
         single = input.dim() == self.weight.dim() - 1  # torch's unbatched form
         x, padding = _explicit_padding(self, input.unsqueeze(0) if single else input)
+        self.zo.require_rows(x, self.plain_class.__name__, self.site)
         y = self._operator(
             x,
             self.weight,

@@ -29,6 +29,7 @@ class ZOEmbedding(nn.Embedding):
         if self.zo.p is None:
             return super().forward(input)
         self.zo.visit(self.site)
+        self.zo.require_rows(input, "Embedding", self.site)
         return perturbed_embedding(input, self.weight, self.zo.of(self.site), site=self.site)
 
     def extra_repr(self) -> str:
