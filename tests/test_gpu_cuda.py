@@ -62,6 +62,7 @@ def test_the_launch_is_on_torchs_stream_and_can_be_captured():
     w, want = torch.zeros(64, 256, device="cuda"), torch.zeros(64, 256, device="cuda")
     plan = ops.UpdatePlan.build([w], [7], ["matrix"], ops.Noise(), "cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # w and key are made there
     with torch.cuda.stream(side):
         ops.update_([w], key, coef, sites=[7], plan=plan)  # compiled and loaded before the capture
     torch.cuda.current_stream().wait_stream(side)
