@@ -8,6 +8,7 @@ bench/budgets.json, written by ``python -m bench static --write-budgets``.
 from __future__ import annotations
 
 import collections
+import functools
 from dataclasses import replace
 
 import pytest
@@ -19,12 +20,25 @@ from ezo_kernels.ops import _gluon  # noqa: E402
 
 pytestmark = pytest.mark.compile
 JOBS = static.tested()
+
+
+@functools.cache
+def measured(name: str, arch: int) -> static.Row:
+    return static.measure(static.variants()[name], arch)
+
+
+@functools.cache
+def compiled(name: str):
+    """Instructions and loops of a variant on sm_90."""
+    return static.parse(static.disassemble(static.cubin(static.variants()[name], 90)[0])[1])
+
+
 gluon = pytest.mark.skipif(bool(_gluon.MISSING), reason=_gluon.MISSING or "there is Gluon")
 
 
 @pytest.mark.parametrize(("name", "arch"), JOBS, ids=[f"{name}-sm_{arch}" for name, arch in JOBS])
 def test_machine_code(name, arch):
-    row = static.measure(static.variants()[name], arch)
+    row = measured(name, arch)
     assert not row.faults(static.variants()[name])
     budget = static.read_budgets().get(name, {}).get(str(arch))
     assert budget, "no bounds recorded: run python -m bench static --write-budgets"
@@ -40,7 +54,7 @@ def test_machine_code(name, arch):
 def test_instructions_for_one_weight_at_few_rows(noise, rows, most):
     """The whole loop of the two-product kernel on sm_90, bf16: loads, noise, both products."""
     name = f"linear_small/bf16/{noise}/{rows}/pair/sm_90"
-    row = static.measure(static.variants()[name], 90)
+    row = measured(name, 90)
     assert not row.faults(static.variants()[name])
     assert "HGMMA" in row.matrix_instructions
     assert row.instructions_per_z <= most
@@ -52,7 +66,7 @@ def test_instructions_for_one_weight_at_few_rows(noise, rows, most):
 )
 def test_instructions_for_one_integer_weight_at_few_rows(variant, product):
     """The whole loop on sm_90: loads, 32 bits of noise, both signs clamped and packed, both products."""
-    row = static.measure(static.variants()[f"int8_linear/{variant}"], 90)
+    row = measured(f"int8_linear/{variant}", 90)
     assert any(name.startswith(product) for name in row.matrix_instructions)
     assert row.instructions_per_z <= (18 if "tail" not in variant else 34)
 
@@ -71,9 +85,8 @@ def test_instructions_for_one_integer_weight_at_few_rows(variant, product):
 )
 def test_specialised_warps_keep_both_units_busy(noise, rows, most):
     """The loop that makes z, all of it; and those that multiply: 8 (16) products in a row, nothing spilled, no forced wait."""
-    variant = static.variants()[f"linear_specialized/bf16/{noise}/{rows}/pair"]
-    code, _ = static.cubin(variant, 90)
-    instructions, loops = static.parse(static.disassemble(code)[1])
+    name = f"linear_specialized/bf16/{noise}/{rows}/pair"
+    variant, (instructions, loops) = static.variants()[name], compiled(name)
     made = static.main_loop(instructions, loops)
     assert len(made) * 32 * variant.loop_warps <= most * variant.z_per_loop
     assert not any(opcode.startswith(("HGMMA", "LDL", "STL", "LDG")) for opcode, _ in made)
@@ -118,21 +131,20 @@ def test_a_wait_between_products_is_found():
     assert static.waits_between_products(instructions, [(0, 4)]) == 1
     assert static.waits_between_products(instructions[2:], [(0, 2)]) == 0
     variant = static.variants()["linear_specialized/bf16/clt4/512/pair"]
-    row = static.measure(static.variants()["embedding/bf16/gaussian/0/shared"], 90)
+    row = measured("embedding/bf16/gaussian/0/shared", 90)
     assert [f.split()[-1] for f in row.faults(variant)][-2:] == ["UTMALDG", "USETMAXREG"]
     assert "2 waits" in replace(row, special={"UTMALDG": 3, "USETMAXREG": 9, "waits": 2}).faults(variant)[-1]
 
 
-@pytest.mark.parametrize("noise", ["clt4", "gaussian", "hadamard"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("dtype", "noise"), [("bf16", "gaussian"), ("bf16", "hadamard"), ("fp32", "clt4")])
 @pytest.mark.parametrize(
     ("form", "copies"),
     [("update/{}/{}/stochastic", 1), ("perturb/{}/{}/matrix/pair", 2), ("perturb/{}/{}/conv3x3/pair", 2)],
 )
 def test_weights_move_sixteen_bytes_at_a_time(form, copies, dtype, noise):
     """Loads and stores of 16 bytes cover the tile, in the update and in what writes slabs, which has no others."""
-    variant = static.variants()[form.format(dtype, noise)]
-    instructions, _ = static.parse(static.disassemble(static.cubin(variant, 90)[0])[1])
+    name = form.format(dtype, noise)
+    variant, (instructions, _) = static.variants()[name], compiled(name)
     opcodes = collections.Counter(opcode for opcode, _ in instructions)
     tile = variant.constexprs["R"] * variant.constexprs["C"] * (2 if dtype == "bf16" else 4)
     moved = 16 * 32 * variant.num_warps
@@ -144,8 +156,8 @@ def test_weights_move_sixteen_bytes_at_a_time(form, copies, dtype, noise):
 
 @pytest.mark.parametrize("noise", ["gaussian", "clt4"])
 def test_noise_is_written_sixteen_bytes_at_a_time(noise):
-    variant = static.variants()[f"noise/{noise}/matrix"]
-    instructions, _ = static.parse(static.disassemble(static.cubin(variant, 90)[0])[1])
+    name = f"noise/{noise}/matrix"
+    variant, (instructions, _) = static.variants()[name], compiled(name)
     stores = [opcode for opcode, _ in instructions if opcode.startswith("STG")]
     assert set(stores) == {"STG.E.128"}
     assert len(stores) * 16 * 32 * variant.num_warps == variant.constexprs["R"] * variant.constexprs["C"] * 4

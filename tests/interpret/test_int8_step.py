@@ -37,8 +37,7 @@ def run(head, steps: int = 2, **options):
     [
         ((), {"queries": 2, "strategy": "buffer"}),
         ((), {"rounding": "pseudo", "strategy": "twice", "activation_rounding": "pseudo"}),
-        (("fc2",), {"mode": "sequential"}),
-        (("fc1", "fc2"), {"queries": 2}),
+        (("fc1", "fc2"), {"mode": "sequential", "queries": 2}),
         (("fc2",), {"queries": 3, "antithetic": False}),
         (("fc1", "fc2"), {"head_grad": "minus", "head_rounding": "pseudo", "fraction_bits": 0}),
     ],

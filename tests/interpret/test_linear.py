@@ -113,9 +113,8 @@ def test_strides_of_the_weight(on_cpu, key, transposed):
 TILES = [(16, 32, 32), (64, 64, 32), (32, 128, 64)]
 
 
-@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("swap", "transposed"), [(False, True), (True, False)])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["gaussian", "rademacher", "hadamard"])
 def test_tiles(monkeypatch, on_cpu, key, name, tile, swap, transposed):
     noise = Noise(name)
@@ -165,17 +164,18 @@ def parted(monkeypatch):
     return cut
 
 
-@pytest.mark.parametrize(("parts", "steps"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("parts", "steps", "name", "queries", "relu"), [(2, 2, "hadamard", 1, False), (3, 1, "clt4", 2, True)]
+)
 @pytest.mark.parametrize(("shared", "transposed"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("signs", SIGNS[:3], ids=str)
-def test_parts_of_k_add_up(parted, on_cpu, key, signs, shared, transposed, parts, steps):
+def test_parts_of_k_add_up(parted, on_cpu, key, signs, shared, transposed, parts, steps, name, queries, relu):
     """Whatever the noise reads of rows and columns does not depend on the part; the bias is added once."""
     summed = parted(parts, steps)
-    for name, queries, relu in (("clt4", 2, True), ("hadamard", 1, False)):
-        p = ops.Perturbation(key, torch.tensor([0.4]), Noise(name), query=9, queries=queries, signs=signs)
-        tensors = make(18, 40, parts * steps * 32 - 7, groups=1 if shared else p.groups, transposed=transposed)
-        check(on_cpu, *tensors, p, shared=shared, transposed=transposed, relu=relu)
-    assert summed == [parts] * 2
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise(name), query=9, queries=queries, signs=signs)
+    tensors = make(18, 40, parts * steps * 32 - 7, groups=1 if shared else p.groups, transposed=transposed)
+    check(on_cpu, *tensors, p, shared=shared, transposed=transposed, relu=relu)
+    assert summed == [parts]
 
 
 @pytest.mark.parametrize(("shared", "strategy"), [(False, "auto"), (True, "auto"), (False, "two_products")])
@@ -184,7 +184,7 @@ def test_parts_of_many_queries_take_their_turns(monkeypatch, parted, key, shared
     summed = parted(3, 1)
     monkeypatch.setattr(_linear_small_triton, "small_parts", lambda *_: (3, 1))
     monkeypatch.setattr(_strategy, "small_parts", lambda *_: (3, 1))
-    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"), query=4, queries=5)
+    p = ops.Perturbation(key, torch.tensor([0.4]), Noise("clt4"), query=4, queries=3)
     x, w, b = make(18, 40, 90, groups=1 if shared else p.groups)
     options = {"site": SITE, "bias_site": BIAS_SITE, "precision": "ieee", "shared": shared, "strategy": strategy}
     at_once = ops.perturbed_linear(x, w, b, p, **options)
@@ -192,7 +192,7 @@ def test_parts_of_many_queries_take_their_turns(monkeypatch, parted, key, shared
     assert torch.equal(ops.perturbed_linear(x, w, b, p, **options), at_once)
     monkeypatch.setattr(_strategy, "WORKSPACE_BYTES", 1)
     assert torch.equal(ops.perturbed_linear(x, w, b, p, **options), at_once)
-    assert summed == [3] * (1 + 3 + 5)
+    assert summed == [3] * (1 + 2 + 3)
 
 
 def test_half_in_parts_is_rounded_once(parted, on_cpu, key):

@@ -139,8 +139,9 @@ class TwoOfHead(nn.Sequential):
         super().__init__(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
 
 
-@pytest.mark.parametrize("mode", ["stacked", "sequential"])
-@pytest.mark.parametrize("head_grad", ["mean", "plus", "minus"])
+@pytest.mark.parametrize(
+    ("mode", "head_grad"), [("stacked", "mean"), ("stacked", "plus"), ("stacked", "minus"), ("sequential", "mean")]
+)
 def test_a_head_in_one_launch_learns_as_a_call_a_group_does(on_cpu, monkeypatch, head_grad, mode):
     """As a GPU takes it: the losses, the head's layers and their gradients for all groups at once."""
 
@@ -150,7 +151,7 @@ def test_a_head_in_one_launch_learns_as_a_call_a_group_does(on_cpu, monkeypatch,
         model = ezo.convert_(TwoOfHead(), head=["2", "4"])
         opt = ezo.ElasticZO(model, lr=1e-2, eps=1e-2, queries=2, head_grad=head_grad, seed=1, mode=mode)
         generator = torch.Generator().manual_seed(1)
-        for _ in range(3):
+        for _ in range(2):
             opt.train_step(torch.randn(7, 6, generator=generator), torch.randint(3, (7,), generator=generator))
         assert opt.skipped == 0
         return opt.losses, [p.detach() for p in model.parameters()]
