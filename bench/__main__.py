@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from . import cpu, estimate, gpu, int8_signal, ladder, memory, report, roofline, static
 
@@ -27,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         summary = module.__doc__.splitlines()[0]
         module.configure(commands.add_parser(name, help=summary, description=summary))
     args = parser.parse_args(argv)
+    for option in ("json", "lines"):  # before minutes of measuring, not after them
+        path = getattr(args, option, None)
+        if path is not None and not Path(path).parent.is_dir():
+            parser.error(f"--{option} {path}: there is no folder {Path(path).parent}")
     return COMMANDS[args.command].run(args)
 
 

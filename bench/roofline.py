@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -107,6 +108,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("python -m bench roofline --device cuda needs a CUDA device: none is visible", file=sys.stderr)
+        return 2
     for record in measure(args.device):
         print(f"{record['case']}: {record['a_second']:.3g} {record['unit']} a second")
         if args.lines:

@@ -265,3 +265,17 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "lines"
     path.write_text('{"id": "a", "outcome": "measured"}\n{"id": "b", "outc')
     assert [r["id"] for r in read_lines(path)] == ["a"] and read_lines(tmp_path / "none") == []
+
+
+def test_what_cannot_be_measured_or_written_is_refused_first(monkeypatch, capsys, tmp_path):
+    from bench import __main__ as program
+
+    for name in ("memory", "estimate", "cpu", "roofline"):
+        monkeypatch.setattr(program.COMMANDS[name], "run", lambda args: pytest.fail("it measures before it complains"))
+    for name, option in (("memory", "--json"), ("estimate", "--json"), ("cpu", "--json"), ("roofline", "--lines")):
+        with pytest.raises(SystemExit) as end:
+            program.main([name, option, str(tmp_path / "no" / "a.json")])
+        assert end.value.code == 2 and f"{option} {tmp_path}/no/a.json: there is no folder" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert program.main(["roofline", "--device", "cuda"]) == 2 and "none is visible" in capsys.readouterr().err
