@@ -167,6 +167,14 @@ def test_quantize_and_int8tensor_refuse(call, error, match):
 # ---- between the products
 
 
+def test_a_split_of_no_rows_is_refused():
+    x = quantize(torch.ones(5, 2))
+    assert [len(part) for part in x.split(2)] == [2, 2, 1]
+    for rows in (0, -1):
+        with pytest.raises(ValueError, match=f"at least 1 row a batch, got {rows}"):
+            x.split(rows)
+
+
 def test_relu(device):
     x = given(3, 2, 5, device=device)
     y = ops.int8_relu(x)

@@ -140,7 +140,13 @@ class Int8Tensor:
         return Int8Tensor(self.values.to(device), self.exponent.to(device))
 
     def split(self, rows: int) -> tuple[Int8Tensor, ...]:
-        """Batches of at most ``rows`` rows of a tensor of one group."""
+        """Batches of at most ``rows`` rows of a tensor of one group.
+
+        Raises:
+            ValueError: less than one row.
+        """
+        if rows < 1:  # a range of such steps is empty
+            raise ValueError(f"split takes at least 1 row a batch, got {rows}")
         return tuple(self[first : first + rows] for first in range(0, len(self), rows))
 
     def require_unspent(self, by: str = "") -> None:
