@@ -22,7 +22,7 @@ INT8_ONLY = ("r_max", "bits", "head_bits", "head_remainder", "loss", "fraction_b
 _OF_ZEROTH_ORDER = (
     "noise", "p_zero", "rounds", "queries", "antithetic", "scales", "importance_rows", "mode", "lr", "eps", "clip",
 )  # fmt: skip
-#: options that nothing in a run of this method, or with this model, reads
+#: options that nothing in a run of this method, with this model or with this head reads
 UNREAD = {
     "method": {
         "mezo": ("antithetic", "scales", "importance_rows", "mode"),
@@ -30,6 +30,7 @@ UNREAD = {
         "frozen": _OF_ZEROTH_ORDER,
     },
     "model": {"lenet5": ("hidden", "points"), "mlp": ("points",), "pointnet": ("hidden",)},
+    "head": {"0": ("head_lr", "head_bits")},
 }
 
 #: p_zero when none is named: of int8, a rising one beside r_max's; else none
@@ -56,7 +57,8 @@ def parse_schedule(text: str, name: str, kind: type) -> list[tuple[float, float 
     except ValueError:
         raise ValueError(f"{name} is {text!r}: {kind.__name__}s such as 1,0@0.5 are needed") from None
     starts = [start for start, _ in out]
-    if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
+    # all of them, for a comparison with nan is false
+    if starts[0] != 0 or starts != sorted(set(starts)) or not all(0 <= start < 1 for start in starts):
         raise ValueError(f"{name} is {text!r}: the first value starts at 0, the others at rising fractions below 1")
     return out
 
@@ -163,6 +165,8 @@ class Recipe:
         if self.model == "pointnet" and "," in head:
             head = POINTNET_HEAD
         object.__setattr__(self, "head", self.head or head)
+        if self.head_argument == []:  # which would be a head of no layer
+            raise ValueError(f"head is {self.head!r}: names with commas, a number of layers, 0 or all are possible")
         object.__setattr__(self, "p_zero", self.p_zero or DEFAULT_P_ZERO[self.precision == "int8"])
         keeps = self.integer and self.head != "0"
         if self.head_remainder and not keeps:
