@@ -125,6 +125,37 @@ def test_integer_head_follows_the_forward_not_the_registration():
     assert model.training
 
 
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.gain
+
+
+class Product(nn.Module):
+    """A linear layer of a user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return x @ self.w.t()
+
+
+def test_layers_of_a_users_own_have_their_place_before_an_integer_head():
+    """A trace goes into them, where torch's are calls."""
+    x, y = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+    for head, names in ((1, {"3"}), (2, {"1", "2", "3"}), (3, {"0", "1", "2", "3"})):
+        for sample in (None, x):
+            model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Gain(), Product()))
+            ezo.convert_(model, head=head, sample=sample)
+            assert {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad} == names
+            ezo.ElasticZO(model).train_step(x, y)
+
+
 def scripted():
     return torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
