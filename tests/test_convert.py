@@ -156,6 +156,41 @@ def test_layers_of_a_users_own_have_their_place_before_an_integer_head():
             ezo.ElasticZO(model).train_step(x, y)
 
 
+def orthogonal(model):
+    nn.utils.parametrizations.orthogonal(model[0])
+
+
+def replaced(model):
+    model[0] = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [orthogonal, replaced, lambda m: prune.l1_unstructured(m[0], "weight", 0.5)])
+def test_a_trunk_that_has_lost_a_parameter_is_refused_by_name(change):
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), head=["1"])
+    change(model)
+    with pytest.raises(ValueError, match=r"has no .*'0\.weight' any more.*since convert_"):
+        ezo.ElasticZO(model)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_parametrization_is_not_taken_away(layer):
+    """Of a head's layer from before the conversion it is kept, of one since then unconvert_ says what to do."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    nn.utils.parametrizations.weight_norm(model[2])
+    ezo.convert_(model, head=["1", "2"])
+    if layer < 2:
+        nn.utils.parametrizations.orthogonal(model[layer])
+        want = model(x)
+        with pytest.raises(ValueError, match=rf"'{layer}' got a parametrization since convert_"):
+            ezo.unconvert_(model)
+        assert torch.equal(want, model(x))
+        nn.utils.parametrize.remove_parametrizations(model[layer], "weight")
+    want = model(x)
+    ezo.unconvert_(model)
+    assert torch.equal(want, model(x)) and type(model[0]) is type(model[1]) is nn.Linear
+    assert nn.utils.parametrize.is_parametrized(model[2]) and not hasattr(model[2], "zo")
+
+
 def scripted():
     return torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..ops._strategy import STRATEGIES
 from .context import ZOContext
@@ -123,9 +124,21 @@ def unconvert_(model: nn.Module) -> nn.Module:
     An int8 model is dequantised, exactly: what was lost in rounding when it was converted does not come back.
 
     Raises:
-        ValueError: the model is not converted.
+        ValueError: the model is not converted, or a layer got a parametrization since.
+        Nothing is changed when it raises.
     """
     context_of(model)
+    # torch has put a class of its own above ours, and the plain one would take its place; one from before lies below ours
+    since = [
+        name
+        for name, m in model.named_modules()
+        if "zo" in m.__dict__ and parametrize.is_parametrized(m) and "base" not in vars(type(m))
+    ]
+    if since:
+        raise ValueError(
+            f"{', '.join(map(repr, since))} got a parametrization since convert_, which unconvert_ would take away: "
+            "remove_parametrizations first"
+        )
     if is_int8(model):
         unconvert_int8_(model)
         return model
@@ -149,9 +162,15 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def trunk_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of a converted model that zeroth order trains, by site."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return [parameters[s.names[0]] for s in context_of(model).manifest]
+    """Parameters of a converted model that zeroth order trains, by site; ValueError if it no longer has one of them."""
+    manifest, parameters = context_of(model).manifest, dict(model.named_parameters(remove_duplicate=False))
+    gone = [s.names[0] for s in manifest if s.names[0] not in parameters]
+    if gone:
+        raise ValueError(
+            f"the model has no {', '.join(map(repr, gone))} any more: a trunk's layer was replaced, pruned or parametrized "
+            "since convert_. unconvert_ the model and convert_ it anew, as it is now"
+        )
+    return [parameters[s.names[0]] for s in manifest]
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
