@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 
-#: what a bad option, a bad file or a missing package raises; anything else is a defect of ours and keeps its traceback
-EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+#: what a bad option, a bad file, a missing package or a size beyond memory raises; anything else is a defect of ours and
+#: keeps its traceback
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 def main(argv: list[str] | None = None) -> int:
