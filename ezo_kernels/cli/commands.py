@@ -18,6 +18,7 @@ from .run import DTYPES, accuracy, build_model, data_for, inputs
 def evaluate(args: argparse.Namespace) -> int:
     """``ezo eval``: accuracy of a checkpoint on the validation or the test images."""
     outputs.check_writable("--json", args.json)
+    outputs.check_apart(data_dir=args.data_dir, checkpoint=args.checkpoint, json=args.json)
     contents = ckpt.read(args.checkpoint)
     recipe: Recipe = contents["recipe"]
     device = system.pick_device(args.device)

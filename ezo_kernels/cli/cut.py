@@ -47,6 +47,7 @@ def cut(args: argparse.Namespace) -> int:
     """``ezo cut``: the chosen head of a model with its initial weights, from the first batches of the training images."""
     outputs.check_writable("--json", args.json)
     outputs.check_plot(args.plot)
+    outputs.check_apart(data_dir=args.data_dir, json=args.json, plot=args.plot)
     if args.batch < 2:
         raise ValueError(f"--batch must be at least 2, got {args.batch}")
     if args.precision == "int8":

@@ -35,9 +35,10 @@ def check_writable(option: str, path: Path | None) -> None:
 
 
 def check_apart(**paths: Path | None) -> None:
-    """Refuse two options that name one file: the later would overwrite the earlier."""
+    """Refuse two options that name one file: what is written would overwrite what was, or what is read."""
     seen: dict[Path, str] = {}
-    for option, path in paths.items():
+    for name, path in paths.items():
+        option = name.replace("_", "-")
         if path is not None and seen.setdefault(path.resolve(), option) != option:
             raise ValueError(f"--{seen[path.resolve()]} and --{option} name the same file: {path}")
 

@@ -158,7 +158,9 @@ def train(args: argparse.Namespace) -> int:
     outputs.check_writable("--json", args.json)
     outputs.check_writable("--checkpoint", args.checkpoint)
     outputs.check_plot(args.plot)
-    outputs.check_apart(json=args.json, checkpoint=args.checkpoint, plot=args.plot)
+    written = {"json": args.json, "plot": args.plot}
+    outputs.check_apart(data_dir=args.data_dir, checkpoint=args.checkpoint, **written)
+    outputs.check_apart(resume=args.resume, **written)  # whose checkpoint may be written again, and by nothing else
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max-steps is {args.max_steps}: at least 1 is needed")
     if args.threads < 1:

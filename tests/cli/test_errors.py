@@ -86,7 +86,7 @@ UNREAD = {
         (("--plot", "a.pdf"), "a.pdf: a name that ends in .png"),
         (("--json", "."), "--json .: is a folder"),
         (("--json", "a.png", "--plot", "./a.png"), "--json and --plot name the same file"),
-        (("--json", "a", "--checkpoint", "a"), "--json and --checkpoint name the same file"),
+        (("--json", "a", "--checkpoint", "a"), "--checkpoint and --json name the same file"),
     ],
 )
 def test_bad_options_are_refused_before_training(train, untrained, options, said, tmp_path, monkeypatch):
@@ -184,6 +184,28 @@ def test_a_resumed_run_needs_no_options(ezo, folder, train, tmp_path):
     assert ezo("train", "--data-dir", folder, "--resume", tmp_path / "a.pt", "--json", tmp_path / "a.json")[0] == 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert (record["seed"], record["recipe"]["batch"], record["steps"]) == (5, 16, 14)
+
+
+def test_what_is_read_is_not_written_over(train, ezo, untrained, tmp_path):
+    files = {name: tmp_path / f"{name}.png" for name in ("run", "mnist")}
+    for path in files.values():
+        path.write_bytes(b"of the user")
+    run, images = files.values()
+    for option in ("--json", "--plot"):
+        assert refused(train("--resume", run, option, run), f"--resume and {option} name the same file")
+        assert refused(train("--data-dir", images, option, images), f"--data-dir and {option} name the same file")
+        assert refused(ezo("cut", "--data-dir", images, option, images), f"--data-dir and {option} name the same file")
+    assert refused(
+        train("--data-dir", images, "--checkpoint", images), "--data-dir and --checkpoint name the same file"
+    )
+    assert refused(ezo("eval", run, "--json", run), "--checkpoint and --json name the same file")
+    assert refused(ezo("eval", run, "--data-dir", images, "--json", images), "--data-dir and --json name the same file")
+    assert refused(ezo("cut", "--json", run, "--plot", run), "--json and --plot name the same file")
+    assert all(path.read_bytes() == b"of the user" for path in files.values())
+
+
+def test_more_than_memory_is_one_line(train, untrained):
+    assert refused(train("--model", "pointnet", "--points", 10**12), "Unable to allocate")
 
 
 def test_defects_of_ours_keep_their_traceback(train, monkeypatch):
