@@ -129,6 +129,14 @@ def test_rooflines(tmp_path):
     path.write_text("[not json")
     with pytest.raises(ValueError, match="bench roofline"):
         copy_bandwidth(path, "cpu")
+    for raw in (b"\xff\xfe", b'{"cases": null}', b'{"cases": [1]}'):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match="roof.json: not a file of python -m bench roofline"):
+            copy_bandwidth(path, "cpu")
+    for rate in (0, -1.0, None, "fast", True, float("inf"), float("nan")):
+        path.write_text(json.dumps({**ROOFLINE, "a_second": rate}))
+        with pytest.raises(ValueError, match=f"roof.json: its copy bandwidth is {rate!r}, bytes a second above 0"):
+            copy_bandwidth(path, "cpu")
 
 
 @pytest.mark.parametrize(

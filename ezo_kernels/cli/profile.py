@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from collections import Counter
@@ -83,21 +84,24 @@ def copy_bandwidth(path: Path, device: str) -> float:
     """Bytes a second of a copy, as ``python -m bench roofline --lines FILE`` or ``python -m bench gpu`` measured it.
 
     Raises:
-        ValueError: a file without that figure for this kind of device.
+        ValueError: a file without that figure for this kind of device, or with one that is no bandwidth.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         try:
             whole = json.loads(text)
             records = whole.get("cases", [whole])
         except json.JSONDecodeError:
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
         found = [r["a_second"] for r in records if r.get("case") == "copy" and r.get("device") == device]
-    except (json.JSONDecodeError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"--roofline {path}: not a file of python -m bench roofline ({error})") from None
     if not found:
         raise ValueError(f"--roofline {path}: it has no copy bandwidth measured on {device}")
-    return float(found[-1])
+    rate = found[-1]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"--roofline {path}: its copy bandwidth is {rate!r}, bytes a second above 0 expected")
+    return float(rate)
 
 
 def endless(run: Run) -> Iterator[tuple]:
