@@ -145,7 +145,7 @@ def test_rooflines(tmp_path):
         (["--steps", 0], "--steps is 0"),
         (["--top", 0], "--top is 0"),
         (["--threads", 0], "--threads is 0"),
-        (["--out", "nowhere/at/all"], "no folder"),
+        (["--out", __file__], "cannot be made: there is a file of that name"),
         (["--bits", "1"], "--bits: no meaning"),
         (["--hidden", "3"], "--hidden: no meaning with --model lenet5"),
         (["--method", "bp"], "--noise: no meaning with --method bp"),
@@ -156,3 +156,18 @@ def test_rooflines(tmp_path):
 def test_refusals(profile, options, said):
     code, out, err = profile(*options)
     assert code == 2 and out == "" and err.count("\n") == 1 and said in err
+
+
+def test_its_folder_is_made_and_its_files_are_checked_first(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("ezo_kernels.cli.profile.measure", lambda *a: pytest.fail("it measures before it complains"))
+    own = tmp_path / "a" / "profile.json"
+    assert "fc9" in profile("--out", own.parent, "--head", "fc9")[2] and not own.parent.exists()
+    (tmp_path / "b" / "trace.json").mkdir(parents=True)
+    assert "trace.json: is a folder" in profile("--out", tmp_path / "b")[2]
+    own.parent.mkdir()
+    own.write_text(json.dumps(ROOFLINE))
+    assert "--roofline and --out name the same file" in profile("--out", own.parent, "--roofline", own)[2]
+    monkeypatch.undo()
+    code, _, err = profile("--out", tmp_path / "new" / "er", "--steps", 1)
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "new" / "er").iterdir()) == ["profile.json", "trace.json"]

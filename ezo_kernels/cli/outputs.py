@@ -43,6 +43,19 @@ def check_apart(**paths: Path | None) -> None:
             raise ValueError(f"--{seen[path.resolve()]} and --{option} name the same file: {path}")
 
 
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder that files go to, if it is not there.
+
+    Raises:
+        ValueError: it cannot be made; says why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if folder.is_file() else error.strerror
+        raise ValueError(f"{option} {folder}: cannot be made: {reason}") from None
+
+
 def check_plot(path: Path | None) -> None:
     """As :func:`check_writable`, and that it can be drawn.
 

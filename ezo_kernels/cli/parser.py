@@ -225,7 +225,9 @@ def build() -> Parser:
     profile.add_argument("--offline", action="store_true", help="do not download: the cache, else the digits")
     profile.add_argument("--steps", type=int, default=20, metavar="N", help="steps measured (default: 20)")
     profile.add_argument("--top", type=int, default=15, metavar="N", help="rows of a table (default: 15)")
-    profile.add_argument("--out", type=Path, metavar="DIR", help="folder for profile.json and trace.json (Perfetto's)")
+    profile.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for profile.json and trace.json (Perfetto's); made if need be"
+    )
     profile.add_argument(
         "--roofline",
         type=Path,

@@ -205,8 +205,6 @@ def profile(args: argparse.Namespace) -> int:
     for name in ("steps", "top", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}: at least 1 is needed")
-    if args.out is not None:
-        outputs.check_writable("--out", args.out / "profile.json")
     torch.set_num_threads(args.threads)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     recipe = Recipe(**given)
@@ -215,6 +213,12 @@ def profile(args: argparse.Namespace) -> int:
     bandwidth = copy_bandwidth(args.roofline, device.type) if args.roofline else None
     data, recipe = get_data(recipe, args.data_dir, args.offline)
     run = Run(recipe, data_for(recipe, data), device)
+    if args.out is not None:
+        # Last of what may be refused: it makes a folder.
+        outputs.make_folder("--out", args.out)
+        for file in (args.out / "profile.json", args.out / "trace.json"):
+            outputs.check_writable("--out", file)
+            outputs.check_apart(roofline=args.roofline, out=file)
     found, profiler = measure(run, args.steps, bandwidth)
     noise = "sparse_int8" if recipe.integer else recipe.noise
     print(

@@ -24,11 +24,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, name: str, quick: bool) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = "there is a file of that name" if folder.is_file() else error.strerror
-            raise ValueError(f"--out {folder}: cannot be made: {reason}") from None
+        outputs.make_folder("--out", folder)
         self.path, self.name, self.quick = folder / f"{name}.json", name, quick
         outputs.check_writable("--out", self.path)
         self.trials: dict[str, dict] = self._read() if self.path.exists() else {}
