@@ -148,8 +148,10 @@ def test_a_file_that_is_not_ours_is_refused_and_left_alone(quick, tmp_path):
 def test_bad_options_are_one_line(quick, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "held" / "memory.json").mkdir(parents=True)
+    (tmp_path / "drawn" / "memory.png").mkdir(parents=True)
     for argv, said in (
         (["memory", "--out", tmp_path / "file"], "cannot be made: there is a file of that name"),
+        (["memory", "--out", tmp_path / "drawn"], "memory.png: is a folder"),
         (["memory", "--out", tmp_path / "new", "--data", "mnist", "--data-dir", tmp_path / "nothing"], "nothing"),
         (["memory", "--data-dir", tmp_path], "the digits are scikit-learn's"),
         (["memory", "--csv", tmp_path / "t.csv"], "--csv goes with the experiment regression"),

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ...data import Dataset, load
-from .. import system
+from .. import outputs, system
 from . import plot, regression, tasks
 from .catalogue import EXPERIMENTS
 from .scope import QUICK_SEEDS, Experiment, Scope
@@ -136,6 +136,10 @@ def experiment(args: argparse.Namespace) -> int:
         trials = [t for t in trials if any(words in t.arm for words in args.arms)]
     # Last of what may be refused: it makes a folder.
     store = Store(args.out, chosen.name, args.quick)
+    pictures = [store.path.with_suffix(".png"), store.path.with_name(f"{chosen.name}_trajectories.png")]
+    if plot.available():
+        for picture in pictures:
+            outputs.check_writable("--out", picture)
     done = carry_out(chosen, trials, data, store, device)
     short = " (QUICK: cut short, no evidence)" if args.quick else ""
     print(f"\n{chosen.name}: {chosen.summary}{short}\n")
@@ -143,13 +147,11 @@ def experiment(args: argparse.Namespace) -> int:
     for note in store.notes:
         print(f"\n{note}")
     if plot.available():
-        pictures = [store.path.with_suffix(".png")]
         plot.write(pictures[0], store.table, chosen.plotted, chosen.name + short, chosen.x_label)
         paths = plot.trajectories_of(done)
         if paths:
-            pictures.append(store.path.with_name(f"{chosen.name}_trajectories.png"))
             plot.write_trajectories(pictures[1], paths, f"{chosen.name}, seed {seeds[0]}{short}")
-        print(f"\n{', '.join(map(str, (store.path, *pictures)))}")
+        print(f"\n{', '.join(map(str, (store.path, *pictures[: 1 + bool(paths)])))}")
     else:
         print(f"\n{store.path}; no plot: matplotlib is missing (pip install 'ezo-kernels[plot]')")
     return 0
