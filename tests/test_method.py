@@ -148,6 +148,11 @@ def test_numbers_of_the_time_rows():
     steps = cpu["LeNet-5 step against eager MeZO"]
     hybrid, pure = (steps[k]["first_us"] / 1000 for k in ("head fc2+fc3", "pure ZO"))
     assert f"hybrid {hybrid:.1f} ms a step, pure ZO {pure:.1f} ms" in row('"1.38 times')
+    table = json.loads((RESULTS / "experiments/time.json").read_text())["table"]
+    share = {r["arm"]: 100 * r["metrics"]["share_forward"]["mean"] for r in table}
+    for said, head in (("full ZO", "0"), ("with fc3 by BP", "fc3"), ("with fc2 and fc3", "fc2,fc3")):
+        own = [share[f"{HEADS[head]}, {precision}"] for precision in ("fp32", "int8")]
+        assert "{} {:.0f} and {:.0f}%".format(said, *own) in row("the two forwards")
 
 
 def test_numbers_of_the_baseline():
