@@ -135,3 +135,32 @@ def test_vmap_is_left_to_torch(at_once):
     opt = ezo.ElasticZO(ezo.convert_(Mapped()), mode="sequential")
     opt.train_step(torch.randn(5, 4), torch.randint(6, (5,)))
     assert opt.skipped == 0 and not at_once
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("off", ["tracking", "count"])
+def test_what_is_switched_off_later_stays_as_torch_leaves_it(at_once, monkeypatch, off, momentum, gpu):
+    """``track_running_stats`` of a norm that has them, for forwards of other data; a count that is None."""
+
+    def make():
+        model = Net(momentum)
+        for norm in (model.norm, model.last):
+            if off == "tracking":
+                norm.track_running_stats = False
+            else:
+                norm.num_batches_tracked = None
+        return model
+
+    if not gpu:
+        monkeypatch.setattr(_library, "bound_by_launches", lambda device: False)
+    torch.manual_seed(0)
+    ours, plain = make(), make()
+    plain.load_state_dict(ours.state_dict())
+    ezo.ElasticZO(ezo.convert_(ours, head=["out", "last"]), lr=0.0, head_lr=0.0, eps=1e-6).train_step(*data(0))
+    plain(data(0)[0])
+    assert bool(at_once) == gpu
+    for name, buffer in ours.named_buffers():
+        torch.testing.assert_close(buffer, plain.get_buffer(name), msg=name)
+    moved = not torch.equal(ours.norm.running_mean, torch.zeros(4))
+    assert moved == (off == "count" and momentum is not None)

@@ -68,9 +68,13 @@ class GroupedBatchNorm(Grouped):
         affine = {"weight": self.weight, "bias": self.bias}
         affine |= {path: copies(self, path, site, layout, zo) for path, site, layout in self.owned}
         y, mean, var = batch_norm(input, affine["weight"], affine["bias"], p.groups, self.eps)
-        if self.running_mean is not None:
+        if self._tracks():
             zo.batch_stats.setdefault(self, []).append((mean, var))
         return y
+
+    def _tracks(self) -> bool:
+        """As torch has it, who may be told later not to: running statistics there are then stay as they are."""
+        return self.running_mean is not None and self.track_running_stats
 
     def _check_channels(self, x) -> None:
         """As torch does before it runs: afterwards, the statistics' own error would come when weights have moved."""
@@ -90,7 +94,7 @@ class GroupedBatchNorm(Grouped):
         affine = [None if p is None else p.float() for p in (self.weight, self.bias)]
         # momentum 1 makes F.batch_norm write this batch's own mean and unbiased variance into its "running" ones.
         y = F.batch_norm(x, mean, var, *affine, True, 1.0, self.eps)
-        if self.running_mean is not None:
+        if self._tracks():
             self.zo.batch_stats.setdefault(self, []).append((mean[None], var[None]))
         return y
 
@@ -249,9 +253,11 @@ def _filled(groups: int, held: list, outputs) -> torch.Tensor:
 def update_batch_norms(zo: ZOContext, ok: torch.Tensor) -> None:
     """Move running statistics once, by the mean over the step's groups; not where ``ok`` is false."""
     for module, stats in zo.batch_stats.items():
-        module.num_batches_tracked.add_(ok)
+        batches = module.num_batches_tracked
+        if batches is not None:
+            batches.add_(ok)
         if module.momentum is None:
-            factor = 1.0 / module.num_batches_tracked.clamp(min=1).float()
+            factor = 0.0 if batches is None else 1.0 / batches.clamp(min=1).float()
         else:
             factor = module.momentum
         both = [new[0] if len(new) == 1 else torch.cat(new) for new in zip(*stats, strict=True)]
