@@ -219,7 +219,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
     def group_losses(self) -> torch.Tensor:
         """Losses of the last step's groups, means over the rows, fp64 [groups] on the device: for people.
 
-        In nats, in squared units, or as ``loss_fn`` or the closure gave them.
+        In nats; of ``squared_error`` in squares of 2^(s - 8), s the exponent of the target; or as ``loss_fn`` or the closure
+        gave them.
         """
         if self._by_closure or self.loss == "float_cross_entropy" or self.losses.is_floating_point():
             return self.losses.double()
