@@ -8,12 +8,19 @@ import json
 import pytest
 import torch
 
-from bench import plots, report, targets
+from bench import memory, plots, report, targets
 from bench.derivative import cosine
 
 
 def test_tables_are_generated(capsys):
     assert report.run(argparse.Namespace(check=True)) == 0, capsys.readouterr().out
+
+
+def test_bytes_of_an_integer_step_are_those_of_the_file():
+    rows = json.loads((report.RESULTS / "memory.json").read_text())["rows"]
+    for row in (row for row in rows if row["batch"] == 32):
+        found = memory.int8_bytes(32, row["strategy"])
+        assert {name: row[name] for name in found} == found, row["strategy"]
 
 
 def test_a_stale_table_is_noticed(tmp_path, monkeypatch):
