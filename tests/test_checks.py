@@ -289,3 +289,79 @@ def test_what_is_the_same_after_each_write_is_none(mode):
         other.train_step(x * 0.5, y)
         assert torch.equal(before, x)
     assert same(bits(opt.model), bits(other.model))
+
+
+class Keeps(nn.Module):
+    """Does something with an attribute at each forward."""
+
+    def __init__(self, do, held=None):
+        super().__init__()
+        self.a, self.o, self.do, self.held = nn.Linear(8, 8), nn.Linear(8, 3), do, held
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.o(torch.tanh(h if (more := self.do(self, h)) is None else h + more))
+
+
+def carried(model, h):
+    """As the state of a recurrent net."""
+    before, model.held = model.held, h.detach()
+    return before
+
+
+def carried_in_place(model, h):
+    before = model.held * 0.5
+    model.held.copy_(h)
+    return before
+
+
+def carried_in_a_list(model, h):
+    model.held.append(h.detach())
+    return model.held[-2] if len(model.held) > 1 else None
+
+
+def cached(model, h):
+    if model.held is None:
+        model.held = {len(h): torch.arange(8.0)}
+    return model.held[len(h)]
+
+
+def noted(model, h):
+    """What somebody will look at, and a count of it, neither of which a forward reads."""
+    model.held[0].copy_(h)
+    model.held[1] += h.detach().sum()
+    model.last = h
+
+
+@pytest.mark.parametrize("how", ["sequential", "auto", "closure"])
+@pytest.mark.parametrize("do", [carried, carried_in_place, carried_in_a_list])
+def test_what_one_group_leaves_to_the_next_is_refused_by_name(do, how):
+    held = {carried: None, carried_in_place: torch.zeros(4, 8), carried_in_a_list: []}[do]
+    opt, (x, y) = made(lambda: Keeps(do, held), mode="sequential" if how == "closure" else how), examples(4)
+    before = bits(opt.model)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match="the model keeps 'held' from one forward to the next"),
+    ):
+        warnings.simplefilter("ignore")
+        if how == "closure":
+            opt.step(lambda: F.cross_entropy(opt.model(x), y))
+        else:
+            opt.train_step(x, y)
+    assert same(before, bits(opt.model)) and opt.step_count.item() == 0
+
+
+def test_what_is_kept_but_not_read_is_no_state():
+    x, y = examples(4)
+    for do, held in ((cached, None), (noted, [torch.zeros(4, 8), torch.zeros(())])):
+        opt = made(lambda do=do, held=held: Keeps(do, held), mode="sequential")
+        opt.train_step(x, y)
+        opt.step(lambda opt=opt: F.cross_entropy(opt.model(x), y))
+    opt = made(lambda: Keeps(carried), mode="sequential")
+
+    def closure():
+        opt.model.held = None
+        return F.cross_entropy(opt.model(x), y)
+
+    opt.step(closure)
+    assert opt.step_count.item() == 1

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 #: Tensor methods that give a tensor without reading the values of the one they are called on.
-_SHAPE_ONLY = {
+SHAPE_ONLY = {
     "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided", "empty_like", "zeros_like",
     "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
@@ -108,60 +108,6 @@ class Places:
                 raise ValueError(f"{name!r} was replaced by another Parameter: make a new {whose}")
 
 
-class Given:
-    """What the groups of a first step are given: the model's arguments and what a loss is held against.
-
-    Who writes into it gives the next group another batch, and g is the difference of the two. It is found by what two groups
-    leave: a clamp or a relu in place leaves the same. What a closure makes anew for each group is held, and not written again.
-    """
-
-    def __init__(self, batch=None) -> None:
-        self._tensors = _tensors(batch)
-        self._left: list[tuple] | None = None
-        self._looked = False
-
-    @contextlib.contextmanager
-    def collecting(self, model: nn.Module):
-        """The first group runs inside."""
-
-        def note(_, args, kwargs) -> None:
-            self._tensors += _tensors((args, kwargs))
-
-        hook = model.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    @torch.no_grad()
-    def look(self) -> None:
-        """A group has run; ValueError if it is the second and has left another batch than the first."""
-        if self._looked:
-            return
-        if self._left is None:
-            self._left = [(t, _writes(t), t.detach().clone()) for t in self._tensors]
-            return
-        for t, writes, old in self._left:
-            same = t.shape == old.shape
-            if same and (writes is None or _writes(t) != writes):
-                same = bool(((t == old) | (t.isnan() & old.isnan())).all())
-            if not same:
-                raise ValueError(
-                    f"the forward or the loss writes into its batch, here {tuple(t.shape)}, so each group of a step would be "
-                    "given another one: clone it first"
-                )
-        self._tensors, self._left, self._looked = [], None, True
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _writes(t: torch.Tensor) -> int | None:
-    """How often a tensor was written, or None where that is not counted."""
-    return None if t.is_inference() else t._version
-
-
 def eagerly(now: bool):
     """A context in which nothing is compiled, if ``now``: a check looks at Python calls, and its groups must run alike."""
     if not now or "torch._dynamo" not in sys.modules:  # nobody has compiled anything
@@ -190,7 +136,7 @@ class RawReads(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if (generator := kwargs.get("generator")) is not None:
             self.generators[id(generator)] = generator, f"torch's {name} with a generator of its own"
-        if name in _SHAPE_ONLY or not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(out)):
+        if name in SHAPE_ONLY or not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(out)):
             return out
         for leaf in pytree.tree_leaves((args, kwargs)):
             if id(leaf) not in self.names:

@@ -12,7 +12,8 @@ from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import call, parts_of, rows_of, stack
-from .check import Given, checked_forward, eagerly, rows_apart, unvisited
+from .check import checked_forward, eagerly, rows_apart, unvisited
+from .given import Given
 from .losses import grouped_losses, losses_and_gradient
 
 HEAD_GRADS = ("mean", "plus", "minus")
@@ -41,16 +42,19 @@ class Passes:
         return f"{names[0]}: {error}" if names and names[0] else str(error)
 
     @contextlib.contextmanager
-    def _checking(self, given: Given | None = None):
-        """The first step's check around a real forward, of the arguments that other groups will be given, too, if any."""
+    def _checking(self):
+        """The first step's check around a real forward."""
         if not self._must_check:
             yield
             return
         listed = {s.site: s.names[0] for s in self.zo.manifest}
         names = {id(p): s.names[0] for p, s in zip(self.trunk, self.zo.manifest, strict=True)}
-        collecting = contextlib.nullcontext() if given is None else given.collecting(self.model)
-        with checked_forward(self.model, self.zo, names, listed), collecting:
+        with checked_forward(self.model, self.zo, names, listed):
             yield
+
+    def _given(self, y):
+        """A context for each group in turn, in which a first step sees that they are given the same; ``y`` is their loss's."""
+        return Given(self.model, y).running if self._must_check else contextlib.nullcontext
 
     def _require_visits(self) -> None:
         """Refuse a step whose pass left out a layer that the first one ran: its update would be noise."""
@@ -90,16 +94,14 @@ class Passes:
     def _one_by_one(self, p: Perturbation, run, y=None) -> torch.Tensor:
         """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once; ``y`` is what it reads."""
         used = sum(self._uses(g) for g in range(p.groups))
-        losses, given = [], Given(y)
+        losses, given = [], self._given(y)
         for g in range(p.groups):
-            checking = self._checking(given) if g == 0 else contextlib.nullcontext()
+            checking = self._checking() if g == 0 else contextlib.nullcontext()
             running = self.zo.running(group_pass(p, g))
-            with torch.set_grad_enabled(bool(self.head)), checking, running, self._phase("forward"):
+            with torch.set_grad_enabled(bool(self.head)), given(), checking, running, self._phase("forward"):
                 loss = self._loss(run())
             if g or not self._must_check:
                 self._require_visits()
-            if self._must_check:
-                given.look()
             if self.head and self._uses(g):
                 with self._phase("head backward"), torch.enable_grad(), self.zo.backward(group_pass(p, g)):
                     self._backward_one(loss / used if used > 1 else loss)
@@ -148,7 +150,6 @@ class Passes:
         groups = p.groups
         rows = rows_of(x)
         self._checks.stacked((x, kwargs), groups)
-        given = Given(y)
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             # what is looked at is not compiled: each group by itself would be a kind of its own
             with self._phase("forward"), self.zo.running(p, rows * groups), eagerly(self._must_check_rows):
@@ -159,11 +160,10 @@ class Passes:
                 losses, gradient = self._grouped(loss_fn, output, y, groups)
                 parts = parts_of(output, groups) if losses is None else None
                 if losses is None:
-                    losses = []
+                    losses, given = [], self._given(y)
                     for own in parts:
-                        losses.append(self._loss(loss_fn(own, y)))
-                        if self._must_check:
-                            given.look()
+                        with given():
+                            losses.append(self._loss(loss_fn(own, y)))
         if self._must_check_rows:
             stats = dict(self.zo.batch_stats)
             parts = parts_of(output, groups) if parts is None else parts
