@@ -1,4 +1,4 @@
-"""The tables of README.md and of docs/, and the plots of docs/performance.md, made from the files in bench/results.
+"""The tables of README.md and of docs/, and the plots of docs/performance.md, from the files in bench/results and docstrings.
 
 python -m bench report            writes the tables between their markers, and draws the plots into docs/
 python -m bench report --check    exit status 1 if a table is not what the files say
@@ -10,7 +10,7 @@ import argparse
 import functools
 import json
 
-from bench import plots, targets, trained
+from bench import api, plots, targets, trained
 from bench.trained import RESULTS, ROOT, read
 from ezo_kernels.cli.experiments.catalogue import EXPERIMENTS
 from ezo_kernels.cli.experiments.summary import text
@@ -159,6 +159,7 @@ TABLES = {
         "integers": trained.integers,
         "bytes": trained.memory_experiment,
     },
+    "docs/api.md": {"api": api.index},
     "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
     "docs/experiments.md": {
         file: functools.partial(experiment, file, file.partition("_")[0])

@@ -11,7 +11,7 @@ class TrainingWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One thing that :class:`ezo_kernels.Diagnostics` found wrong, in numbers, and what to try.
 
     Attributes:
         kind: ``plateau``, ``not_finite``, ``saturated_weights``, ``exponent_drift`` or ``activation_memory``.

@@ -53,7 +53,7 @@ class LayerSignal:
 
 @dataclass(frozen=True)
 class CutRow:
-    """One cut.
+    """One cut of a :class:`CutChoice`: its bytes, seconds and predicted gain.
 
     Attributes:
         layers: weight layers in the head. head: what :func:`ezo_kernels.convert_` takes.

@@ -50,7 +50,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class CutBytes:
-    """One cut.
+    """Bytes of a step at one cut: a row of :class:`MemoryPlan`.
 
     Attributes:
         layers: weight layers in the head, from 0 (pure zeroth order) on.
