@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
@@ -31,7 +32,13 @@ def main(argv: list[str] | None = None) -> int:
             from . import commands
 
             command = {"eval": commands.evaluate, "info": commands.info, "data": commands.data}[args.command]
-        return command(args)
+        status = command(args)
+        sys.stdout.flush()  # a pipe whose reader has left says so here, and not while the interpreter ends
+        return status
+    except BrokenPipeError:
+        # `ezo ... | head` has what it wanted; what is still buffered must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 and SIGPIPE, as a shell has it of any other program
     except (UsageError, *EXPECTED) as error:
         if show:
             traceback.print_exc()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -215,6 +218,17 @@ def test_defects_of_ours_keep_their_traceback(train, monkeypatch):
     monkeypatch.setattr(Run, "_take_step", broken)
     with pytest.raises(AssertionError, match="a defect"):
         train()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pipes that break")
+def test_a_reader_that_leaves_is_no_error():
+    """As in `ezo info | head -1`, which may end before a line is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ezo_kernels.cli", "info"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_traceback_on_request(ezo, tmp_path):
