@@ -7,6 +7,7 @@ eval or back, and for the rows where a batch has other shapes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 import sys
@@ -312,16 +313,18 @@ def rows_apart(stacked: list, alone: list) -> bool:
     flat = [
         [t for t in pytree.tree_leaves(o) if torch.is_tensor(t) and t.is_floating_point()] for o in (*stacked, *alone)
     ]
-    half = len(stacked)
-    for a, b in zip(flat[:half], flat[half:], strict=True):
-        if len(a) != len(b):
+    together, apart = flat[: len(stacked)], flat[len(stacked) :]
+    for a, b in zip(together, apart, strict=True):
+        if [t.shape for t in a] != [t.shape for t in b]:
             return False
-        for i, (s, t) in enumerate(zip(a, b, strict=True)):
-            if s.shape != t.shape:
-                return False
+    # the group furthest from any has the most or the least somewhere: no group is held against each other one
+    highest = [functools.reduce(torch.maximum, outputs) for outputs in zip(*apart, strict=True)]
+    lowest = [functools.reduce(torch.minimum, outputs) for outputs in zip(*apart, strict=True)]
+    for a, b in zip(together, apart, strict=True):
+        for s, t, high, low in zip(a, b, highest, lowest, strict=True):
             if not t.numel():
                 continue
-            moved = max((differ(other[i], t) for other in flat[half:]), default=t.new_zeros(()))
+            moved = torch.maximum(differ(high, t), differ(low, t))
             floor = 64 * torch.finfo(t.dtype).eps * largest(t)
             if bool(differ(s, t) > moved / 50 + floor):
                 return False
