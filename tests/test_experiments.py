@@ -162,6 +162,7 @@ def test_bad_options_are_one_line(quick, tmp_path, capsys):
         (["memory", "--seeds", -1], "seed is -1"),
         (["baseline", "--epochs", 0], "epochs is 0"),
         (["baseline", "--arms", "fp32", "nobody"], "--arms nobody: in no arm's name; there are full ZO, fp32"),
+        (["baseline", "--arms", ""], "--arms '': in no arm's name"),
         (["memory", "--data", "mnist", "--data-dir", tmp_path / "nothing"], "nothing"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ):

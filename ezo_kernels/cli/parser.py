@@ -157,7 +157,11 @@ def add_experiment(commands) -> None:
         "pointcloud: 1; regression: 200; quick: 1)",
     )
     parser.add_argument(
-        "--arms", nargs="+", metavar="WORDS", help="only the arms whose name holds one of these, such as fp32 'full ZO'"
+        "--arms",
+        nargs="+",
+        metavar="WORDS",
+        help="only the arms whose name holds one of these, such as fp32 'full ZO'; table and plot have these alone, trials "
+        "of others stay in the file",
     )
     add_device(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")

@@ -131,8 +131,8 @@ def experiment(args: argparse.Namespace) -> int:
     if args.arms:
         names = list(dict.fromkeys(t.arm for t in trials))
         for words in args.arms:
-            if not any(words in name for name in names):
-                raise ValueError(f"--arms {words}: in no arm's name; there are {'; '.join(names)}")
+            if not words or not any(words in name for name in names):
+                raise ValueError(f"--arms {words or repr(words)}: in no arm's name; there are {'; '.join(names)}")
         trials = [t for t in trials if any(words in t.arm for words in args.arms)]
     # Last of what may be refused: it makes a folder.
     store = Store(args.out, chosen.name, args.quick)
