@@ -9,8 +9,9 @@
 PYTHON ?= python3
 ARGS ?=
 PIP_ARGS ?=
-# Processes of the tests. Each has one thread: threads that share a core with another process mostly wait for each other.
-JOBS ?= 2
+# Processes of the tests, a GiB or two each: one a core, up to 8. Each has one thread: threads that share a core with another
+# process mostly wait for each other.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)

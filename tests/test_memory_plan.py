@@ -337,18 +337,15 @@ INTEGERS = {
 def test_a_step_in_integers_takes_what_was_planned(name, mode):
     make, shape, classes, heads = INTEGERS[name]
     x, y = ezo.quantize(torch.rand(shape)), torch.arange(shape[0]) % classes
-    for head in heads:
-        for queries in (1, 2):
-            model = make()
-            before = copy.deepcopy(model.state_dict())
-            planned = plan_int8_step(model, x, y, head=head, mode=mode, queries=queries)
-            assert (
-                all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and "_ezo" not in model.__dict__
-            )
-            opt = ezo.ElasticZOInt8(ezo.convert_(model, head=head, precision="int8"), mode=mode, queries=queries)
-            assert planned == int8_step_bytes(opt, x, y), (head, queries)
-            arena = opt.memory()
-            assert planned.total >= arena["planned_bytes"] + arena["parameter_bytes"]
+    for head, queries in zip(heads, (2, 1, 2, 1), strict=False):
+        model = make()
+        before = copy.deepcopy(model.state_dict())
+        planned = plan_int8_step(model, x, y, head=head, mode=mode, queries=queries)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and "_ezo" not in model.__dict__
+        opt = ezo.ElasticZOInt8(ezo.convert_(model, head=head, precision="int8"), mode=mode, queries=queries)
+        assert planned == int8_step_bytes(opt, x, y), (head, queries)
+        arena = opt.memory()
+        assert planned.total >= arena["planned_bytes"] + arena["parameter_bytes"]
 
 
 def test_an_integer_head_takes_more_than_the_arena():
