@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -80,3 +81,16 @@ def test_a_state_of_another_head_is_refused():
 def test_what_is_no_state_is_refused(value):
     with pytest.raises(TypeError, match="a state is a dict"):
         start().load_state_dict(value)
+
+
+def test_rates_of_numpy_are_saved_as_numbers(tmp_path):
+    """torch.load(weights_only=True) takes numpy's scalars for code."""
+    opt = ezo.ElasticZO(ezo.convert_(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), head=["1"]))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: np.float32(0.5) ** epoch)
+    opt.train_step(torch.randn(5, 4), torch.arange(5) % 2)
+    schedule.step()
+    opt.param_groups[0]["eps"] = np.float64(1e-2)
+    torch.save(opt.state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    assert (saved["trunk"]["lr"], saved["trunk"]["eps"]) == (opt.param_groups[0]["lr"], 1e-2)
+    opt.load_state_dict(saved)
