@@ -116,3 +116,14 @@ def test_a_schedule_goes_on_from_its_state():
     assert opt.param_groups[0]["bits"] == 1
     schedule.load_state_dict(saved)
     assert opt.param_groups[0]["bits"] == 3 and schedule.state_dict() == saved
+
+
+def test_step_hooks_run_around_a_train_step():
+    opt, calls = ezo.ElasticZOInt8(tiny(())), []
+    hooks = [register(lambda o, *_: calls.append(o.step_count.item()))
+             for register in (opt.register_step_pre_hook, opt.register_step_post_hook)]  # fmt: skip
+    opt.train_step(*tiny_batch(0))
+    for hook in hooks:
+        hook.remove()
+    opt.train_step(*tiny_batch(1))
+    assert calls == [0, 1]

@@ -38,6 +38,7 @@ from .int8_memory import Int8Memory
 from .int8_passes import Int8Passes, one_value
 from .int8_state import Int8State
 from .passes import HEAD_GRADS
+from .updates import with_hooks
 
 LOSSES = ("cross_entropy", "float_cross_entropy", "squared_error")
 MODES = ("stacked", "sequential")
@@ -248,6 +249,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- steps
 
+    @with_hooks
     @torch.no_grad()
     def train_step(self, x, y, loss_fn=None) -> torch.Tensor:
         """One step on a batch.

@@ -18,10 +18,10 @@ def with_hooks(train_step):
     hooked = torch.optim.Optimizer.profile_hook_step(train_step)
 
     @functools.wraps(train_step)
-    def run(self, *args, update: bool = True, **kwargs):
+    def run(self, *args, **kwargs):
         own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        around = update and (own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        return (hooked if around else train_step)(self, *args, update=update, **kwargs)
+        around = kwargs.get("update", True) and (own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        return (hooked if around else train_step)(self, *args, **kwargs)
 
     return run
 
