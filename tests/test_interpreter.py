@@ -27,10 +27,10 @@ COMPILED = ("batch_norm", "coefficients", "conv2d", "cross_entropy", "dropout", 
 SAME_ROWS = "Nehalem"
 
 
-def run(files: list[pathlib.Path], record_property, name: str, **environment: str) -> None:
+def run(files: list[pathlib.Path], record_property, name: str, *options: str, **environment: str) -> None:
     """Every test of these files passes, none is skipped, and there are some in each."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *map(str, files)],
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *options, *map(str, files)],
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
         cwd=FOLDER.parent,
         capture_output=True,
@@ -67,3 +67,11 @@ def test_kernels_as_they_are_compiled(record_property, tmp_path):
 @pytest.mark.skipif(csrc.nvrtc() is None, reason="needs NVRTC")
 def test_cuda_as_it_is_compiled(record_property, tmp_path):
     run([CUDA], record_property, "compiled CUDA", TRITON_CACHE_DIR=str(tmp_path), **AS_COMPILED)
+
+
+@pytest.mark.interpret
+def test_tests_of_a_gpu_run_without_one(record_property, tmp_path):
+    """A few of them; for all, which take long, see tests/ptx/as_gpu.py."""
+    options = ("-p", "tests.ptx.as_gpu", "-m", "gpu", "-k", "coefficients or keys or squared_error")
+    files = [FOLDER / f"test_{name}.py" for name in ("gpu", "int8_losses")]
+    run(files, record_property, "as a GPU", *options, TRITON_CACHE_DIR=str(tmp_path), **AS_COMPILED)
