@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^### (.+?)$.*?^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -45,5 +46,10 @@ def test_the_layout_is_of_this_tree():
 
 
 def test_links_and_files_named_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for text in (README, CONTRIBUTING):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / target).exists(), target
+    for name in re.findall(r"(?:ezo_kernels|bench|tests|tools|docs|ops)/[\w/.*]+", CONTRIBUTING):
+        assert any(ROOT.glob(name)) or any(ROOT.glob(f"ezo_kernels/{name}")) or "NAME" in name, name
+    for goal in re.findall(r"^make (\w+)", CONTRIBUTING, re.MULTILINE):
+        assert re.search(rf"^{goal}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), goal
