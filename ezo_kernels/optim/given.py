@@ -24,11 +24,11 @@ class Given:
     Of the batch, the model's arguments and what a loss is held against, it compares what both leave: a clamp or a relu in place
     leaves the same. What a closure makes anew for each group is held, and not written again. Of a tensor that the first group
     leaves on a module, as an attribute, it looks whether the second one reads it and leaves another: a cache that is filled
-    once, or features that are kept for somebody, are no state.
+    once, features that are kept for somebody, or memory that is overwritten before it is read, are no state.
     """
 
     def __init__(self, model: nn.Module, batch=None) -> None:
-        self._model, self._tensors = model, _tensors(batch)
+        self._model, self._tensors = model, _watched(batch)
         self._left: list[tuple] = []
         self._state: dict[str, list[tuple]] = {}
         self._group = 0
@@ -54,15 +54,13 @@ class Given:
             yield
 
     def _note(self, _, args, kwargs) -> None:
-        self._tensors += _tensors((args, kwargs))
+        self._tensors += _watched((args, kwargs))
 
     @torch.no_grad()
     def _compare(self, read: set[str]) -> None:
         for t, writes, old in self._left:
-            same = t.shape == old.shape
-            if same and (writes is None or _writes(t) != writes):
-                same = bool(((t == old) | (t.isnan() & old.isnan())).all())
-            if not same:
+            written = t.shape != old.shape or writes is None or _writes(t) != writes
+            if written and not _equal(t, old):
                 raise ValueError(
                     f"the forward or the loss writes into its batch, here {tuple(t.shape)}, so each group of a step would be "
                     "given another one: clone it first"
@@ -85,12 +83,28 @@ class _Reads(TorchFunctionMode):
         self._names, self.found = names, set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if self._names and getattr(func, "__name__", "") not in SHAPE_ONLY and _tensors(out):
-            self.found.update(
-                self._names[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._names and out is not t
-            )
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if not self._names or name in SHAPE_ONLY:
+            return out
+        overwritten, read = _written_and_read(name, args, kwargs)
+        if name == "__setitem__" or _tensors(out):
+            self.found.update(self._names[id(t)] for t in _tensors(read) if id(t) in self._names and out is not t)
+        for t in overwritten:
+            if not any(t is own for own in _tensors(read)):
+                self._names.pop(id(t), None)
         return out
+
+
+def _written_and_read(name: str, args: tuple, kwargs: dict) -> tuple[list[torch.Tensor], object]:
+    """Tensors of which a call of torch's leaves nothing as it was, and what it reads."""
+    if name in ("copy_", "fill_", "zero_"):
+        return [args[0]], (args[1:], kwargs)
+    if name == "__setitem__":
+        whole = args[1] is ... or (isinstance(args[1], slice) and args[1] == slice(None))
+        return [args[0]] if whole else [], args[1:]
+    return _tensors(kwargs.get("out")), (args, {key: value for key, value in kwargs.items() if key != "out"})
 
 
 def _attributes(model: nn.Module) -> dict[str, list[tuple]]:
@@ -98,17 +112,36 @@ def _attributes(model: nn.Module) -> dict[str, list[tuple]]:
     found = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in _REGISTERS and (own := _tensors(value)):
+            if name not in _REGISTERS and (own := _watched(value)):
                 found[f"{path}.{name}".lstrip(".")] = [(t, _writes(t)) for t in own]
     return found
 
 
 def _alike(before: list[tuple], after: list[tuple]) -> bool:
-    return len(before) == len(after) and all(a is b and v == w for (a, v), (b, w) in zip(before, after, strict=True))
+    return len(before) == len(after) and all(
+        v == w and (a is b or _are_one(a, b)) for (a, v), (b, w) in zip(before, after, strict=True)
+    )
+
+
+def _are_one(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether these are views of the same memory, such as a tensor and all of it, or what ``detach`` gives."""
+    if not all(type(t) is torch.Tensor and t.layout == torch.strided and not t.is_meta for t in (a, b)):
+        return False
+    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all values are the same, NaN among them."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _watched(tree) -> list[torch.Tensor]:
+    """Its tensors that have a shape and can be copied in any mode: those of ragged rows do not."""
+    return [t for t in _tensors(tree) if not t.is_nested]
 
 
 def _writes(t: torch.Tensor) -> int | None:
