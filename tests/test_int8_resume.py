@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +128,14 @@ def test_step_hooks_run_around_a_train_step():
         hook.remove()
     opt.train_step(*tiny_batch(1))
     assert calls == [0, 1]
+
+
+def test_a_fraction_of_numpy_is_saved_as_a_number(tmp_path):
+    """torch.load(weights_only=True) takes numpy's scalars for code."""
+    opt = ezo.ElasticZOInt8(tiny(()))
+    opt.param_groups[0]["p_zero"] = np.float64(0.75)
+    opt.train_step(*tiny_batch(0))
+    torch.save(opt.state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    assert saved["param_groups"][0]["p_zero"] == 0.75
+    opt.load_state_dict(saved)

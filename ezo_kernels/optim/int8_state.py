@@ -9,7 +9,7 @@ import torch
 from ..ops.int8_pass import sparse_noise
 from ..ops.int8_update import check_bits
 from ..ops.noise import check_index
-from .state import Copies
+from .state import Copies, plain_group
 
 
 class Int8State(Copies):
@@ -40,7 +40,7 @@ class Int8State(Copies):
 
     def state_dict(self) -> dict:
         """Everything a run needs to go on bit for bit, beside the model's own state_dict."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        groups = [plain_group({k: v for k, v in group.items() if k != "params"}) for group in self.param_groups]
         tensors = {"seed": self._seed.clone(), "step": self._step.clone(), "skipped": self.skipped.clone()}
         remainders = {name: r.clone() for name, r in self._remainders.items()}
         return {**self._identity(), **tensors, "head_remainder": remainders, "param_groups": groups}

@@ -14,7 +14,7 @@ from ..ops._strategy import strategy_hash
 from .arguments import number, rate
 
 
-def _plain(group: dict) -> dict:
+def plain_group(group: dict) -> dict:
     """A group whose numbers are Python's: those of a schedule may be numpy's, which torch.load takes for code."""
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in group.items()}
 
@@ -83,10 +83,10 @@ class OptimizerState(Copies):
 
         Taken between steps: what ``train_step(..., update=False)`` has accumulated is not in it.
         """
-        trunk = _plain({k: v for k, v in self.param_groups[0].items() if k != "params"})
+        trunk = plain_group({k: v for k, v in self.param_groups[0].items() if k != "params"})
         head = None if self.head_optimizer is None else self.head_optimizer.optimizer.state_dict()
         if head is not None:
-            head["param_groups"] = [_plain(group) for group in head["param_groups"]]
+            head["param_groups"] = [plain_group(group) for group in head["param_groups"]]
         return {
             "rng_version": self.rng_version,
             "strategies": strategy_hash(),
