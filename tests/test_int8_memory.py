@@ -201,6 +201,48 @@ def test_a_forward_that_changes_stays_correct():
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("other", ["same shape", "new shape", "optimizer"])
+def test_what_a_hook_keeps_of_a_pass_stays_as_it_was(other):
+    """Whatever comes then: the trial of a new shape knows nothing of the pass before, and must not forget who holds what."""
+    model, kept = tiny(), []
+    opt = ezo.ElasticZOInt8(model)
+    hook = model.fc1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    opt.train_step(*tiny_batch(rows=8))
+    hook.remove()
+    seen = kept[-1].values.tolist()
+    then = ezo.ElasticZOInt8(model) if other == "optimizer" else opt
+    then.train_step(*tiny_batch(1, 3 if other == "new shape" else 8))
+    assert kept[-1].values.tolist() == seen
+    with pytest.raises(RuntimeError, match=r"compute with a copy .*values.clone\(\)"):
+        torch.relu(kept[-1])
+
+
+class Offset(nn.Module):
+    """Adds a constant, on one side or the other; the size is asked for, so that nothing traces it."""
+
+    def __init__(self, left: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.left = nn.Linear(64, 64), nn.Linear(64, 8), left
+        self.offset = Int8Tensor(ints((8, 64), 5), torch.tensor([-6], dtype=torch.int32))
+
+    def forward(self, x):
+        h = self.a(x)
+        assert len(x)
+        return self.b(torch.relu(self.offset + h if self.left else h + self.offset))
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_a_sum_with_a_constant_lives_in_the_arena(mode):
+    x, y = Int8Tensor(ints((8, 64), 3), torch.tensor([-5], dtype=torch.int32)), torch.arange(8)
+    found = []
+    for left in (False, True):
+        opt = ezo.ElasticZOInt8(overwrite(ezo.convert_(Offset(left), precision="int8")), mode=mode)
+        opt.train_step(x, y)
+        found.append((opt.losses.tolist(), opt.memory()))
+    groups = 2 if mode == "stacked" else 1
+    assert found[0] == found[1] and found[0][1]["all_at_once_bytes"] == groups * 8 * (3 * 64 + 8)
+
+
 def test_an_input_of_another_size_gets_a_plan_of_its_own():
     model, plain = lenet(("fc3",)), lenet(("fc3",))
     opt = ezo.ElasticZOInt8(model)

@@ -143,16 +143,15 @@ class Arena:
                 pass, such as its losses, is not zeroed by the next one.
         """
         device = zeros.device
-        if self._live or self.buffer is None or self.buffer.device != device or len(self.buffer) < plan.planned_bytes:
-            # Whoever still holds an intermediate of an earlier pass keeps the earlier buffer, not us.
-            self.buffer = torch.empty(plan.planned_bytes, dtype=torch.int8, device=device)
-            self._places = {}
-        elif plan is not self._last:
-            self._places = {}
         self._start("run")
-        self._plan = self._last = plan
-        self._zeros = zeros
         try:
+            if self.buffer is None or self.buffer.device != device or len(self.buffer) < plan.planned_bytes:
+                self.buffer = torch.empty(plan.planned_bytes, dtype=torch.int8, device=device)
+                self._places = {}
+            elif plan is not self._last:
+                self._places = {}
+            self._plan = self._last = plan
+            self._zeros = zeros
             yield
         finally:
             self._mode = self._plan = self._zeros = None
@@ -160,6 +159,9 @@ class Arena:
     def _start(self, mode: str) -> None:
         if self._mode is not None:
             raise RuntimeError("a pass is already running in this arena")
+        if self._live:
+            # Whoever still holds an intermediate of an earlier pass keeps the earlier buffer, not us: a trial forgets who does.
+            self.buffer, self._places = None, {}
         self._mode, self._recorded, self._live = mode, [], {}
         self._clock = self._next = self._outside = self._counted = 0
         self._pass += 1
@@ -175,7 +177,10 @@ class Arena:
             self._recorded.append(Interval(size, self._clock, owner=accumulators))
             return torch.empty(shape, dtype=dtype, device="meta"), _Block(self, index)
         if self._mode is None:
-            raise RuntimeError("no pass is running in this arena")
+            raise RuntimeError(
+                "no pass is running in this arena: compute with a copy of what a step left, Int8Tensor(x.values.clone(), "
+                "x.exponent)"
+            )
         intervals = self._plan.intervals
         fits = index < len(intervals) and intervals[index].size == size
         offset = intervals[index].offset if fits else 0

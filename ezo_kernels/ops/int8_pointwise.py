@@ -219,9 +219,11 @@ def int8_add(a: Int8Tensor, b: Int8Tensor) -> Int8Tensor:
         raise ValueError(
             f"int8_add: {tuple(a.shape)} of {a.groups} groups and {tuple(b.shape)} of {b.groups} do not go together"
         )
-    y = new(a if a.tape is not None else b, (groups * rows[0], *a.shape[1:]), groups)
+    # a summand that is a constant has neither the memory of the pass nor, in a trial of it, its device
+    like = next((t for t in (a, b) if t.tape is not None), a if a.memory is not None else b)
+    y = new(like, (groups * rows[0], *a.shape[1:]), groups)
     peak = counters(y, groups)
-    if y.values.numel() and not a.values.is_meta:
+    if y.values.numel() and not y.values.is_meta:
         args = (a.values.contiguous(), b.values.contiguous(), a.exponent, b.exponent)
         _add(*args, PEAK, peak, y.values, y.exponent)
         _add(*args, REQUANTIZE, peak, y.values, y.exponent)
