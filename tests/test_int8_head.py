@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import ezo_kernels as ezo
-from ezo_kernels.ops import Int8Tensor
+from ezo_kernels.ops import Int8Tensor, int8_relu
 from tests.int8_models import exponents, overwrite, randint, same, state
 
 
@@ -94,6 +96,50 @@ def test_the_terms_of_a_layer_that_is_called_twice_count_twice():
         opt.train_step(x, y)
     assert same(before, state(model))
     opt.train_step(x[:24_834], y[:24_834])
+
+
+class Around(nn.Module):
+    """A layer of the head whose output goes two ways, one of them through ``call``."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.call = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3), call
+
+    def forward(self, x):
+        h = self.b(self.a(x))
+        return self.c(h + self.call(h))
+
+
+@pytest.mark.parametrize("way", ["operator", "hook"])
+def test_a_path_that_leaves_no_note_is_refused_instead_of_left_out(way):
+    """What comes by the other path alone would be a gradient, too."""
+    model = overwrite(
+        ezo.convert_(Around(int8_relu if way == "operator" else nn.ReLU()), head=["b", "c"], precision="int8")
+    )
+    if way == "hook":
+        model.call.register_forward_hook(lambda module, inputs, y: dataclasses.replace(y, values=y.values.clone()))
+    before = state(model)
+    with pytest.raises(NotImplementedError, match=r"Int8Tensor \[rows, 5\] that no layer or function made.*hook"):
+        stepped(model)
+    assert same(before, state(model))
+
+
+class Points(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)).flatten(1))
+
+
+def test_a_head_learns_from_an_input_of_any_strides():
+    values, found = randint(4, 6, 3, seed=1).transpose(1, 2), []
+    for x in (values, values.contiguous()):
+        model = overwrite(ezo.convert_(Points(), head=["a", "b"], precision="int8"))
+        ezo.ElasticZOInt8(model, head_bits=4).train_step(x, torch.arange(4) % 3)
+        found.append(state(model))
+    assert same(*found)
 
 
 class Pooling(nn.Module):

@@ -94,12 +94,19 @@ class Tape:
             for x, of_x in zip(note.inputs, getattr(self, "_" + note.kind)(note, e, used), strict=True):
                 if of_x is not None and x.tape is not None:
                     errors[id(x)] = int8_add(errors[id(x)], of_x) if id(x) in errors else of_x
+        if errors and y.tape is not None:  # beside other paths to a layer its gradient would silently be a part
+            shape = next(tuple(e.shape[1:]) for e in errors.values())
+            raise NotImplementedError(
+                f"the head's backward meets an Int8Tensor [rows, {', '.join(map(str, shape))}] that no layer or function made: "
+                "call torch's functions (F.relu, +, torch.reshape) rather than operators of ezo_kernels.ops, and let no hook "
+                "of the head return another Int8Tensor"
+            )
 
     def _linear(self, note: Note, e: Int8Tensor, used: slice):
         layer, (x,) = note.info["layer"], note.inputs
         n, k = layer.weight.shape
         values = _groups(x.values, x.groups, used if x.groups > 1 else slice(None))
-        of_y, of_x = e.values.view(e.groups, -1, n), values.view(min(x.groups, e.groups), -1, k)
+        of_y, of_x = e.values.view(e.groups, -1, n), values.reshape(min(x.groups, e.groups), -1, k)
         x_exponent = x.exponent[used] if x.groups > 1 else x.exponent
         names = layer.head_names
         for name in names.values():  # a layer may be called more than once
@@ -145,4 +152,4 @@ def _groups(values: torch.Tensor, groups: int, used: slice) -> torch.Tensor:
     """Rows of the groups that are used, of values [groups * B, ...]."""
     if used == slice(None) or groups == 1:
         return values
-    return values.view(groups, -1, *values.shape[1:])[used].flatten(0, 1)
+    return values.reshape(groups, -1, *values.shape[1:])[used].flatten(0, 1)
