@@ -113,6 +113,9 @@ def test_quantize_takes_the_least_exponent(scale):
 def test_quantize_of_zeros_and_with_an_exponent():
     assert quantize(torch.zeros(3)).exponent.tolist() == [-7]
     assert quantize(torch.tensor([0.5, -1.5, 200.0, -200.0]), 0).values.tolist() == [1, -2, 127, -127]
+    below = torch.tensor([0.5, -2.5], dtype=torch.float64)
+    assert quantize(torch.nextafter(below, torch.zeros(2, dtype=torch.float64)), 0).values.tolist() == [0, -2]
+    assert quantize(torch.tensor([1e308, -1e308], dtype=torch.float64), -64).values.tolist() == [127, -127]
     for exponent in (-64, 64):
         assert quantize(torch.zeros(1), exponent).exponent.tolist() == [exponent]
 
@@ -260,9 +263,43 @@ def test_functions_without_an_integer_form_are_refused_by_name():
     ):
         with pytest.raises(NotImplementedError):
             call()
+    with pytest.raises(NotImplementedError, match="alpha must be 1, got 2"):
+        x.add(x, alpha=2)
     for call in (lambda: x.flatten(), lambda: x.view(-1)):
         with pytest.raises(ValueError, match="first dimension|dimension 1"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda x: torch.flatten(x, 4), r"flatten .*\(2, 3, 4, 4\).* no dimension 4"),
+        (lambda x: x.flatten(1, 5), "no dimension 5"),
+        (lambda x: x.flatten(1, -5), "no dimension -5"),
+        (lambda x: x.flatten(3, 1), "start_dim 3 is behind end_dim 1"),
+        (lambda x: torch.amax(x, 5), "amax .* no dimension 5"),
+        (lambda x: torch.amax(x, -6), "no dimension -6"),
+    ],
+)
+def test_a_dimension_that_is_not_there_is_refused(call, match):
+    """As torch does: counted around, it would be another one."""
+    with pytest.raises(ValueError, match=match):
+        call(given(1, 2, 3, 4, 4))
+
+
+def test_functions_take_torchs_names():
+    x = given(1, 2, 3, 4, 4)
+    for call in (
+        lambda x: torch.flatten(input=x, start_dim=1),
+        lambda x: torch.reshape(input=x, shape=(2, 48)),
+        lambda x: torch.relu(input=x),
+        lambda x: torch.amax(input=x, dim=1),
+        lambda x: F.max_pool2d(input=x, kernel_size=2),
+    ):
+        assert torch.equal(call(x).values, call(x.values.int()).to(torch.int8))
+    for y in (torch.add(input=x, other=x), torch.add(x, other=x)):
+        assert torch.equal(y.values, (x + x).values)
+    assert F.avg_pool2d(input=x, kernel_size=2).shape == (2, 3, 2, 2)
 
 
 # ---- updates

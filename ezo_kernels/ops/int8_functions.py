@@ -24,6 +24,17 @@ def _record(kind: str, y: Int8Tensor, *inputs: Int8Tensor, **info) -> Int8Tensor
     return y
 
 
+def _axis(x, dim: int, name: str) -> int:
+    """A dimension, counted from the first.
+
+    Raises:
+        ValueError: x has no such dimension.
+    """
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{name} of an Int8Tensor {tuple(x.shape)}: it has no dimension {dim}")
+    return dim % x.dim()
+
+
 def relu(x, inplace: bool = False):
     y = _record("relu", int8_relu(x), x)
     return y.in_place_of(x, IN_PLACE_RELU) if inplace else y
@@ -71,10 +82,10 @@ def _single(value) -> int:
 def amax(x, dim, keepdim=False):
     """The maximum over one dimension: a max-pool whose window is the whole of it."""
     check_input(x, "amax")
-    dims = [dim] if isinstance(dim, int) else list(dim)
-    if len(dims) != 1 or dims[0] % x.dim() == 0:
+    dims = [_axis(x, d, "amax") for d in ([dim] if isinstance(dim, int) else dim)]
+    if len(dims) != 1 or dims[0] == 0:
         raise NotImplementedError(f"amax in integers: one dimension, and not the rows' (0), got dim={dim}")
-    axis = dims[0] % x.dim()
+    axis = dims[0]
     before, n, after = x.shape[1:axis], x.shape[axis], x.shape[axis + 1 :]
     planes = x.values.reshape(x.shape[0], math.prod(before), n, math.prod(after))
     y = int8_pool2d(dataclasses.replace(x, values=planes), "max", (n, 1))
@@ -133,24 +144,28 @@ def reshape(x, shape):
 
 
 def flatten(x, start_dim: int = 0, end_dim: int = -1):
-    start, end = (d % x.dim() for d in (start_dim, end_dim))
+    start, end = (_axis(x, d, "flatten") for d in (start_dim, end_dim))
     if start == 0:
         raise ValueError("flatten of an Int8Tensor begins at dimension 1: rows belong to groups")
+    if end < start:
+        raise ValueError(
+            f"flatten of an Int8Tensor {tuple(x.shape)}: start_dim {start_dim} is behind end_dim {end_dim}"
+        )
     shape = x.shape
     return reshape(x, (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]))
 
 
-def add(a, b, alpha=1):
+def add(x, other, alpha=1):
     if alpha != 1:
         raise NotImplementedError(f"add in integers: alpha must be 1, got {alpha}")
-    for other in (a, b):
-        if not isinstance(other, Int8Tensor):
-            what = getattr(other, "dtype", type(other).__name__)
+    for part in (x, other):
+        if not isinstance(part, Int8Tensor):
+            what = getattr(part, "dtype", type(part).__name__)
             raise TypeError(
                 f"addition in integers takes two Int8Tensors, got one and {what}: ezo_kernels.quantize makes one of a float "
                 "tensor, and a bias belongs to a layer"
             )
-    return _record("add", int8_add(a, b), a, b)
+    return _record("add", int8_add(x, other), x, other)
 
 
 def dropout(x, p: float = 0.5, training: bool = True, inplace: bool = False):

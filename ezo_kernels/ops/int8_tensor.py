@@ -195,7 +195,10 @@ class Int8Tensor:
             raise TypeError(
                 f"{getattr(func, '__name__', func)} has no integer form: {integer_forms()}. Of an Int8Tensor, {_PARTS}"
             )
-        return functions[func](*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if "input" in kwargs:  # as torch calls the first one
+            args = (kwargs.pop("input"), *args)
+        return functions[func](*args, **kwargs)
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Int8Tensor:
         return torch.flatten(self, start_dim, end_dim)
@@ -208,8 +211,8 @@ class Int8Tensor:
 
     reshape = view
 
-    def add(self, other) -> Int8Tensor:
-        return torch.add(self, other)
+    def add(self, other, *, alpha=1) -> Int8Tensor:
+        return torch.add(self, other, alpha=alpha)
 
     __add__ = __radd__ = add
 
@@ -301,8 +304,9 @@ def quantize(x: torch.Tensor, exponent: int | None = None) -> Int8Tensor:
                 f"quantize: the tensor reaches {reach:.3g}, and int8 holds 127 * 2^{MOST_EXPONENT} at most: scale it down"
             )
     exponent = check_exponent(exponent)
-    scaled = x * 2.0**-exponent
-    rounded = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled))
+    scaled = (x * 2.0**-exponent).clamp(-128, 128)
+    whole = torch.trunc(scaled)
+    rounded = whole + torch.trunc(2 * (scaled - whole))  # of half of a float64 less its last bit, plus a half is one
     values = rounded.clamp(-127, 127).to(torch.int8).contiguous()
     return Int8Tensor(values, torch.tensor([exponent], dtype=torch.int32, device=x.device))
 
