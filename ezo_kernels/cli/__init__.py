@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
             command = {"eval": commands.evaluate, "info": commands.info, "data": commands.data}[args.command]
         status = command(args)
-        sys.stdout.flush()  # a pipe whose reader has left says so here, and not while the interpreter ends
+        if sys.stdout is not None:  # closed by who started this: `ezo ... >&-`
+            sys.stdout.flush()  # a pipe whose reader has left says so here, and not while the interpreter ends
         return status
     except BrokenPipeError:
         # `ezo ... | head` has what it wanted; what is still buffered must not fail again at exit

@@ -231,6 +231,13 @@ def test_a_reader_that_leaves_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes what it hands on")
+def test_nobody_has_to_read():
+    command = f"exec '{sys.executable}' -m ezo_kernels.cli info >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_traceback_on_request(ezo, tmp_path):
     code, _, err = ezo("--traceback", "eval", tmp_path / "absent.pt")
     assert code == 2 and "Traceback" in err and err.endswith("absent.pt: no such checkpoint\n")
