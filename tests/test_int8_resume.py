@@ -139,3 +139,15 @@ def test_a_fraction_of_numpy_is_saved_as_a_number(tmp_path):
     saved = torch.load(tmp_path / "state", weights_only=True)
     assert saved["param_groups"][0]["p_zero"] == 0.75
     opt.load_state_dict(saved)
+
+
+def test_what_is_said_of_a_closure_that_gives_no_number():
+    """Of a float's cures none is there in integers."""
+    model = tiny(())
+    opt, x = ezo.ElasticZOInt8(model), tiny_batch(0)[0]
+    watch = ezo.Diagnostics(opt, every=10, warn=False)
+    for step in range(10):
+        opt.step(lambda step=step: model(x).dequantize().square().mean() * (float("nan") if step in (3, 4) else 1))
+        watch.observe()
+    finding = watch.active["not_finite"]
+    assert "look at loss_fn or the closure" in finding.advice and "learning rate" not in finding.advice

@@ -267,7 +267,9 @@ class Diagnostics(Activations):
         if losses < count:
             seen += f"; in {count - losses} of them only the gradients of the head"
         advice = (
-            "a smaller learning rate of the head or a clip of its gradient, a smaller eps; bf16 or fp32 instead of fp16"
+            "look at loss_fn or the closure: int8 logits are finite, so it is what makes a number that is not"
+            if self.integer
+            else "a smaller learning rate of the head or a clip of its gradient, a smaller eps; bf16 or fp32 instead of fp16"
         )
         return self._finding("not_finite", seen, advice, count=count, losses=losses, steps=self.every)
 
