@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import ezo_kernels as ezo
+from ezo_kernels.nn.cut import all_cuts
 from tests import zoo
 
 
@@ -154,6 +155,19 @@ def test_layers_of_a_users_own_have_their_place_before_an_integer_head():
             ezo.convert_(model, head=head, sample=sample)
             assert {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad} == names
             ezo.ElasticZO(model).train_step(x, y)
+
+
+def test_a_weight_that_is_read_once_more_has_the_place_of_its_layers_call():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.a = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(self.a(self.e(x)), self.e.weight)
+
+    for sample in (None, torch.arange(3)):
+        assert all_cuts(Tied(), sample) == [(), ("a",), ("e", "a")]
 
 
 def orthogonal(model):

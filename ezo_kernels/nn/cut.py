@@ -13,19 +13,24 @@ def _is_weight_layer(module: nn.Module) -> bool:
     return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
 
 
-def _of_node(model: nn.Module, node: torch.fx.Node) -> str | None:
-    """Name of the module that a node of a trace calls, or None.
+def _of_trace(model: nn.Module, graph: torch.fx.Graph) -> list[str]:
+    """Names of the modules that a trace calls.
 
     torch's layers are calls. The trace goes into any other module: one that has parameters of its own and no layers in it is
-    seen by what it reads. (What is read beside calls of layers has no place of its own among them.)
+    seen by what it reads. (What is read beside calls of layers has no place of its own among them, nor has a layer that is
+    called where its weight is read once more, as tied ones are.)
     """
-    if node.op == "call_module":
-        return node.target
-    if node.op != "get_attr":
-        return None
-    name = node.target.rpartition(".")[0]
-    module = model.get_submodule(name)
-    return name if not module._modules and type(module).forward is not nn.Module.forward else None
+    calls = {node.target for node in graph.nodes if node.op == "call_module"}
+    names = []
+    for node in graph.nodes:
+        if node.op == "call_module":
+            names.append(node.target)
+        elif node.op == "get_attr":
+            name = node.target.rpartition(".")[0]
+            module = model.get_submodule(name)
+            if name not in calls and not module._modules and type(module).forward is not nn.Module.forward:
+                names.append(name)
+    return names
 
 
 def _called_in_order(model: nn.Module, sample) -> list[str]:
@@ -43,8 +48,7 @@ def _called_in_order(model: nn.Module, sample) -> list[str]:
                 "head=<integer> needs the order of a forward, and this model cannot be traced without an input "
                 f"({type(error).__name__}: {error}); give sample=<one batch>, or name the head's modules"
             ) from error
-        called = (_of_node(model, node) for node in graph.nodes)
-        return [name for name in called if name in owners.values()]
+        return [name for name in _of_trace(model, graph) if name in owners.values()]
     hooks = [m.register_forward_pre_hook(lambda m, _: order.append(owners[m])) for m in owners]
     was_training = {m: m.training for m in model.modules()}
     try:
