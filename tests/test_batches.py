@@ -238,3 +238,26 @@ def test_rows_that_were_chosen_are_run_one_group_at_a_time(layer, x):
         one_step(made(), x, y, "stacked", keep=keep)
     opt, said = one_step(made(), x, y, "stacked", keep=torch.zeros(4, dtype=torch.bool) | True)
     assert opt.mode == "stacked" and not said
+
+
+class Pairs(nn.Module):
+    """Scores of two rows by each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.o(torch.relu(self.a(x)).view(-1, 8))
+
+
+def test_rows_that_are_joined_are_stacked_as_a_batch_of_pairs():
+    """As rows of their own they look like rows that were chosen."""
+    x, y = torch.randn(8, 8), torch.tensor([0, 1, 2, 0])
+    torch.manual_seed(0)
+    want, said = one_step(Pairs(), x, y, "auto")
+    assert want.mode == "sequential" and "rows chosen or joined" in said[0]
+    torch.manual_seed(0)
+    opt, said = one_step(Pairs(), x.view(4, 2, 8), y, "auto")
+    assert opt.mode == "stacked" and not said
+    torch.testing.assert_close(opt.losses, want.losses)

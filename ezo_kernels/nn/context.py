@@ -110,13 +110,14 @@ class ZOContext:
         """Refuse rows that were chosen among those of a stacked batch: whose they are, nobody knows.
 
         A mixture of experts sends as many rows of each group to an expert as its perturbed gate says; what has whole batches as
-        rows (pixels, tokens, windows of them) lies group by group.
+        rows (pixels, tokens, windows of them) lies group by group. Two rows joined to one cannot be told from half of them
+        chosen: a batch of pairs is [B, 2, ...].
         """
         if self.rows is None or torch.compiler.is_compiling() or not x.dim() or x.shape[0] % self.rows == 0:
             return
         raise NotStackedError(
             f"{name}: x {tuple(x.shape)} has {x.shape[0]} rows in its first dimension, no multiple of the {self.rows} of all "
-            f"{self.p.groups} groups (rows chosen among them, or no batch?): run them one by one (mode='sequential')",
+            f"{self.p.groups} groups (rows chosen or joined, or no batch?): run them one by one (mode='sequential')",
             site,
         )
 
