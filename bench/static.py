@@ -294,17 +294,18 @@ def measure_all(jobs: list[tuple[str, int]], workers: int = 1):
 
 
 def tested() -> list[tuple[str, int]]:
-    """What the tests compile: representative variants for sm_90, and each kernel once on others that it declares.
+    """What the tests compile: representative variants for sm_90, each kernel once for sm_80, and those of matrix instructions,
+    which differ, once for sm_100 and sm_120, too.
 
-    sm_86 and sm_89 have the code of sm_80, less shared memory and other latencies: the whole report counts them.
+    The whole report counts every variant on each architecture. (sm_86 and sm_89 have the code of sm_80.)
     """
     jobs, seen = [], set()
     for name, variant in variants().items():
         if not variant.representative:
             continue
         for arch in variant.archs:
-            first = (variant.kernel.__name__, arch) not in seen and arch not in (86, 89)
-            if arch == 90 or first:
+            differs = arch == 80 or arch in (100, 120) and any("mma" in what for what in variant.expects)
+            if arch == 90 or differs and (variant.kernel.__name__, arch) not in seen:
                 seen.add((variant.kernel.__name__, arch))
                 jobs.append((name, arch))
     return jobs

@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not here: sm_90, and each kernel once on the other architectures it declares.
+"""Every kernel compiled for GPUs that are not here: sm_90, once sm_80, and with matrix instructions sm_100 and sm_120, too.
 
 Variants that say ``representative`` are built; every dtype, noise and architecture is the static report's
 (``python -m bench static``). Each test compiles its own, so that test processes share them. Bounds are in
