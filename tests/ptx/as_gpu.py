@@ -1,7 +1,7 @@
 """A pytest plugin: tests of a GPU where there is none. What asks for CUDA gets a CPU tensor, an operator of ours its compiled
 kernel, whose PTX is carried out here.
 
-    EZO_TESTS_PTX=90 TRITON_CACHE_DIR=/tmp/ptx python -m pytest -p tests.ptx.as_gpu tests/test_gpu_head.py
+    EZO_TESTS_PTX=90 TRITON_CACHE_DIR=$(mktemp -d) python -m pytest -p tests.ptx.as_gpu tests/test_gpu_head.py
 
 It finds a wrong number and a tolerance that a right kernel would miss; with many processors it takes tens of minutes for all.
 z of a comparison stays the reference's (``materialize``), but any other operator of ours on the CPU is the kernel itself here.
