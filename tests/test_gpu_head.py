@@ -53,8 +53,7 @@ def test_cross_entropy(groups, rows, classes, dtype):
     truth, slope = run(apart, logits.double(), share=share)
     near, _ = run(apart, logits.float(), share=share)
     _, theirs = run(apart, logits, share=share)
-    # a mean of a few rows by torch is at times right to its last bit
-    assert error(losses, truth.cpu()) <= 2 * error(near, truth.cpu()) + 2.0**-22
+    assert_within_torch_error(losses, near, truth.cpu())
     # the special function unit's exp is good to 2^-22
     floor = max(FLOORS[dtype], 2.0**-20)
     assert error(grad, slope.cpu()) <= 2 * error(theirs, slope.cpu()) + floor
@@ -85,8 +84,7 @@ def test_linear(groups, shape, n, dtype, bias, relu):
     torch.manual_seed(0)
     x, w, b = torch.randn(shape), torch.randn(n, shape[-1]) / shape[-1] ** 0.5, torch.randn(n)
     tensors = [t.cuda().to(dtype) for t in ((x, w, b) if bias else (x, w))]
-    rows = x[..., 0].numel()
-    share = torch.linspace(-1, 2, rows * n, device="cuda")  # sums over the rows are not small beside their terms
+    share = torch.linspace(-1, 1, x[..., 0].numel() * n, device="cuda")
     assert is_for_groups(tensors[0], tensors[1], tensors[2] if bias else None, groups)
 
     def together(x, w, b=None):
@@ -97,7 +95,7 @@ def test_linear(groups, shape, n, dtype, bias, relu):
 
     ours, same_dtype = run(together, *tensors, share=share), run(apart, *tensors, share=share)
     for a, b, exact in zip(ours, same_dtype, run(apart, *(t.double() for t in tensors), share=share), strict=True):
-        assert_within_torch_error(a, b, exact.cpu(), terms=max(rows, shape[-1]))
+        assert_within_torch_error(a, b, exact.cpu())
     w, b = tensors[1], tensors[2] if bias else None
     for part, own in zip(tensors[0].chunk(groups), ours[0].chunk(groups), strict=True):
         assert torch.equal(grouped_linear(part, w, b, 1, relu), own)

@@ -7,7 +7,7 @@ import torch
 
 from ezo_kernels import ops
 from ezo_kernels.ops.noise import Noise
-from tests.tolerance import assert_bitwise_equal, error, of_a_chain
+from tests.tolerance import assert_bitwise_equal, error
 
 SITE, BIAS_SITE = 0xFEDCBA98, 7
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -84,15 +84,6 @@ def test_tf32(on_cpu, key, transposed):
     ours = perturbed(key, x, w, b, "clt4", **options_of(F32, strategy="fused", transposed=transposed))
     exact, near = truth(on_cpu, key, x, w, b, "clt4", F32, transposed, to_tf32)
     assert error(ours, exact) <= 2 * error(near, exact)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 33])
-def test_fp32_is_off_by_what_a_chain_is(on_cpu, key, rows):
-    """Of one row a library adds many short sums: what a GPU's tests hold it to has to be more than twice that error."""
-    x, w, b = problem(rows, 65, 129, F32)
-    ours = perturbed(key, x, w, b, "clt4", **{**options_of(F32, strategy="fused"), "precision": "ieee"})
-    exact, _ = truth(on_cpu, key, x, w, b, "clt4", F32, False)
-    assert 2.0**-24 < error(ours, exact) <= of_a_chain(129)
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), [("fused", BF16), ("fused", F32), ("two_products", BF16)])
