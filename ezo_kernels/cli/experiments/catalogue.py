@@ -50,11 +50,11 @@ def grid(scope: Scope) -> list[Trial]:
 
 
 def importance(scope: Scope) -> list[Trial]:
-    """The recipes of ``baseline``, and the same on rows drawn by importance, at equal forwards; the validation split alone."""
+    """The recipes of ``baseline``, and the same on rows drawn by importance, at equal forwards."""
     out = []
     for head, name in HEADS.items():
-        out.append(scope.trial(f"{name}, all rows", scope.best(head), task="validate"))
-        out.append(scope.trial(f"{name}, drawn rows", scope.drawn(head), task="validate"))
+        out.append(scope.trial(f"{name}, all rows", scope.best(head)))
+        out.append(scope.trial(f"{name}, drawn rows", scope.drawn(head)))
     return out
 
 
