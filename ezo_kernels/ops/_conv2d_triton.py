@@ -23,7 +23,7 @@ import torch
 from ._int8_triton import check_grid
 from ._linear_triton import architecture
 from ._noise_triton import ASM, NOISE_ID, UNIT, load_key, signed32, z_units
-from ._rounding_triton import of_precision
+from ._rounding_triton import add_product, of_precision
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
 from .linear import input_precision
@@ -45,9 +45,9 @@ def _finish(acc, dtype: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, BM
 
 
 @jit
-def _add_product(acc, w, x, PRECISION: tl.constexpr, ASM: tl.constexpr):
+def _multiply(acc, w, x, PRECISION: tl.constexpr, ASM: tl.constexpr):
     """acc + w x of a weight in fp32, rounded once to what x is."""
-    return tl.dot(of_precision(w.to(x.dtype), PRECISION, ASM), x, acc, input_precision=PRECISION)
+    return add_product(acc, of_precision(w.to(x.dtype), PRECISION, ASM), x, PRECISION)
 
 
 @jit(do_not_specialize=["site", "bias_site", "query", "threshold"])
@@ -131,7 +131,7 @@ def conv2d_kernel(
             (w_ptr + w_row)[:, None] + w_column[None, :], mask=inside_n[:, None] & inside_k[None, :], other=0.0
         ).to(tl.float32)
         if SIGN == 0:
-            plus = _add_product(plus, w, x_plus, PRECISION, ASM)
+            plus = _multiply(plus, w, x_plus, PRECISION, ASM)
         else:
             columns = (first_tap + u // TAP) * pad_channels + first_channel + u % TAP
             z = z_units(
@@ -139,9 +139,9 @@ def conv2d_kernel(
                 NOISE, ROUNDS, UNIT, ASM, threshold, scale,
             )  # fmt: skip
             step = z * eps
-            plus = _add_product(plus, w + step, x_plus, PRECISION, ASM)
+            plus = _multiply(plus, w + step, x_plus, PRECISION, ASM)
             if PAIR:
-                minus = _add_product(minus, w - step, x_minus, PRECISION, ASM)
+                minus = _multiply(minus, w - step, x_minus, PRECISION, ASM)
 
     if b_ptr is not None:
         bias = tl.load(b_ptr + o.to(tl.int64) * b_o, mask=inside_n, other=0.0).to(tl.float32)
@@ -204,7 +204,7 @@ def conv_tiles(
         precision: of the products: ``16`` (bits), ``tf32`` or ``ieee``. Those in ieee run on the CUDA cores, which keep
             a tile's whole K in registers.
         arch: compute capability, 90 for an H100. Where the tensor core reads registers a second stage makes tiles spill, and
-            on sm_100 one of tf32 and hadamard does.
+            on sm_100 those of fp32 and hadamard do.
     """
     unit, bk = UNIT[noise], 32
     if precision == "ieee" and noise != "hadamard":
@@ -220,7 +220,7 @@ def conv_tiles(
         bm //= 2
     bm = 16 if positions <= 16 else bm  # fewer positions make the noise of a tile no cheaper
     warps = 8 if bm == 128 or bm * bn >= (2048 if precision == "ieee" else 4096) else 4
-    stages = 2 if arch // 10 in (9, 10) and (precision, noise) != ("tf32", "hadamard") else 1
+    stages = 2 if arch // 10 in (9, 10) and (noise != "hadamard" or precision == "16") else 1
     return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps, stages)
 
 

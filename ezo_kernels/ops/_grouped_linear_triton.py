@@ -16,18 +16,25 @@ from __future__ import annotations
 
 import torch
 
+from ._linear_triton import architecture
+from ._rounding_triton import add_product
 from ._triton import jit, require, tl
-from ._variants import Variant
+from ._variants import ARCHS, Variant
 from .linear import input_precision
 
 #: Rows of all groups up to which one program may go through them for a tile of dW; a library's product splits more.
 MOST_ROWS = 512
-_N, _K, _WARPS, _STAGES = 32, 32, 8, 2
+_N, _K, _WARPS = 32, 32, 8
 
 
 def inner_block(size: int) -> int:
     """Rows or outputs that a step takes of ``size``."""
     return min(32, max(16, 1 << (size - 1).bit_length()))
+
+
+def _stages(arch: int) -> int:
+    """Loads that are under way at once; on sm_100 two would make fp32 spill."""
+    return 1 if arch == 100 else 2
 
 
 @jit
@@ -54,7 +61,7 @@ def _of_weight(
         dy = _slope(dy_ptr, y_ptr, r[None, :] * n + i[:, None], (r[None, :] < rows) & (i[:, None] < n))
         if dw_ptr is not None:
             x = tl.load(x_ptr + r[:, None] * k + j[None, :], mask=(r[:, None] < rows) & (j[None, :] < k), other=0.0)
-            product = tl.dot(dy, x, product, input_precision=PRECISION)
+            product = add_product(product, dy, x, PRECISION)
         total += dy.to(tl.float32)
     if dw_ptr is not None:
         inside = (i[:, None] < n) & (j[None, :] < k)
@@ -76,7 +83,7 @@ def _of_x(
         i = first + tl.arange(0, INNER)
         dy = _slope(dy_ptr, y_ptr, r[:, None] * n + i[None, :], (r[:, None] < rows) & (i[None, :] < n))
         w = tl.load(w_ptr + i[:, None] * k + j[None, :], mask=(i[:, None] < n) & (j[None, :] < k), other=0.0)
-        product = tl.dot(dy, w, product, input_precision=PRECISION)
+        product = add_product(product, dy, w, PRECISION)
     inside = (r[:, None] < rows) & (j[None, :] < k)
     tl.store(dx_ptr + r[:, None] * k + j[None, :], product.to(dx_ptr.dtype.element_ty), mask=inside)
 
@@ -112,7 +119,7 @@ def launch_grouped_linear_backward(dy, x, w, y, dx, dw, db) -> None:
     with torch.cuda.device_of(dy):
         grouped_linear_backward_kernel[(of_weight + of_x,)](
             dy, x, w, y, dx, dw, db, rows, n, k, of_weight, PRECISION=input_precision(x.dtype, ""),
-            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, num_stages=_STAGES, enable_fp_fusion=False,
+            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, num_stages=_stages(architecture(dy.device)), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -140,7 +147,9 @@ def variants():
                 **dict.fromkeys(absent), "PRECISION": "ieee", "R": inner_block(rows), "INNER": inner_block(n), "BN": _N,
                 "BK": _K,
             }  # fmt: skip
-            yield Variant(
-                grouped_linear_backward_kernel, f"grouped_linear_backward/{dtype}/{name}", signature, constexprs, _WARPS,
-                _STAGES, expects=() if dtype == "fp32" else ("mma",),
-            )  # fmt: skip
+            for archs in ((100,), tuple(arch for arch in ARCHS if arch != 100)):
+                yield Variant(
+                    grouped_linear_backward_kernel,
+                    f"grouped_linear_backward/{dtype}/{name}" + "/sm_100" * (archs == (100,)),
+                    signature, constexprs, _WARPS, _stages(archs[0]), archs, () if dtype == "fp32" else ("mma",),
+                )  # fmt: skip

@@ -25,6 +25,7 @@ from ._linear_triton import architecture, bias_noise, whole_loads
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, rademacher_words, signed32, z_units
 from ._noise_triton import UNIT as UNITS
 from ._parts_triton import finish, room_for_parts, sum_parts
+from ._rounding_triton import add_product
 from ._tiles import small_parts, small_tile
 from ._triton import jit, require, tl
 from ._variants import ARCHS, Variant
@@ -122,8 +123,8 @@ def linear_small_kernel(
                 k0, k1, site, query + q, z_rows, (k + units).to(tl.uint32), NOISE, ROUNDS, UNIT, ASM, threshold, scale
             )  # fmt: skip
         x = tl.trans(x)
-        acc_w = tl.dot(w, x, acc_w, input_precision=PRECISION)
-        acc_z = tl.dot(z.to(dtype), x, acc_z, input_precision=PRECISION)
+        acc_w = add_product(acc_w, w, x, PRECISION)
+        acc_z = add_product(acc_z, z.to(dtype), x, PRECISION)
         x_at += x_step
         w_at += w_step
     eps = tl.load(eps_ptr)

@@ -21,7 +21,7 @@ from ._address import address, strided
 from ._noise_triton import NOISE_ID, load_key, noise_args, noise_constexprs, signed32, z_units
 from ._noise_triton import UNIT as UNITS
 from ._parts_triton import finish, room_for_parts, sum_parts
-from ._rounding_triton import of_precision, round_z
+from ._rounding_triton import add_product, of_precision, round_z
 from ._strategy import regular
 from ._tiles import LARGE, linear_parts, linear_tile
 from ._triton import jit, require, tl
@@ -59,11 +59,11 @@ def _multiply(w, x, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION
     if SWAP:
         if TRANSPOSED:
             w = tl.trans(w)
-        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+        acc = add_product(acc, w, tl.trans(x), PRECISION)
     else:
         if not TRANSPOSED:
             w = tl.trans(w)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = add_product(acc, x, w, PRECISION)
     return acc
 
 

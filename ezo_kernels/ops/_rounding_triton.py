@@ -1,4 +1,5 @@
-"""Rounding to 16 bits inside a kernel: of z where its site says so, and the stochastic one of updated weights."""
+"""Rounding inside a kernel: of z to 16 bits where its site says so, of operands and sums of products, and the stochastic one of
+updated weights."""
 
 from __future__ import annotations
 
@@ -13,6 +14,18 @@ def of_precision(w, PRECISION: tl.constexpr, ASM: tl.constexpr):
     if ASM and PRECISION == "tf32":
         w = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [w], dtype=tl.float32, is_pure=True, pack=1)
     return w
+
+
+@jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a b in fp32. Without the tensor core a b has a sum of its own, which is then added: one sum over all of K, term by
+    term, would round as often as it has terms."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # the last argument means something for fp8 alone: here it keeps the compiler from starting the sum at acc
+        acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @jit

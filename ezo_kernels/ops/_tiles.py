@@ -80,7 +80,8 @@ def linear_tile(
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if dtype == torch.float32 and precision == "ieee":
         # no tensor core: the operands of every fma are registers, and W's rows are what a thread can hold
-        return LinearTile(few, 32, 32, 4 if few == 16 else 8, 2, True)
+        # (hadamard's of few rows spill on sm_120 with loads ahead)
+        return LinearTile(few, 32, 32, 4 if few == 16 else 8, 1 if noise == "hadamard" and few == 16 else 2, True)
     if rows <= 64:
         # W's bytes or its noise decide: many programs rather than wide ones, until the GPU is full of them
         # (hadamard always wide: its mix fills the tensor core from 64 rows)

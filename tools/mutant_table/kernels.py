@@ -371,6 +371,13 @@ MUTANTS = (
         "tests/compiled/test_products.py -k tf32",
     ),
     Mutant(
+        "one sum over all of K in fp32: the compiler puts the accumulator under the product",
+        _OPS + "_rounding_triton.py",
+        "max_num_imprecise_acc=1",
+        "max_num_imprecise_acc=0",
+        "tests/compiled/test_sums.py -k linear",
+    ),
+    Mutant(
         "a word of Philox by the other half of its product",
         _OPS + "_noise_triton.py",
         "0xCD9E8D57; mov.b64 {$1, $0}, t; }",
