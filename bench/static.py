@@ -83,6 +83,9 @@ class Row:
             found.append("no matrix instruction")
         if "integer mma" in variant.expects and not any(map(INTEGER_MATRIX.match, self.matrix_instructions)):
             found.append(f"no integer matrix instruction, only {self.matrix_instructions}")
+        rounding = sorted(m for m in self.matrix_instructions if not INTEGER_MATRIX.match(m))
+        if "ieee" in variant.expects and rounding:
+            found.append(f"fp32 is rounded for {', '.join(rounding)}")
         if "multiply" in variant.expects and not self.philox_multiplies:
             found.append("no multiply by Philox's constants: the noise was folded away")
         if "no float" in variant.expects and self.float_instructions:

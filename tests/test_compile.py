@@ -175,6 +175,8 @@ def test_planted_faults_are_found():
     row = static.measure(replace(silent, expects=("multiply", "mma")), 90)
     faults = row.faults(replace(silent, expects=("multiply", "integer mma", "mma")))
     assert [fault.split()[1] for fault in faults] == ["matrix", "integer", "multiply"]
+    rounded = replace(row, matrix_instructions={"IMMA": 2, "UTCHMMA": 4}).faults(replace(silent, expects=("ieee",)))
+    assert rounded == ["fp32 is rounded for UTCHMMA"]
     assert "spills" in " ".join(replace(row, spill_bytes=4).faults(silent))
     assert "calls" in " ".join(replace(row, calls=1).faults(silent))
 

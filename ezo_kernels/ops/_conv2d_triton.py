@@ -203,8 +203,8 @@ def conv_tiles(
         noise: name.
         precision: of the products: ``16`` (bits), ``tf32`` or ``ieee``. Those in ieee run on the CUDA cores, which keep
             a tile's whole K in registers.
-        arch: compute capability, 90 for an H100. Where the tensor core reads registers a second stage makes tiles spill, and
-            on sm_100 those of fp32 and hadamard do.
+        arch: compute capability, 90 for an H100. Where the tensor core reads registers a second stage makes tiles spill, as
+            it does of fp32. Triton multiplies fp32 of sm_100 in tf32, whatever it is told, where a tile has 64 outputs.
     """
     unit, bk = UNIT[noise], 32
     if precision == "ieee" and noise != "hadamard":
@@ -212,7 +212,7 @@ def conv_tiles(
     if noise == "rademacher":
         unit = min(bk, max(4, _pow2(channels)))
     bn = min(64, max(16, _pow2(outputs)))
-    if precision == "ieee" and noise == "hadamard":
+    if precision == "ieee" and (noise == "hadamard" or arch // 10 == 10):
         bn = min(bn, 32)
     ampere = arch // 10 not in (9, 10)
     bm = 128 if precision == "16" else 32 if (precision, noise, ampere) == ("ieee", "hadamard", True) else 64
@@ -220,7 +220,7 @@ def conv_tiles(
         bm //= 2
     bm = 16 if positions <= 16 else bm  # fewer positions make the noise of a tile no cheaper
     warps = 8 if bm == 128 or bm * bn >= (2048 if precision == "ieee" else 4096) else 4
-    stages = 2 if arch // 10 in (9, 10) and (noise != "hadamard" or precision == "16") else 1
+    stages = 2 if arch // 10 in (9, 10) and (precision == "16" or (precision == "tf32" and noise != "hadamard")) else 1
     return ConvTiles(bm, bn, bk, min(bk, max(unit, _pow2(channels))), unit, warps, stages)
 
 
@@ -292,9 +292,10 @@ def variants():
                 )
                 if noise != "sparse_int8":
                     given = (shape, *shapes[shape], xt, wt, dtype, precision, noise, 1, True, few)
-                    yield _variant(*given)
-                    if shape != "resnet3x3":
-                        yield _variant(*given, pool=2)
+                    for archs in ((90,), (100,)) if dtype == "fp32" else ((90, 100),):
+                        yield _variant(*given, archs=archs)
+                        if shape != "resnet3x3":
+                            yield _variant(*given, archs=archs, pool=2)
                     yield _variant(*given, archs=tuple(arch for arch in ARCHS if arch not in (90, 100)))
     for sign in (1, 0):
         yield _variant("resnet3x3", *shapes["resnet3x3"], "bf16", "bf16", "bf16", "16", "gaussian", sign, False, True)
@@ -326,7 +327,7 @@ def _variant(
         kernel=conv2d_kernel,
         name=f"conv2d/{dtype}/{noise}/{shape}/{'pair' if pair else sign}"
         + "/pooled" * (pool == 2)
-        + "/sm_80" * (80 in archs),
+        + ("/sm_80" if 80 in archs else "/sm_100" if 90 not in archs else ""),
         signature={
             **{name: "*" + kind for name, kind in pointers.items()},
             **dict.fromkeys(_INTEGERS, "i32"),
@@ -342,7 +343,7 @@ def _variant(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         archs=archs,
-        expects=(("mma",) if precision != "ieee" else ()) + (("multiply",) if sign else ()),
+        expects=(("mma",) if precision != "ieee" else ("ieee",)) + (("multiply",) if sign else ()),
         z_per_loop=tiles.bn * tiles.bk if sign else 0,
         representative=tested,
     )

@@ -151,5 +151,5 @@ def variants():
                 yield Variant(
                     grouped_linear_backward_kernel,
                     f"grouped_linear_backward/{dtype}/{name}" + "/sm_100" * (archs == (100,)),
-                    signature, constexprs, _WARPS, _stages(archs[0]), archs, () if dtype == "fp32" else ("mma",),
+                    signature, constexprs, _WARPS, _stages(archs[0]), archs, ("ieee" if dtype == "fp32" else "mma",),
                 )  # fmt: skip

@@ -272,7 +272,7 @@ def _variant(dtype: str, name: str, rows: int, how: str, arch: int) -> Variant:
         num_warps=tile.warps,
         num_stages=tile.stages,
         archs=archs,
-        expects=("multiply",) if dtype == "fp32" else ("mma", "multiply"),
+        expects=("ieee" if dtype == "fp32" else "mma", "multiply"),
         z_per_loop=tile.bn * tile.bk,
         divisible=("N", "K", *strides) if even else (),
         representative=(dtype, name, rows, how) in _TESTED,

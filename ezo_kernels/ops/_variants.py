@@ -27,7 +27,8 @@ class Variant:
         maxnreg: most registers a thread, as launched; 0: the assembler chooses, which may spill a few to run more programs at
             a time on a multiprocessor.
         archs: compute capabilities that the variant is for, among :data:`ARCHS`.
-        expects: what the SASS must have: ``mma`` (a matrix instruction), ``integer mma`` (an int8 one), ``multiply``
+        expects: what the SASS must have: ``mma`` (a matrix instruction), ``integer mma`` (an int8 one), ``ieee`` (none of
+            floats: no tensor core multiplies fp32 without rounding it first), ``multiply``
             (Philox's wide multiplies: proof that the noise was not folded away). And what it may have, which is a fault
             elsewhere: ``call`` (an exact division has a routine for operands that are nearly denormal).
         z_per_loop: values of z that one iteration of the innermost loop makes, over the whole program; 0 if unknown.
