@@ -49,6 +49,8 @@ class ZOContext:
         p: the pass, or None outside one.
         own: fields of the pass that a site has of its own, by site: the eps, or the noise, of an optimizer's scales.
         rows: rows of the whole stacked batch, or None when groups run one by one.
+        shared_rows: rows of the batch that all groups are given as one, until a layer that is perturbed makes each its own;
+            None where each has its copy of it.
         manifest: every trunk parameter, by site.
         visited: sites that the last pass perturbed.
         traced: part of the last pass was compiled code, which does not fill ``visited`` (its contents would be guarded).
@@ -64,6 +66,7 @@ class ZOContext:
     p: Perturbation | None = None
     own: dict[int, dict] = field(default_factory=dict)
     rows: int | None = None
+    shared_rows: int | None = None
     manifest: tuple[Site, ...] = ()
     visited: set[int] | None = None
     traced: bool = False
@@ -93,8 +96,8 @@ class ZOContext:
         """The pass as this site sees it: with what it has of its own."""
         return self._scaled.get(site, self.p)
 
-    def _enter(self, p: Perturbation | None, rows: int | None) -> None:
-        self.p, self.rows = p, rows
+    def _enter(self, p: Perturbation | None, rows: int | None, shared_rows: int | None = None) -> None:
+        self.p, self.rows, self.shared_rows = p, rows, shared_rows
         self._scaled = {site: replace(p, **own) for site, own in self.own.items()} if p is not None else {}
 
     def visit(self, *sites: int | None) -> None:
@@ -106,15 +109,29 @@ class ZOContext:
                 if site is not None:
                     self.visited.add(site)
 
-    def require_rows(self, x: torch.Tensor, name: str, site: int) -> None:
-        """Refuse rows that were chosen among those of a stacked batch: whose they are, nobody knows.
+    def is_shared(self, x) -> bool:
+        """Whether ``x`` is of all groups: no layer before has perturbed it.
+
+        By its rows alone. One that has as many as all groups' batches, for it has tokens as rows, is taken for theirs: the
+        outputs of a first pass, held against each group's own, tell.
+        """
+        if self.shared_rows is None or not isinstance(x, torch.Tensor) or not x.dim():
+            return False
+        return x.shape[0] % self.shared_rows == 0 and x.shape[0] % self.rows != 0
+
+    def require_rows(self, x: torch.Tensor, name: str, site: int) -> bool:
+        """Whether all groups share ``x`` (:meth:`is_shared`).
+
+        Refuses rows that were chosen among those of a stacked batch: whose they are, nobody knows.
 
         A mixture of experts sends as many rows of each group to an expert as its perturbed gate says; what has whole batches as
         rows (pixels, tokens, windows of them) lies group by group. Two rows joined to one cannot be told from half of them
         chosen: a batch of pairs is [B, 2, ...].
         """
+        if self.is_shared(x):
+            return True
         if self.rows is None or torch.compiler.is_compiling() or not x.dim() or x.shape[0] % self.rows == 0:
-            return
+            return False
         raise NotStackedError(
             f"{name}: x {tuple(x.shape)} has {x.shape[0]} rows in its first dimension, no multiple of the {self.rows} of all "
             f"{self.p.groups} groups (rows chosen or joined, or no batch?): run them one by one (mode='sequential')",
@@ -122,11 +139,11 @@ class ZOContext:
         )
 
     @contextlib.contextmanager
-    def running(self, p: Perturbation, rows: int | None = None) -> Iterator[None]:
+    def running(self, p: Perturbation, rows: int | None = None, shared_rows: int | None = None) -> Iterator[None]:
         """Run the model as the pass ``p``."""
         if self.p is not None:
             raise RuntimeError("a zeroth-order pass is already running on this model")
-        self._enter(p, rows)
+        self._enter(p, rows, shared_rows)
         self.calls = {}
         self.traced = False
         if self.visited is not None:
@@ -141,11 +158,11 @@ class ZOContext:
             self._enter(None, None)
 
     @contextlib.contextmanager
-    def backward(self, p: Perturbation, rows: int | None = None) -> Iterator[None]:
+    def backward(self, p: Perturbation, rows: int | None = None, shared_rows: int | None = None) -> Iterator[None]:
         """The backward of the pass ``p``: what torch.utils.checkpoint runs again in it runs as then, and is noted once."""
         held = {module: list(stats) for module, stats in self.batch_stats.items()}
         try:
-            with self.running(p, rows):
+            with self.running(p, rows, shared_rows):
                 yield
         finally:
             self.batch_stats = held
@@ -153,12 +170,12 @@ class ZOContext:
     @contextlib.contextmanager
     def one_group(self, group: int) -> Iterator[None]:
         """Narrow a stacked pass to one of its groups, for a module that runs once a group; all count their dropouts alike."""
-        p, rows, calls = self.p, self.rows, dict(self.calls)
+        p, rows, calls = self.p, (self.rows, self.shared_rows), dict(self.calls)
         self._enter(group_pass(p, group), None)
         try:
             yield
         finally:
-            self._enter(p, rows)
+            self._enter(p, *rows)
             if group + 1 < p.groups:
                 self.calls = calls
 

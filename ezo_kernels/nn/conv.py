@@ -49,7 +49,7 @@ class _ZOConv:
         self.zo.visit(self.site, self.bias_site)
         single = input.dim() == self.weight.dim() - 1  # torch's unbatched form
         x, padding = _explicit_padding(self, input.unsqueeze(0) if single else input)
-        self.zo.require_rows(x, self.plain_class.__name__, self.site)
+        shared = self.zo.require_rows(x, self.plain_class.__name__, self.site)
         y = self._operator(
             x,
             self.weight,
@@ -57,6 +57,7 @@ class _ZOConv:
             self.zo.of(self.site),
             site=self.site,
             bias_site=self.bias_site or 0,
+            shared=shared,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,

@@ -49,26 +49,28 @@ class ZODropout(nn.modules.dropout._DropoutNd):
         if call >= _CALLS:
             raise NotImplementedError(f"a dropout module ran more than {_CALLS} times in one forward: give it copies")
         zo.calls[self.site] = call + 1
-        p = zo.p
-        if p.groups > 1 and (input.dim() == 0 or input.shape[0] % p.groups):
+        p, queries = zo.p, [0] if zo.one_mask else range(zo.p.query, zo.p.query + zo.p.queries)
+        shared = zo.is_shared(input)
+        if shared and len(queries) > 1:
+            input, shared = torch.cat([input] * p.groups), False
+        if p.groups > 1 and not shared and (input.dim() == 0 or input.shape[0] % p.groups):
             raise NotStackedError(
                 f"Dropout: x {tuple(input.shape)} does not hold the {p.groups} groups of this pass along dimension 0; run them "
                 "one by one (mode='sequential')"
             )
         if input.dim() == 0:
             return self.forward(input[None])[0]
-        rows = input.shape[0] // p.groups
+        rows = input.shape[0] // (1 if shared else p.groups)
         per_channel = DROPOUTS[self.plain_class] and input.dim() > 2
         shape = (rows, *input.shape[1:2]) if per_channel else (rows, *input.shape[1:])
         features = math.prod(shape[1:])
         scale = 65536.0 / (65536 - round(65536 * self.p))
-        queries = [0] if zo.one_mask else range(p.query, p.query + p.queries)
         masks = []
         for q in queries:
             mask = dropout_mask(
                 rows, features, self.p, p.key, site=self.site + call, query=q + zo.micro * _MICRO, rounds=p.noise.rounds
             ).view(shape)
-            masks += [mask] * (p.groups // len(queries))
+            masks += [mask] * (1 if shared else p.groups // len(queries))
         mask = torch.cat(masks) if len(masks) > 1 else masks[0]
         if per_channel:
             mask = mask.view(*mask.shape, *(1,) * (input.dim() - 2))

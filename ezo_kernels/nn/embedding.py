@@ -29,8 +29,8 @@ class ZOEmbedding(nn.Embedding):
         if self.zo.p is None:
             return super().forward(input)
         self.zo.visit(self.site)
-        self.zo.require_rows(input, "Embedding", self.site)
-        return perturbed_embedding(input, self.weight, self.zo.of(self.site), site=self.site)
+        shared = self.zo.require_rows(input, "Embedding", self.site)
+        return perturbed_embedding(input, self.weight, self.zo.of(self.site), site=self.site, shared=shared)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"

@@ -56,6 +56,8 @@ class GroupedBatchNorm(Grouped):
 
     def forward(self, input):
         zo = self.zo
+        if zo.p is not None and zo.is_shared(input) and not self.owned:
+            return self._shared(input)
         p, stacked = zo.p, zo.p is not None and (not zo.stacked or zo.is_stacked(input))
         own = self.training or self.running_mean is None
         if not (stacked and own and type(input) in (torch.Tensor, FakeTensor) and takes(input, p.groups)):
@@ -70,6 +72,15 @@ class GroupedBatchNorm(Grouped):
         y, mean, var = batch_norm(input, affine["weight"], affine["bias"], p.groups, self.eps)
         if self._tracks():
             zo.batch_stats.setdefault(self, []).append((mean, var))
+        return y
+
+    def _shared(self, input):
+        """Once for all groups; each has the statistics."""
+        zo, noted = self.zo, len(self.zo.batch_stats.get(self, ()))
+        with zo.one_group(0):
+            y = self.forward(input)
+        own = zo.batch_stats.get(self, [])
+        own[noted:] = [tuple(t.repeat(zo.p.groups, 1) for t in stats) for stats in own[noted:]]
         return y
 
     def _tracks(self) -> bool:
@@ -171,7 +182,7 @@ def _run(module: Grouped, forward, args, kwargs):
         # nothing to swap or to narrow
         return _joined(module, (forward(own) for own in zo.parts(args[0])))
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    if not any(zo.is_stacked(leaf) for leaf in leaves):
+    if not any(zo.is_stacked(leaf) or zo.is_shared(leaf) for leaf in leaves):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         raise NotStackedError(
             f"{type(module).base.__name__}: no argument holds the {zo.p.groups} groups of this pass along dimension 0 "

@@ -54,10 +54,10 @@ class ZOLinear(EndsInRelu, nn.Linear):
             y = super().forward(input)
             return F.relu(y) if relu else y
         self.zo.visit(self.site, self.bias_site)
-        self.zo.require_rows(input, "Linear", self.site)
+        shared = self.zo.require_rows(input, "Linear", self.site)
         return perturbed_linear(
             input, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0,
-            strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight), relu=relu,
+            shared=shared, strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight), relu=relu,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -92,10 +92,10 @@ class ZOTransposedLinear(nn.Module):
         if self.zo.p is None:
             return self.plain_class.forward(self, x)
         self.zo.visit(self.site, self.bias_site)
-        self.zo.require_rows(x, "Conv1D", self.site)
+        shared = self.zo.require_rows(x, "Conv1D", self.site)
         return perturbed_linear(
-            x, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0, transposed=True,
-            strategy=self.zo.strategy,
+            x, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0, shared=shared,
+            transposed=True, strategy=self.zo.strategy,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

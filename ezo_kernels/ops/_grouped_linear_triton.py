@@ -119,7 +119,8 @@ def launch_grouped_linear_backward(dy, x, w, y, dx, dw, db) -> None:
     with torch.cuda.device_of(dy):
         grouped_linear_backward_kernel[(of_weight + of_x,)](
             dy, x, w, y, dx, dw, db, rows, n, k, of_weight, PRECISION=input_precision(x.dtype, ""),
-            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, num_stages=_stages(architecture(dy.device)), enable_fp_fusion=False,
+            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, num_stages=_stages(architecture(dy.device)),
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 

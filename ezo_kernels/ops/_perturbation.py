@@ -152,7 +152,6 @@ def aligned(part: torch.Tensor) -> torch.Tensor:
 
 def group_slices(x: torch.Tensor, groups: int, shared: bool):
     """x of each group, in order; on the CPU only, for it looks at the address of memory that came from elsewhere."""
-    if shared or groups == 1:
-        return [x] * groups
-    parts = x.chunk(groups)
-    return [part.clone() for part in parts] if x.data_ptr() % 64 else [aligned(part) for part in parts]
+    parts = [x] if shared else x.chunk(groups)
+    parts = [part.clone() for part in parts] if x.data_ptr() % 64 else [aligned(part) for part in parts]
+    return parts * groups if shared else parts

@@ -36,6 +36,34 @@ def stack(x, groups: int, rows: int):
     return pytree.tree_map(repeat, x) if groups > 1 else x
 
 
+def copied(batch):
+    """The batch with a copy of each of its tensors."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
+
+
+def shapes_of(batch) -> list:
+    """Shapes of its tensors, in order."""
+    return [leaf.shape for leaf in pytree.tree_leaves(batch) if torch.is_tensor(leaf)]
+
+
+class Unwritten:
+    """Sees whether a batch was written: by torch's count or, as inference_mode has none, by the values of ``original``."""
+
+    def __init__(self, batch, original) -> None:
+        self._pairs = [
+            (t, o) for t, o in zip(*map(pytree.tree_leaves, (batch, original)), strict=True) if torch.is_tensor(t)
+        ]
+        self._counts = [None if t.is_inference() else t._version for t, _ in self._pairs]
+
+    @torch.no_grad()
+    def holds(self) -> bool:
+        """Whether it is as it was."""
+        return all(
+            bool(((t == o) | (t.isnan() & o.isnan())).all()) if count is None else t._version == count
+            for (t, o), count in zip(self._pairs, self._counts, strict=True)
+        )
+
+
 def _like(output: dict, row: dict) -> dict:
     """``row`` as a dict of the class of ``output``."""
     if type(output) is defaultdict:

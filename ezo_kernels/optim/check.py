@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import random
 import sys
@@ -41,6 +42,7 @@ class Checks:
         self._batch: tuple = ()
         self._drawn: tuple = ()
         self._rows: set[tuple] = set()
+        self._shared: set[tuple] = set()
 
     def begin(self) -> None:
         """A step begins."""
@@ -51,6 +53,15 @@ class Checks:
     def stacked(self, batch, groups: int) -> None:
         """Its batch runs as one, ``groups`` times."""
         self._batch = self._kind(batch, groups)
+
+    @property
+    def shares(self) -> bool:
+        """Whether all groups may be given one batch, as a trial of such a one has shown."""
+        return self._batch in self._shared
+
+    def share(self) -> None:
+        """All groups are given one batch of this kind from now on."""
+        self._shared.add(self._batch)
 
     def drawn(self, batch) -> None:
         """Its rows are drawn of this batch."""
@@ -114,6 +125,17 @@ def eagerly(now: bool):
     if not now or "torch._dynamo" not in sys.modules:  # nobody has compiled anything
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def quiet_fakes():
+    """A forward of fake tensors that may fail: torch logs that as an error of its own."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class RawReads(TorchFunctionMode):

@@ -63,7 +63,8 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         p_zero: fraction of zeros of ``sparse``.
         rounds: Philox rounds, 7 or 10.
         mode: ``stacked`` runs all groups as one batch in :meth:`train_step`, ``sequential`` one by one (inference memory of
-            one batch); ``auto`` stacks where the model allows it.
+            one batch); ``auto`` stacks where the model allows it. What comes before the first perturbed layer, such as
+            frozen layers, runs once for all groups of a stacked pass, unless the model joins its batch with what comes later.
         head_grad: the head learns from the ``mean`` over groups, or from the ``plus`` or ``minus`` ones.
         importance_rows: draw as many rows of a larger batch of :meth:`train_step`, by one plain forward of all of it, for all
             directions and the head (docs/recipes.md, Rows that matter); the loss is plain cross-entropy then. None: all rows.
@@ -277,12 +278,12 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         """One step on a batch: all groups as one stacked pass (or one by one, by ``mode``).
 
         Args:
-            x: [B, ...], or a tuple of arguments or a dict of them; tensors whose first dimension is B are stacked.
+            x: [B, ...], or a tuple of arguments or a dict of them; tensors whose first dimension is B are all groups'.
             y: what ``loss_fn`` takes beside the output.
             loss_fn: ``loss_fn(output, y)`` -> scalar, called once a group on that group's rows.
             update: False accumulates: the same z, losses and gradients averaged with those of the next calls, and nothing
                 changes until a call with True.
-            **model_kwargs: passed to the model, stacked like x.
+            **model_kwargs: passed to the model, as x.
 
         Returns:
             The mean loss over groups, a detached scalar on the device.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import traceback
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
-from .batches import call, parts_of, rows_of, stack
-from .check import checked_forward, eagerly, rows_apart, unvisited
+from .batches import Unwritten, call, copied, parts_of, rows_of, shapes_of, stack
+from .check import checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
 from .given import Given
 from .losses import grouped_losses, losses_and_gradient
 
@@ -147,13 +147,42 @@ class Passes:
         return run if self.head else closure
 
     def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
+        groups, rows = p.groups, rows_of(x)
+        batch = (x, kwargs)
+        self._checks.stacked(batch, groups)
+        new = self._checks.rows_are_new
+        stats = {module: list(own) for module, own in self.zo.batch_stats.items()} if new else {}
+        shared_rows = rows if self._checks.shares else None
+        output, losses, gradient, parts = self._together(p, rows, shared_rows, batch, y, loss_fn)
+        if new:
+            alone = self._held_apart(p, batch, output, losses, parts)
+            known = groups > 1 and shared_rows is None and not self._checks.rows_are_new
+            if known and self._may_share(p, rows, batch, output, alone):
+                del output, losses, gradient, parts
+                self._checks.share()
+                self.zo.batch_stats, shared_rows = stats, rows
+                output, losses, gradient, _ = self._together(p, rows, rows, batch, y, loss_fn)
+        if self.head:
+            with self._phase("head backward"), self.zo.backward(p, rows * groups, shared_rows):
+                if gradient is not None:
+                    torch.autograd.backward(output, gradient, inputs=self.head)
+                else:
+                    self._backward(losses)
+        if isinstance(losses, torch.Tensor):
+            return losses
+        return torch.stack([loss.detach().float().reshape(()) for loss in losses])
+
+    def _together(self, p: Perturbation, rows: int, shared_rows: int | None, batch, y, loss_fn) -> tuple:
+        """All groups at once, of a copy each or of one batch: the output, the losses and, if they were taken at once, the
+        gradient that the head learns from, else each group's part of the output.
+        """
         groups = p.groups
-        rows = rows_of(x)
-        self._checks.stacked((x, kwargs), groups)
+        x, kwargs = stack(batch, groups, rows) if shared_rows is None else batch
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             # what is looked at is not compiled: each group by itself would be a kind of its own
-            with self._phase("forward"), self.zo.running(p, rows * groups), eagerly(self._must_check_rows):
-                output = call(self.model, stack(x, groups, rows), stack(kwargs, groups, rows))
+            running = self.zo.running(p, rows * groups, shared_rows)
+            with self._phase("forward"), running, eagerly(self._must_check_rows):
+                output = call(self.model, x, kwargs)
             if not self._must_check:
                 self._require_visits()
             with self._phase("loss"):
@@ -164,29 +193,46 @@ class Passes:
                     for own in parts:
                         with given():
                             losses.append(self._loss(loss_fn(own, y)))
-        if self._must_check_rows:
-            stats = dict(self.zo.batch_stats)
-            parts = parts_of(output, groups) if parts is None else parts
-            with eagerly(True):
-                alone = self._alone(p, x, kwargs)
-            if not rows_apart(parts, alone):
-                raise NotStackedError(
-                    "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
-                    "a stacked pass would mix the groups; run them one by one (mode='sequential')"
-                )
-            self.zo.batch_stats = stats
-            # NaN is not told from NaN: a step that is skipped has shown nothing
-            if all(bool(torch.isfinite(loss).all()) for loss in losses):
-                self._checks.rows_passed()
-        if self.head:
-            with self._phase("head backward"), self.zo.backward(p, rows * groups):
-                if gradient is not None:
-                    torch.autograd.backward(output, gradient, inputs=self.head)
-                else:
-                    self._backward(losses)
-        if isinstance(losses, torch.Tensor):
-            return losses
-        return torch.stack([loss.detach().float().reshape(()) for loss in losses])
+        return output, losses, gradient, parts
+
+    def _held_apart(self, p: Perturbation, batch, output, losses, parts) -> list | None:
+        """The outputs of each group alone, which those of a first pass are held against; None of a fake one."""
+        if self._is_fake:
+            self._checks.rows_passed()
+            return None
+        stats = dict(self.zo.batch_stats)
+        parts = parts_of(output, p.groups) if parts is None else parts
+        with eagerly(True):
+            alone = self._alone(p, *batch)
+        if not rows_apart(parts, alone):
+            raise NotStackedError(
+                "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
+                "a stacked pass would mix the groups; run them one by one (mode='sequential')"
+            )
+        self.zo.batch_stats = stats
+        # NaN is not told from NaN: a step that is skipped has shown nothing
+        if all(bool(torch.isfinite(loss).all()) for loss in losses):
+            self._checks.rows_passed()
+        return alone
+
+    def _may_share(self, p: Perturbation, rows: int, batch, output, alone: list | None) -> bool:
+        """Whether all groups may be given one batch, by a trial: a model may write into it, or join what is every group's with
+        what is each one's own.
+        """
+        held, own = self.zo.batch_stats, batch if self._is_fake else copied(batch)
+        unwritten = Unwritten(own, batch)
+        self.zo.batch_stats = {}
+        try:
+            with torch.no_grad(), eagerly(True), quiet_fakes(), self.zo.running(p, rows * p.groups, rows):
+                shared = call(self.model, *own)
+            if alone is None:
+                return unwritten.holds() and shapes_of(shared) == shapes_of(output)
+            return unwritten.holds() and rows_apart(parts_of(shared, p.groups), alone)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the trial made
+            return False
+        finally:
+            self.zo.batch_stats = held
 
     def _grouped(self, loss_fn, output, y, groups: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The losses of all groups at once and, for a head, the gradient of the mean that it learns from; None: one by one."""
@@ -202,8 +248,7 @@ class Passes:
         outputs = []
         for g in range(p.groups):
             self.zo.batch_stats = {}
-            # copies, as the stacked batch is one: a forward may write into them
-            own, others = pytree.tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, (x, kwargs))
+            own, others = copied((x, kwargs))  # a forward may write into them
             with self.zo.running(group_pass(p, g)):
                 outputs.append(call(self.model, own, others))
         return outputs

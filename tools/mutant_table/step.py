@@ -8,6 +8,8 @@ _STEP = "ezo_kernels/optim/elastic_zo.py"
 _NN = "ezo_kernels/nn/"
 _UPDATES = "ezo_kernels/optim/updates.py"
 
+_SHARED = "tests/test_shared_batch.py"
+
 MUTANTS = (
     # what a step makes of its losses
     Mutant(
@@ -260,5 +262,41 @@ MUTANTS = (
         "    scale = scale * _weights(weight_ptr, r, counts)\n",
         "",
         "tests/interpret/test_cross_entropy.py -k weights",
+    ),
+    # one batch for all groups
+    Mutant(
+        "rows of all groups taken for the batch that they share",
+        "ezo_kernels/nn/context.py",
+        " and x.shape[0] % self.rows != 0",
+        "",
+        _SHARED,
+    ),
+    Mutant(
+        "a dropout before the first perturbed layer has one mask for all queries",
+        "ezo_kernels/nn/dropout.py",
+        "if shared and len(queries) > 1:",
+        "if shared and len(queries) > 99:",
+        _SHARED,
+    ),
+    Mutant(
+        "a forward that writes into its batch is given the one of all groups",
+        "ezo_kernels/optim/passes.py",
+        "return unwritten.holds() and rows_apart(",
+        "return rows_apart(",
+        _SHARED,
+    ),
+    Mutant(
+        "a batch is shared whatever came of it",
+        "ezo_kernels/optim/passes.py",
+        "rows_apart(parts_of(shared, p.groups), alone)",
+        "shared is not None",
+        _SHARED,
+    ),
+    Mutant(
+        "the first step is taken otherwise than those after it",
+        "ezo_kernels/optim/passes.py",
+        "                output, losses, gradient, _ = self._together(p, rows, rows, batch, y, loss_fn)\n",
+        "                output, losses, gradient, _ = self._together(p, rows, None, batch, y, loss_fn)\n",
+        _SHARED,
     ),
 )
