@@ -75,23 +75,23 @@ def seen_rows(module):
     return rows
 
 
-def trained(name, steps=3, state=None, **options):
+def trained(name, device="cpu", steps=3, **options):
     make, shape = MODELS[name]
-    model = ezo.convert_(seeded(make), head=options.pop("head", 1))
+    model = ezo.convert_(seeded(make).to(device), head=options.pop("head", 1))
     opt = ezo.ElasticZO(model, lr=1e-3, seed=3, mode="stacked", **options)
     losses = []
     for step in range(steps):
-        opt.train_step(*batch(shape, step))
+        opt.train_step(*(t.to(device) for t in batch(shape, step)))
         losses.append(opt.losses.clone())
     return model, torch.cat(losses)
 
 
 @pytest.mark.parametrize("options", [{}, {"queries": 3, "antithetic": False}, {"queries": 2, "head": 0}], ids=str)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "frozen"])
-def test_bits_are_those_of_a_copy_a_group(monkeypatch, name, options):
-    model, losses = trained(name, **options)
+def test_bits_are_those_of_a_copy_a_group(monkeypatch, device, name, options):
+    model, losses = trained(name, device, **options)
     with copies_for_all(monkeypatch):
-        other, same = trained(name, **options)
+        other, same = trained(name, device, **options)
     assert torch.equal(losses, same)
     for key, value in model.state_dict().items():
         assert torch.equal(bits(value), bits(other.state_dict()[key])), key
