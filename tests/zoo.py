@@ -120,10 +120,14 @@ class Conv1D(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2 block and a language-model head tied to the token embedding; call it as model(ids, labels=ids)."""
+    """A GPT-2 block and a language-model head tied to the token embedding; call it as model(ids, labels=ids).
 
-    def __init__(self, vocabulary: int = 37, dim: int = 16, tied: bool = True) -> None:
+    ``one_row``: positions are [1, T], as Hugging Face has them, not [T].
+    """
+
+    def __init__(self, vocabulary: int = 37, dim: int = 16, tied: bool = True, one_row: bool = False) -> None:
         super().__init__()
+        self.one_row = one_row
         self.wte, self.wpe = nn.Embedding(vocabulary, dim), nn.Embedding(32, dim)
         self.ln_1, self.ln_2, self.ln_f = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.c_attn, self.c_proj = Conv1D(3 * dim, dim), Conv1D(dim, dim)
@@ -134,7 +138,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def forward(self, input_ids, labels=None):
-        x = self.drop(self.wte(input_ids) + self.wpe(torch.arange(input_ids.shape[1], device=input_ids.device)))
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.drop(self.wte(input_ids) + self.wpe(positions[None] if self.one_row else positions))
         q, k, v = self.c_attn(self.ln_1(x)).chunk(3, -1)
         att = (q @ k.transpose(1, 2)) / math.sqrt(q.shape[-1])
         mask = torch.ones(att.shape[1:], dtype=torch.bool, device=att.device).tril()

@@ -51,6 +51,7 @@ class ZOContext:
         rows: rows of the whole stacked batch, or None when groups run one by one.
         shared_rows: rows of the batch that all groups are given as one, until a layer that is perturbed makes each its own;
             None where each has its copy of it.
+        lengths: second dimensions of what the batch holds: the tokens of a sequence.
         manifest: every trunk parameter, by site.
         visited: sites that the last pass perturbed.
         traced: part of the last pass was compiled code, which does not fill ``visited`` (its contents would be guarded).
@@ -67,6 +68,7 @@ class ZOContext:
     own: dict[int, dict] = field(default_factory=dict)
     rows: int | None = None
     shared_rows: int | None = None
+    lengths: frozenset[int] = frozenset()
     manifest: tuple[Site, ...] = ()
     visited: set[int] | None = None
     traced: bool = False
@@ -118,6 +120,14 @@ class ZOContext:
         if self.shared_rows is None or not isinstance(x, torch.Tensor) or not x.dim():
             return False
         return x.shape[0] % self.shared_rows == 0 and x.shape[0] % self.rows != 0
+
+    def is_common(self, ids: torch.Tensor) -> bool:
+        """Whether every row of a stacked batch has these ``ids``, as positions: [1, T], or [T] where the batch is [B, T]."""
+        if self.rows is None or not ids.dim() or self.is_shared(ids):
+            return False
+        if ids.dim() > 1:
+            return ids.shape[0] == 1 < self.rows
+        return ids.shape[0] in self.lengths and ids.shape[0] != self.rows
 
     def require_rows(self, x: torch.Tensor, name: str, site: int) -> bool:
         """Whether all groups share ``x`` (:meth:`is_shared`).

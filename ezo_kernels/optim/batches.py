@@ -41,6 +41,11 @@ def copied(batch):
     return pytree.tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
 
 
+def lengths_of(batch) -> frozenset[int]:
+    """Second dimensions of its tensors."""
+    return frozenset(t.shape[1] for t in pytree.tree_leaves(batch) if torch.is_tensor(t) and t.dim() > 1)
+
+
 def shapes_of(batch) -> list:
     """Shapes of its tensors, in order."""
     return [leaf.shape for leaf in pytree.tree_leaves(batch) if torch.is_tensor(leaf)]

@@ -11,7 +11,7 @@ import torch
 from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
-from .batches import Unwritten, call, copied, parts_of, rows_of, shapes_of, stack
+from .batches import Unwritten, call, copied, lengths_of, parts_of, rows_of, shapes_of, stack
 from .check import checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
 from .given import Given
 from .losses import grouped_losses, losses_and_gradient
@@ -150,6 +150,7 @@ class Passes:
         groups, rows = p.groups, rows_of(x)
         batch = (x, kwargs)
         self._checks.stacked(batch, groups)
+        self.zo.lengths = lengths_of(batch)
         new = self._checks.rows_are_new
         stats = {module: list(own) for module, own in self.zo.batch_stats.items()} if new else {}
         shared_rows = rows if self._checks.shares else None

@@ -286,6 +286,13 @@ MUTANTS = (
         _SHARED,
     ),
     Mutant(
+        "positions taken for rows",
+        "ezo_kernels/nn/embedding.py",
+        "if self.zo.is_common(input):",
+        "if False:",
+        "tests/test_others.py -k gpt",
+    ),
+    Mutant(
         "a batch is shared whatever came of it",
         "ezo_kernels/optim/passes.py",
         "rows_apart(parts_of(shared, p.groups), alone)",
