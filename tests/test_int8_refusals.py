@@ -372,3 +372,12 @@ def test_a_failed_forward_does_not_wedge_the_model():
     hook.remove()
     other = ezo.ElasticZOInt8(lenet())
     assert steps(opt, 2) == steps(other, 2) and same(state(model), state(other.model))
+
+
+@pytest.mark.parametrize("scheduler", [torch.optim.lr_scheduler.CosineAnnealingLR, torch.optim.lr_scheduler.StepLR])
+def test_a_scheduler_of_learning_rates_is_told_which_one_to_use(scheduler):
+    opt = ezo.ElasticZOInt8(ezo.convert_(ezo.models.LeNet5(), precision="int8"))
+    with pytest.raises(KeyError, match="no learning rate.*IntegerSchedule"):
+        scheduler(opt, 10)
+    with pytest.raises(KeyError, match="^'width'$"):
+        opt.param_groups[0]["width"]

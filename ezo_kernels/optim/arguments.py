@@ -55,3 +55,16 @@ def check_antithetic(antithetic: bool, queries: int, head_grad: str) -> None:
         raise ValueError(
             f"antithetic=False, one sign a query, needs 2 queries or more and head_grad 'mean', got {queries} and {head_grad!r}"
         )
+
+
+class IntegerGroup(dict):
+    """A ``param_groups`` entry of steps in integers; says what to use instead to those who ask for a learning rate."""
+
+    def __missing__(self, key):
+        rates = ("lr", "initial_lr", "momentum", "betas")
+        raise KeyError(
+            f"{key}: steps in integers have no learning rate for torch's schedulers; ezo_kernels.optim.IntegerSchedule moves "
+            "bits, r_max and p_zero"
+            if key in rates
+            else key
+        )

@@ -31,7 +31,7 @@ from ..ops.int8_pass import GRADIENT_SITE, IntegerPerturbation, check_rounding, 
 from ..ops.int8_tensor import Int8Tensor
 from ..ops.int8_update import Int8UpdatePlan, check_bits, int8_update_, update_shift
 from ..ops.noise import Noise, check_index, rng_version
-from .arguments import check_antithetic
+from .arguments import IntegerGroup, check_antithetic
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .check import Places
 from .int8_memory import Int8Memory
@@ -162,7 +162,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
                 )
         if faults:
             raise ValueError("; ".join(faults))
-        torch.optim.Optimizer.__init__(self, [trunk, head], {})
+        torch.optim.Optimizer.__init__(self, [IntegerGroup(trunk), IntegerGroup(head)], {})
         self.activation_rounding = activation_rounding
         self._strategies = dict.fromkeys(layers.values(), "buffer")
         for (
