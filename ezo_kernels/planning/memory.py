@@ -317,7 +317,7 @@ def memory_plan(model: nn.Module, sample, *, loss_fn=F.cross_entropy, queries: i
         cuts = all_cuts(twin, x)
         if len(cuts) == 1:
             raise ValueError("the model runs no weight layer: there is nothing to cut")
-        tally = tally_of(twin, x)
+        tally = tally_of(twin, x, cuts=cuts)
         if real_y is None:
             y = _classes(twin, x)
         _check_targets(twin, x, y, loss_fn)

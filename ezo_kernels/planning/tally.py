@@ -56,9 +56,9 @@ def paper_bytes(model: nn.Module, x, head, *, integer: bool = False) -> int:
         return _tally(twin, batch, all_cuts(twin, batch), [resolve_head(twin, head, batch)], integer)[0]
 
 
-def tally_of(model: nn.Module, x, *, integer: bool = False) -> tuple[int, ...]:
-    """:func:`paper_tally` of a fake model and batch."""
-    cuts = all_cuts(model, x)
+def tally_of(model: nn.Module, x, *, cuts=None, integer: bool = False) -> tuple[int, ...]:
+    """:func:`paper_tally` of a fake model and batch; ``cuts`` if they are known."""
+    cuts = all_cuts(model, x) if cuts is None else cuts
     heads = [*cuts[:-1], ("",)] if len(cuts) > 1 else cuts
     return _tally(model, x, cuts, heads, integer)
 
@@ -82,6 +82,11 @@ def _tally(model: nn.Module, x, cuts, heads, integer: bool) -> tuple[int, ...]:
     finally:
         for handle in hooks:
             handle.remove()
+    if left := [name for name in layers if name not in given]:
+        raise ValueError(
+            f"the forward ran {', '.join(map(repr, left))} once and not the next time: a model that leaves out layers "
+            "by chance has no plan; call eval() on it, or set its rate to 0"
+        )
     after = [*layers[1:], None]
     held = {}
     for name, following in zip(layers, after, strict=True):
