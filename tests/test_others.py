@@ -147,7 +147,7 @@ def test_dropout_masks_are_the_same_for_both_signs_and_fresh_each_step():
     ezo.convert_(model, head=["net.7"])
     opt = ezo.ElasticZO(model, queries=2, mode="stacked", eps=1e-6)
     opt.train_step(x, y)
-    a = seen[-1].chunk(4)  # before it the first step's check ran them otherwise
+    a = seen[-1 - 4].chunk(4)  # the stacked pass; the first step's check then ran each group alone
     assert torch.equal(a[0], a[1]) and torch.equal(a[2], a[3]) and not torch.equal(a[0], a[2])
     assert 0.3 < a[0].float().mean() < 0.9
     opt.train_step(x, y)

@@ -64,7 +64,7 @@ def batch(shape, step=0):
 @contextlib.contextmanager
 def copies_for_all(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Checks, "share", lambda self: None)
+        patch.setattr(Checks, "may_share", False)
         yield
 
 
@@ -178,6 +178,115 @@ class Tokens(Skips):
         return self.b(torch.tanh(self.a(x.flatten(0, 1))).view(-1, 2, 8).mean(1))
 
 
+class Frames(nn.Module):
+    """A convolution of each frame, and the mean over time: [B, 4, 2, 4, 4] has as many rows as all groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x.flatten(0, 1))).mean((2, 3))
+        return self.b(h.view(-1, x.shape[1], 8).mean(1))
+
+
+class Adapter(nn.Module):
+    """A branch of tokens that begins at zero: whose rows are whose does not show in the first losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.skip, self.a, self.z, self.b = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        nn.init.zeros_(self.z.weight), nn.init.zeros_(self.z.bias)
+
+    def forward(self, x):
+        branch = torch.tanh(self.a(x.reshape(-1, 8))).view(-1, x.shape[1], 8).mean(1)
+        return self.b(self.skip(x).mean(1) + self.z(branch))
+
+
+class WithLengths(Skips):
+    """Gives what is of every group beside what is each one's own."""
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x))), (1000 * x[:, 0]).long() % 3 + 1
+
+
+class ByValue(Skips):
+    """Takes another way for other values: rows as [B, 2, 8], or as [2 B, 8]."""
+
+    def forward(self, x):
+        h = self.a(x) if x.sum() > 0 else self.a(x.flatten(0, 1)).view(-1, 2, 8)
+        return self.b(torch.tanh(h).mean(1))
+
+
+class Flattens(Skips):
+    """Needs a batch that is densely strided."""
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x.view(-1, 8))))
+
+
+def loss_of(out, y):
+    if not isinstance(out, tuple):
+        return F.cross_entropy(out, y)
+    return (F.cross_entropy(out[0], y, reduction="none") * out[1]).mean()
+
+
+HARD = {
+    "frames": (Frames, (ROWS, 4, 2, 4, 4), torch.float32),
+    "frames in bf16": (Frames, (ROWS, 4, 2, 4, 4), torch.bfloat16),  # whose rounding hides more than a group's share
+    "a branch of zeros": (Adapter, (ROWS, 4, 8), torch.float32),
+    "outputs of integers": (WithLengths, (ROWS, 8), torch.float32),
+    "outputs of integers, two rows": (WithLengths, (2, 8), torch.float32),  # as many as the groups
+    "another way by value": (ByValue, (ROWS, 2, 8), torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_what_rows_do_not_show_is_seen(case):
+    """What perturbed layers made is followed through a first pass; what later ones ask is held against it."""
+    make, shape, dtype = HARD[case]
+    found = {}
+    for mode in ("stacked", "sequential"):
+        model = ezo.convert_(seeded(make).to(dtype))
+        opt = ezo.ElasticZO(model, lr=1e-3, eps=1e-2, seed=3, mode=mode)
+        losses = []
+        for step in range(4):
+            x, y = batch(shape, step)
+            x = x.abs() if step < 2 else -x.abs()
+            opt.train_step(x.to(dtype), y, loss_of)
+            losses.append(opt.losses.clone())
+        found[mode] = torch.cat(losses)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found["stacked"], found["sequential"], **tolerance)
+
+
+def test_a_batch_that_is_strided_is_made_dense():
+    model = ezo.convert_(seeded(Flattens))
+    opt = ezo.ElasticZO(model, mode="stacked")
+    images = torch.randn(ROWS, 4, 6)
+    for x in (torch.randn(ROWS, 2, 4), images[:, 1:3, 1:5], images[:, 1:3, 1:5]):
+        opt.train_step(x, batch((ROWS, 8))[1])
+    rows = seen_rows(model.a)
+    opt.train_step(images[:, 1:3, 1:5], batch((ROWS, 8))[1])
+    assert rows == [ROWS] and opt.skipped == 0
+
+
+def test_bits_do_not_depend_on_where_a_batch_lies():
+    """Memory of NumPy's begins at multiples of 16 bytes, and a library's product by where it begins."""
+    states = []
+    for offset in (0, 1, 2, 3, 4):
+        model = seeded(lambda: nn.Sequential(nn.Linear(67, 130), nn.Tanh(), nn.Linear(130, 5)))
+        model[0].requires_grad_(False)
+        opt = ezo.ElasticZO(ezo.convert_(model), lr=1e-2, seed=3, mode="stacked")
+        for step in range(2):
+            x, y = batch((3, 67), step)
+            memory = torch.empty(x.numel() + offset)
+            memory[offset:] = x.flatten()
+            opt.train_step(memory[offset:].view(3, 67), y)
+        states.append(bits(model[2].weight))
+    assert all(torch.equal(states[0], other) for other in states[1:])
+
+
 @pytest.mark.parametrize("mode", ["stacked", "auto"])
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("cls", [Skips, CountsRows, Scales, Tokens])
@@ -223,6 +332,6 @@ def test_a_loss_that_is_not_finite_decides_nothing():
     assert opt.skipped == 1
     first = seen_rows(model[0])
     opt.train_step(x, y)
-    assert first == [2 * ROWS, ROWS, ROWS, ROWS, ROWS]  # copies, each group alone, the trial, the step
+    assert first == [ROWS, ROWS, ROWS]  # the step, and each group alone
     opt.train_step(x, y)
-    assert first[5:] == [ROWS]
+    assert first[3:] == [ROWS]

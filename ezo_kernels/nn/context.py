@@ -51,6 +51,9 @@ class ZOContext:
         rows: rows of the whole stacked batch, or None when groups run one by one.
         shared_rows: rows of the batch that all groups are given as one, until a layer that is perturbed makes each its own;
             None where each has its copy of it.
+        asked: (rows, whether they are shared) of what layers asked about, in order, where a batch is shared.
+        unheard: compiled code asked, which does not fill ``asked``.
+        provenance: in a first pass, what tells whether a tensor is each group's own (:class:`ezo_kernels.optim.check.Own`).
         lengths: second dimensions of what the batch holds: the tokens of a sequence.
         manifest: every trunk parameter, by site.
         visited: sites that the last pass perturbed.
@@ -68,6 +71,9 @@ class ZOContext:
     own: dict[int, dict] = field(default_factory=dict)
     rows: int | None = None
     shared_rows: int | None = None
+    asked: list = field(default_factory=list)
+    unheard: bool = False
+    provenance: object = None
     lengths: frozenset[int] = frozenset()
     manifest: tuple[Site, ...] = ()
     visited: set[int] | None = None
@@ -114,12 +120,30 @@ class ZOContext:
     def is_shared(self, x) -> bool:
         """Whether ``x`` is of all groups: no layer before has perturbed it.
 
-        By its rows alone. One that has as many as all groups' batches, for it has tokens as rows, is taken for theirs: the
-        outputs of a first pass, held against each group's own, tell.
+        By its rows alone. A first pass knows better (:meth:`_ask`), and later ones have to ask what it asked.
         """
         if self.shared_rows is None or not isinstance(x, torch.Tensor) or not x.dim():
             return False
-        return x.shape[0] % self.shared_rows == 0 and x.shape[0] % self.rows != 0
+        shared = x.shape[0] % self.shared_rows == 0 and x.shape[0] % self.rows != 0
+        self._ask(x, shared)
+        return shared
+
+    def _ask(self, x: torch.Tensor, shared: bool) -> None:
+        """Note what a layer is told of its input; in a first pass refuse a guess that is wrong."""
+        if self.shared_rows is None:
+            return
+        if torch.compiler.is_compiling():
+            self.unheard = True
+            return
+        self.asked.append((x.shape[0], shared))
+        if self.provenance is not None and self.provenance.holds(x) == shared:
+            raise NotStackedError(f"the rows of x {tuple(x.shape)} do not show whose they are")
+
+    def made(self, y):
+        """``y``, noted as each group's own in a first pass."""
+        if self.provenance is not None and not torch.compiler.is_compiling():
+            self.provenance.mark(y)
+        return y
 
     def is_common(self, ids: torch.Tensor) -> bool:
         """Whether every row of a stacked batch has these ``ids``, as positions: [1, T], or [T] where the batch is [B, T]."""
@@ -154,7 +178,7 @@ class ZOContext:
         if self.p is not None:
             raise RuntimeError("a zeroth-order pass is already running on this model")
         self._enter(p, rows, shared_rows)
-        self.calls = {}
+        self.calls, self.asked, self.unheard = {}, [], False
         self.traced = False
         if self.visited is not None:
             self.visited = set()
@@ -194,7 +218,10 @@ class ZOContext:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return False
         unit = self.rows if self.rows is not None else self.p.groups
-        return value.shape[0] > 0 and value.shape[0] % unit == 0
+        stacked = value.shape[0] > 0 and value.shape[0] % unit == 0
+        if stacked:
+            self._ask(value, False)
+        return stacked
 
     def parts(self, value: torch.Tensor):
         """The rows of each group of a stacked tensor, in order, aligned so that every group runs alike."""

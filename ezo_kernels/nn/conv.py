@@ -65,7 +65,7 @@ class _ZOConv:
             strategy=conv_strategy(self.zo.strategy),
             **finish,
         )
-        return y.squeeze(0) if single else y
+        return self.zo.made(y.squeeze(0) if single else y)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"

@@ -52,7 +52,7 @@ class ZODropout(nn.modules.dropout._DropoutNd):
         p, queries = zo.p, [0] if zo.one_mask else range(zo.p.query, zo.p.query + zo.p.queries)
         shared = zo.is_shared(input)
         if shared and len(queries) > 1:
-            input, shared = torch.cat([input] * p.groups), False
+            input, shared = zo.made(torch.cat([input] * p.groups)), False
         if p.groups > 1 and not shared and (input.dim() == 0 or input.shape[0] % p.groups):
             raise NotStackedError(
                 f"Dropout: x {tuple(input.shape)} does not hold the {p.groups} groups of this pass along dimension 0; run them "

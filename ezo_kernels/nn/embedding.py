@@ -31,9 +31,10 @@ class ZOEmbedding(nn.Embedding):
             return super().forward(input)
         self.zo.visit(self.site)
         if self.zo.is_common(input):
-            return self._of_every_row(input)
+            return self.zo.made(self._of_every_row(input))
         shared = self.zo.require_rows(input, "Embedding", self.site)
-        return perturbed_embedding(input, self.weight, self.zo.of(self.site), site=self.site, shared=shared)
+        y = perturbed_embedding(input, self.weight, self.zo.of(self.site), site=self.site, shared=shared)
+        return self.zo.made(y)
 
     def _of_every_row(self, ids: torch.Tensor) -> torch.Tensor:
         p = self.zo.of(self.site)

@@ -180,7 +180,7 @@ def _run(module: Grouped, forward, args, kwargs):
             return forward(*args, **kwargs)
     if not module.owned and not module._modules and len(args) == 1 and not kwargs and zo.is_stacked(args[0]):
         # nothing to swap or to narrow
-        return _joined(module, (forward(own) for own in zo.parts(args[0])))
+        return zo.made(_joined(module, (forward(own) for own in zo.parts(args[0]))))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if not any(zo.is_stacked(leaf) or zo.is_shared(leaf) for leaf in leaves):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -203,7 +203,7 @@ def _run(module: Grouped, forward, args, kwargs):
             yield out
             del out
 
-    return _joined(module, one_by_one())
+    return zo.made(_joined(module, one_by_one()))
 
 
 def _mask_of_all(module: Grouped, args, kwargs) -> torch.Tensor | None:

@@ -55,10 +55,11 @@ class ZOLinear(EndsInRelu, nn.Linear):
             return F.relu(y) if relu else y
         self.zo.visit(self.site, self.bias_site)
         shared = self.zo.require_rows(input, "Linear", self.site)
-        return perturbed_linear(
+        y = perturbed_linear(
             input, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0,
             shared=shared, strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight), relu=relu,
         )  # fmt: skip
+        return self.zo.made(y)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"
@@ -93,10 +94,11 @@ class ZOTransposedLinear(nn.Module):
             return self.plain_class.forward(self, x)
         self.zo.visit(self.site, self.bias_site)
         shared = self.zo.require_rows(x, "Conv1D", self.site)
-        return perturbed_linear(
+        y = perturbed_linear(
             x, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0, shared=shared,
             transposed=True, strategy=self.zo.strategy,
         )  # fmt: skip
+        return self.zo.made(y)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, site={self.site}"

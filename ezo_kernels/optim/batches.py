@@ -46,9 +46,18 @@ def lengths_of(batch) -> frozenset[int]:
     return frozenset(t.shape[1] for t in pytree.tree_leaves(batch) if torch.is_tensor(t) and t.dim() > 1)
 
 
-def shapes_of(batch) -> list:
-    """Shapes of its tensors, in order."""
-    return [leaf.shape for leaf in pytree.tree_leaves(batch) if torch.is_tensor(leaf)]
+def dense(batch, rows: int):
+    """``batch``, of whose tensors those of its ``rows`` are copied that are not densely strided, or begin where a library's
+    kernels may have other bits.
+    """
+
+    def own(leaf):
+        if not (isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == rows):
+            return leaf
+        elsewhere = type(leaf) is torch.Tensor and leaf.device.type == "cpu" and leaf.data_ptr() % 64  # NumPy's, say
+        return leaf if aligned(leaf) is leaf and not elsewhere else torch.cat([leaf])
+
+    return pytree.tree_map(own, batch)
 
 
 class Unwritten:

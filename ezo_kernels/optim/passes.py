@@ -7,12 +7,13 @@ import numbers
 import traceback
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
-from .batches import Unwritten, call, copied, lengths_of, parts_of, rows_of, shapes_of, stack
-from .check import checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
+from .batches import Unwritten, call, copied, dense, lengths_of, parts_of, rows_of, stack
+from .check import Own, checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
 from .given import Given
 from .losses import grouped_losses, losses_and_gradient
 
@@ -147,24 +148,30 @@ class Passes:
         return run if self.head else closure
 
     def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
-        groups, rows = p.groups, rows_of(x)
-        batch = (x, kwargs)
-        self._checks.stacked(batch, groups)
+        rows, batch = rows_of(x), (x, kwargs)
+        self._checks.stacked(batch, p.groups)
         self.zo.lengths = lengths_of(batch)
-        new = self._checks.rows_are_new
-        stats = {module: list(own) for module, own in self.zo.batch_stats.items()} if new else {}
-        shared_rows = rows if self._checks.shares else None
-        output, losses, gradient, parts = self._together(p, rows, shared_rows, batch, y, loss_fn)
-        if new:
-            alone = self._held_apart(p, batch, output, losses, parts)
-            known = groups > 1 and shared_rows is None and not self._checks.rows_are_new
-            if known and self._may_share(p, rows, batch, output, alone):
-                del output, losses, gradient, parts
-                self._checks.share()
-                self.zo.batch_stats, shared_rows = stats, rows
-                output, losses, gradient, _ = self._together(p, rows, rows, batch, y, loss_fn)
+        new, alone = self._checks.rows_are_new, None
+        shared_rows, done = rows, self._of_one_batch(p, rows, batch, y, loss_fn)
+        if new and not self._is_fake and done is not None:
+            alone = self._each_alone(p, batch)
+        if done is None or not self._agrees(done, p, alone):
+            self._checks.copy()
+            shared_rows, done = None, None  # nothing of the first try is held
+            done = self._together(p, rows, None, stack(batch, p.groups, rows), y, loss_fn)
+            if new and not self._is_fake:
+                alone = self._each_alone(p, batch) if alone is None else alone
+            if not self._agrees(done, p, alone):
+                raise NotStackedError(
+                    "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
+                    "a stacked pass would mix the groups; run them one by one (mode='sequential')"
+                )
+        output, losses, gradient, _ = done
+        del done, alone
+        if new and (self._is_fake or all(bool(torch.isfinite(loss).all()) for loss in losses)):
+            self._checks.rows_passed()
         if self.head:
-            with self._phase("head backward"), self.zo.backward(p, rows * groups, shared_rows):
+            with self._phase("head backward"), self.zo.backward(p, rows * p.groups, shared_rows):
                 if gradient is not None:
                     torch.autograd.backward(output, gradient, inputs=self.head)
                 else:
@@ -173,17 +180,46 @@ class Passes:
             return losses
         return torch.stack([loss.detach().float().reshape(()) for loss in losses])
 
-    def _together(self, p: Perturbation, rows: int, shared_rows: int | None, batch, y, loss_fn) -> tuple:
-        """All groups at once, of a copy each or of one batch: the output, the losses and, if they were taken at once, the
-        gradient that the head learns from, else each group's part of the output.
+    def _of_one_batch(self, p: Perturbation, rows: int, batch, y, loss_fn) -> tuple | None:
+        """:meth:`_together` of one batch for all groups; None where a model cannot take that.
+
+        It may write into its batch, join what is every group's with what is each one's own, or take another way than in a
+        first pass, in which it was seen what is whose.
         """
-        groups = p.groups
-        x, kwargs = stack(batch, groups, rows) if shared_rows is None else batch
+        if p.groups == 1 or not self._checks.may_share:
+            return None
+        zo, new = self.zo, self._checks.rows_are_new
+        stats = {module: list(own) for module, own in zo.batch_stats.items()}
+        own = dense(batch, rows)
+        if new and not self._is_fake:
+            own = copied(own)
+        unwritten = Unwritten(own, batch) if new else None
+        try:
+            with quiet_fakes() if self._is_fake else contextlib.nullcontext():
+                done = self._together(p, rows, rows, own, y, loss_fn, unwritten)
+            if new:
+                self._checks.shares(zo.asked)
+            if self._checks.as_before(zo):
+                return done
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the pass had made
+        zo.batch_stats = stats
+        return None
+
+    def _together(
+        self, p: Perturbation, rows: int, shared_rows: int | None, batch, y, loss_fn, unwritten: Unwritten | None = None
+    ) -> tuple:
+        """All groups at once: the output, the losses and, if they were taken at once, the gradient that the head learns from,
+        else each group's part of the output. ``unwritten``, of a first pass of one batch, sees whether it can be shared.
+        """
+        groups, (x, kwargs) = p.groups, batch
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             # what is looked at is not compiled: each group by itself would be a kind of its own
             running = self.zo.running(p, rows * groups, shared_rows)
             with self._phase("forward"), running, eagerly(self._must_check_rows):
-                output = call(self.model, x, kwargs)
+                output = self._seen(x, kwargs, unwritten) if unwritten is not None else call(self.model, x, kwargs)
             if not self._must_check:
                 self._require_visits()
             with self._phase("loss"):
@@ -196,44 +232,33 @@ class Passes:
                             losses.append(self._loss(loss_fn(own, y)))
         return output, losses, gradient, parts
 
-    def _held_apart(self, p: Perturbation, batch, output, losses, parts) -> list | None:
-        """The outputs of each group alone, which those of a first pass are held against; None of a fake one."""
-        if self._is_fake:
-            self._checks.rows_passed()
-            return None
-        stats = dict(self.zo.batch_stats)
-        parts = parts_of(output, p.groups) if parts is None else parts
-        with eagerly(True):
-            alone = self._alone(p, *batch)
-        if not rows_apart(parts, alone):
-            raise NotStackedError(
-                "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
-                "a stacked pass would mix the groups; run them one by one (mode='sequential')"
-            )
-        self.zo.batch_stats = stats
-        # NaN is not told from NaN: a step that is skipped has shown nothing
-        if all(bool(torch.isfinite(loss).all()) for loss in losses):
-            self._checks.rows_passed()
-        return alone
-
-    def _may_share(self, p: Perturbation, rows: int, batch, output, alone: list | None) -> bool:
-        """Whether all groups may be given one batch, by a trial: a model may write into it, or join what is every group's with
-        what is each one's own.
-        """
-        held, own = self.zo.batch_stats, batch if self._is_fake else copied(batch)
-        unwritten = Unwritten(own, batch)
-        self.zo.batch_stats = {}
+    def _seen(self, x, kwargs, unwritten: Unwritten):
+        """The model's output on one batch for all groups, while what is whose is followed; NotStackedError if that is lost."""
+        self.zo.provenance = provenance = Own()
         try:
-            with torch.no_grad(), eagerly(True), quiet_fakes(), self.zo.running(p, rows * p.groups, rows):
-                shared = call(self.model, *own)
-            if alone is None:
-                return unwritten.holds() and shapes_of(shared) == shapes_of(output)
-            return unwritten.holds() and rows_apart(parts_of(shared, p.groups), alone)
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold what the trial made
-            return False
+            with provenance:
+                output = call(self.model, x, kwargs)
         finally:
-            self.zo.batch_stats = held
+            self.zo.provenance = None
+        tensors = [t for t in pytree.tree_leaves(output) if torch.is_tensor(t)]
+        if not unwritten.holds() or not all(map(provenance.holds, tensors)):
+            raise NotStackedError("the forward writes into its batch, or gives what is every group's")
+        return output
+
+    def _each_alone(self, p: Perturbation, batch) -> list:
+        """The outputs of each group alone, which those of a first pass are held against."""
+        stats = self.zo.batch_stats
+        try:
+            with eagerly(True):
+                return self._alone(p, *batch)
+        finally:
+            self.zo.batch_stats = stats
+
+    @staticmethod
+    def _agrees(done: tuple, p: Perturbation, alone: list | None) -> bool:
+        """Whether a pass of all groups gave each of them what it gives alone, as far as that is known."""
+        output, _, _, parts = done
+        return alone is None or rows_apart(parts_of(output, p.groups) if parts is None else parts, alone)
 
     def _grouped(self, loss_fn, output, y, groups: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The losses of all groups at once and, for a head, the gradient of the mean that it learns from; None: one by one."""

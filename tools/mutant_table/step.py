@@ -281,8 +281,36 @@ MUTANTS = (
     Mutant(
         "a forward that writes into its batch is given the one of all groups",
         "ezo_kernels/optim/passes.py",
-        "return unwritten.holds() and rows_apart(",
-        "return rows_apart(",
+        "if not unwritten.holds() or not all(",
+        "if not all(",
+        _SHARED,
+    ),
+    Mutant(
+        "outputs that are of every group are taken for each one's own",
+        "ezo_kernels/optim/passes.py",
+        "if not unwritten.holds() or not all(map(provenance.holds, tensors)):",
+        "if not unwritten.holds():",
+        _SHARED,
+    ),
+    Mutant(
+        "whose rows are whose is guessed",
+        "ezo_kernels/nn/context.py",
+        "if self.provenance is not None and self.provenance.holds(x) == shared:",
+        "if False:",
+        _SHARED,
+    ),
+    Mutant(
+        "a later batch may take any way through the model",
+        "ezo_kernels/optim/check.py",
+        "or zo.asked == self._shared[self._batch]",
+        "or True",
+        _SHARED,
+    ),
+    Mutant(
+        "a batch that lies anywhere is given to the model as it is",
+        "ezo_kernels/optim/batches.py",
+        "return leaf if aligned(leaf) is leaf and not elsewhere else torch.cat([leaf])",
+        "return leaf",
         _SHARED,
     ),
     Mutant(
@@ -291,19 +319,5 @@ MUTANTS = (
         "if self.zo.is_common(input):",
         "if False:",
         "tests/test_others.py -k gpt",
-    ),
-    Mutant(
-        "a batch is shared whatever came of it",
-        "ezo_kernels/optim/passes.py",
-        "rows_apart(parts_of(shared, p.groups), alone)",
-        "shared is not None",
-        _SHARED,
-    ),
-    Mutant(
-        "the first step is taken otherwise than those after it",
-        "ezo_kernels/optim/passes.py",
-        "                output, losses, gradient, _ = self._together(p, rows, rows, batch, y, loss_fn)\n",
-        "                output, losses, gradient, _ = self._together(p, rows, None, batch, y, loss_fn)\n",
-        _SHARED,
     ),
 )
