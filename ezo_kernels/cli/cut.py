@@ -12,7 +12,7 @@ from ..planning import choose_cut
 from ..planning.signal import MICRO_BATCHES, draw_classes
 from . import outputs, system
 from .recipe import Recipe
-from .run import build_model, data_for, inputs, loss_fn
+from .run import build_model, data_for, inputs, loss_fn, owned
 
 SPLITS = ("train", "valid", "test")
 #: Batches of training images that ``ezo cut`` and the experiment ``partition`` estimate gains from, so that each micro-batch is
@@ -34,7 +34,7 @@ def first_batch(recipe: Recipe, data: Dataset, device: torch.device):
     few = {f"{kind}_{split}": getattr(data, f"{kind}_{split}")[: recipe.batch] for kind in "xy" for split in SPLITS}
     data = data_for(recipe, replace(data, **few))
     x = inputs(data.x_train, data.name, recipe.precision)
-    return x.to(device), torch.from_numpy(data.y_train).to(device)
+    return owned(x, device), torch.from_numpy(data.y_train).to(device)
 
 
 def signal_rows(recipe: Recipe, data: Dataset, device: torch.device):

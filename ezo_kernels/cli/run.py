@@ -60,6 +60,11 @@ def inputs(images, name: str, precision: str):
     return quantize_images(images, name) if precision == "int8" else standardize(images, name, DTYPES[precision])
 
 
+def owned(x, device: torch.device):
+    """A batch on the device in torch's own memory, as a loader gives it: NumPy's begins anywhere, and a step copies that."""
+    return x.to(device) if isinstance(x, Int8Tensor) else x.to(device, copy=True)
+
+
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, x, y: torch.Tensor) -> float:
     """The fraction of rows of x whose largest logit is at the label.

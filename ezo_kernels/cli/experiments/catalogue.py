@@ -220,7 +220,7 @@ _ALL = (
     ),
     Experiment(
         "importance", "the recipes of baseline, and on rows of larger batches drawn by importance, at equal forwards",
-        importance, (VALID, SECONDS, STEP_MS), (VALID,), epochs=64,
+        importance, (VALID, TEST, SECONDS, STEP_MS), (VALID, TEST), epochs=64,
     ),
     Experiment(
         "epsilon", "eps over three orders of magnitude, and one computed from gradient statistics", epsilon,

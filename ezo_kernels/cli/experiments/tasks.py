@@ -17,7 +17,7 @@ from ...planning.tally import paper_bytes
 from ..cut import first_batch, signal_rows
 from ..methods import make_optimizer
 from ..recipe import Recipe
-from ..run import Run, build_model, data_for, inputs, loss_fn, loss_of
+from ..run import Run, build_model, data_for, inputs, loss_fn, loss_of, owned
 from . import regression
 from .epsilon import balanced_eps
 from .probes import GradientTrace, PhaseTimer, SignCounter, allocated_peak
@@ -40,7 +40,7 @@ def step_bytes(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     """
     model = build_model(recipe, device)
     optimizer = make_optimizer(recipe, model)
-    x = inputs(data.x_train[: recipe.batch], data.name, recipe.precision).to(device)
+    x = owned(inputs(data.x_train[: recipe.batch], data.name, recipe.precision), device)
     y = torch.from_numpy(data.y_train[: recipe.batch]).to(device)
     if recipe.integer:
         return int8_step_bytes(optimizer, x, y).total
