@@ -41,13 +41,19 @@ def copied(batch):
     return pytree.tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)
 
 
-def lengths_of(batch) -> frozenset[int]:
-    """Second dimensions of its tensors."""
-    return frozenset(t.shape[1] for t in pytree.tree_leaves(batch) if torch.is_tensor(t) and t.dim() > 1)
+def lengths_of(x, kwargs) -> frozenset[int]:
+    """Second dimensions of a batch's tensors."""
+    leaves = (x,) if _is_plain(x, kwargs) else pytree.tree_leaves((x, kwargs))
+    return frozenset(t.shape[1] for t in leaves if isinstance(t, torch.Tensor) and t.dim() > 1)
 
 
-def dense(batch, rows: int):
-    """``batch``, of whose tensors those of its ``rows`` are copied that are not densely strided, or begin where a library's
+def _is_plain(x, kwargs) -> bool:
+    """Whether a batch is one tensor: most are, and a step should not walk trees for them."""
+    return not kwargs and type(x) is torch.Tensor
+
+
+def dense(x, kwargs, rows: int):
+    """A batch, of whose tensors those of its ``rows`` are copied that are not densely strided, or begin where a library's
     kernels may have other bits.
     """
 
@@ -57,7 +63,7 @@ def dense(batch, rows: int):
         elsewhere = type(leaf) is torch.Tensor and leaf.device.type == "cpu" and leaf.data_ptr() % 64  # NumPy's, say
         return leaf if aligned(leaf) is leaf and not elsewhere else torch.cat([leaf])
 
-    return pytree.tree_map(own, batch)
+    return (own(x), kwargs) if _is_plain(x, kwargs) else pytree.tree_map(own, (x, kwargs))
 
 
 class Unwritten:

@@ -150,7 +150,7 @@ class Passes:
     def _stacked(self, p: Perturbation, x, y, loss_fn, kwargs) -> torch.Tensor:
         rows, batch = rows_of(x), (x, kwargs)
         self._checks.stacked(batch, p.groups)
-        self.zo.lengths = lengths_of(batch)
+        self.zo.lengths = lengths_of(x, kwargs)
         new, alone = self._checks.rows_are_new, None
         shared_rows, done = rows, self._of_one_batch(p, rows, batch, y, loss_fn)
         if new and not self._is_fake and done is not None:
@@ -189,8 +189,8 @@ class Passes:
         if p.groups == 1 or not self._checks.may_share:
             return None
         zo, new = self.zo, self._checks.rows_are_new
-        stats = {module: list(own) for module, own in zo.batch_stats.items()}
-        own = dense(batch, rows)
+        stats = {module: list(own) for module, own in zo.batch_stats.items()} if zo.batch_stats else {}
+        own = dense(*batch, rows)
         if new and not self._is_fake:
             own = copied(own)
         unwritten = Unwritten(own, batch) if new else None
