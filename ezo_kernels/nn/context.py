@@ -53,7 +53,8 @@ class ZOContext:
             None where each has its copy of it.
         asked: (rows, whether they are shared) of what layers asked about, in order, where a batch is shared.
         unheard: compiled code asked, which does not fill ``asked``.
-        provenance: in a first pass, what tells whether a tensor is each group's own (:class:`ezo_kernels.optim.check.Own`).
+        provenance: in a first pass of one batch, what tells whose a tensor is (``optim.provenance.Own``).
+        common: in a first pass of copies, what watches embeddings of positions (``optim.provenance.OfEveryRow``).
         lengths: second dimensions of what the batch holds: the tokens of a sequence.
         manifest: every trunk parameter, by site.
         visited: sites that the last pass perturbed.
@@ -74,6 +75,7 @@ class ZOContext:
     asked: list = field(default_factory=list)
     unheard: bool = False
     provenance: object = None
+    common: object = None
     lengths: frozenset[int] = frozenset()
     manifest: tuple[Site, ...] = ()
     visited: set[int] | None = None
@@ -136,7 +138,7 @@ class ZOContext:
             self.unheard = True
             return
         self.asked.append((x.shape[0], shared))
-        if self.provenance is not None and self.provenance.holds(x) == shared:
+        if self.provenance is not None and not (self.provenance.is_of_batch(x) if shared else self.provenance.holds(x)):
             raise NotStackedError(f"the rows of x {tuple(x.shape)} do not show whose they are")
 
     def made(self, y):

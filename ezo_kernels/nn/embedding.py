@@ -40,7 +40,10 @@ class ZOEmbedding(nn.Embedding):
         p = self.zo.of(self.site)
         own = perturbed_embedding(ids, self.weight, p, site=self.site, shared=True)
         own = own.view(p.groups, 1, *(ids.shape if ids.dim() == 1 else ids.shape[1:]), own.shape[-1])
-        return own.expand(-1, self.zo.rows // p.groups, *own.shape[2:]).flatten(0, 1)
+        y = own.expand(-1, self.zo.rows // p.groups, *own.shape[2:]).flatten(0, 1)
+        if self.zo.common is not None:
+            self.zo.common.mark(y)
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"

@@ -6,6 +6,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ..ops._perturbation import NotStackedError, aligned
@@ -60,6 +61,8 @@ def dense(x, kwargs, rows: int):
     def own(leaf):
         if not (isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == rows):
             return leaf
+        if leaf.layout != torch.strided:
+            return leaf
         elsewhere = type(leaf) is torch.Tensor and leaf.device.type == "cpu" and leaf.data_ptr() % 64  # NumPy's, say
         return leaf if aligned(leaf) is leaf and not elsewhere else torch.cat([leaf])
 
@@ -67,7 +70,7 @@ def dense(x, kwargs, rows: int):
 
 
 class Unwritten:
-    """Sees whether a batch was written: by torch's count or, as inference_mode has none, by the values of ``original``."""
+    """Sees whether a batch was written: by torch's count, and by the values of ``original``, for not all is counted."""
 
     def __init__(self, batch, original) -> None:
         self._pairs = [
@@ -79,9 +82,16 @@ class Unwritten:
     def holds(self) -> bool:
         """Whether it is as it was."""
         return all(
-            bool(((t == o) | (t.isnan() & o.isnan())).all()) if count is None else t._version == count
+            (count is None or t._version == count) and _same(t, o)
             for (t, o), count in zip(self._pairs, self._counts, strict=True)
         )
+
+
+def _same(t: torch.Tensor, o: torch.Tensor) -> bool:
+    """Whether these have the same values, NaN among them; what has none is taken for the same."""
+    if t.layout != torch.strided or t.is_meta or isinstance(t, FakeTensor):
+        return True
+    return bool(((t == o) | (t.isnan() & o.isnan())).all())
 
 
 def _like(output: dict, row: dict) -> dict:

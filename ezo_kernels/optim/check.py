@@ -16,10 +16,8 @@ import sys
 import numpy as np
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Tensor methods that give a tensor without reading the values of the one they are called on.
 SHAPE_ONLY = {
@@ -68,7 +66,7 @@ class Checks:
 
     def as_before(self, zo) -> bool:
         """Whether the layers of such a pass asked what those of the first one did."""
-        return zo.unheard or self._batch not in self._shared or zo.asked == self._shared[self._batch]
+        return not zo.unheard and (self._batch not in self._shared or zo.asked == self._shared[self._batch])
 
     def copy(self) -> None:
         """Each group has its own copy of such a batch from now on."""
@@ -136,30 +134,6 @@ def eagerly(now: bool):
     if not now or "torch._dynamo" not in sys.modules:  # nobody has compiled anything
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-class Own(TorchDispatchMode):
-    """Tells what is each group's own in a pass that begins with one batch: what perturbed layers made, and what came of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._own: set[StorageWeakRef] = set()  # of what is gone, too: its address names nothing else while one is held
-
-    def holds(self, t: torch.Tensor) -> bool:
-        return StorageWeakRef(t.untyped_storage()) in self._own
-
-    def mark(self, tree) -> None:
-        self._own.update(StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves(tree) if torch.is_tensor(t))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if any(torch.is_tensor(t) and self.holds(t) for t in pytree.tree_leaves((args, kwargs))):
-            self.mark(out)
-            written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-            self.mark([t for a, t in zip(func._schema.arguments, args, strict=False) if a.name in written])
-            self.mark([t for name, t in kwargs.items() if name in written])
-        return out
 
 
 @contextlib.contextmanager

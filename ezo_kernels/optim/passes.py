@@ -13,9 +13,10 @@ from ..nn.context import group_pass
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import Unwritten, call, copied, dense, lengths_of, parts_of, rows_of, stack
-from .check import Own, checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
+from .check import checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
 from .given import Given
 from .losses import grouped_losses, losses_and_gradient
+from .provenance import OfEveryRow, Own
 
 HEAD_GRADS = ("mean", "plus", "minus")
 
@@ -156,7 +157,6 @@ class Passes:
         if new and not self._is_fake and done is not None:
             alone = self._each_alone(p, batch)
         if done is None or not self._agrees(done, p, alone):
-            self._checks.copy()
             shared_rows, done = None, None  # nothing of the first try is held
             done = self._together(p, rows, None, stack(batch, p.groups, rows), y, loss_fn)
             if new and not self._is_fake:
@@ -166,6 +166,7 @@ class Passes:
                     "the model does not treat the rows of a batch apart (sequence first, or a reduction over the batch?): "
                     "a stacked pass would mix the groups; run them one by one (mode='sequential')"
                 )
+            self._checks.copy()
         output, losses, gradient, _ = done
         del done, alone
         if new and (self._is_fake or all(bool(torch.isfinite(loss).all()) for loss in losses)):
@@ -199,11 +200,12 @@ class Passes:
                 done = self._together(p, rows, rows, own, y, loss_fn, unwritten)
             if new:
                 self._checks.shares(zo.asked)
-            if self._checks.as_before(zo):
-                return done
+            return done
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            if self._in_loss and not new:
+                raise  # the user's own: its forward was as the first one's
             traceback.clear_frames(error.__traceback__)  # they hold what the pass had made
         zo.batch_stats = stats
         return None
@@ -214,12 +216,15 @@ class Passes:
         """All groups at once: the output, the losses and, if they were taken at once, the gradient that the head learns from,
         else each group's part of the output. ``unwritten``, of a first pass of one batch, sees whether it can be shared.
         """
-        groups, (x, kwargs) = p.groups, batch
+        groups, (x, kwargs), self._in_loss = p.groups, batch, False
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             # what is looked at is not compiled: each group by itself would be a kind of its own
             running = self.zo.running(p, rows * groups, shared_rows)
             with self._phase("forward"), running, eagerly(self._must_check_rows):
-                output = self._seen(x, kwargs, unwritten) if unwritten is not None else call(self.model, x, kwargs)
+                output = self._called(x, kwargs) if unwritten is None else self._seen(x, kwargs, unwritten)
+            if shared_rows is not None and unwritten is None and not self._checks.as_before(self.zo):
+                raise NotStackedError("the forward took another way than in a first pass")
+            self._in_loss = True
             if not self._must_check:
                 self._require_visits()
             with self._phase("loss"):
@@ -232,9 +237,20 @@ class Passes:
                             losses.append(self._loss(loss_fn(own, y)))
         return output, losses, gradient, parts
 
+    def _called(self, x, kwargs):
+        """The model's output; in a first pass nothing may take a single row's positions."""
+        if not self._checks.rows_are_new:
+            return call(self.model, x, kwargs)
+        self.zo.common = common = OfEveryRow()
+        try:
+            with common:
+                return call(self.model, x, kwargs)
+        finally:
+            self.zo.common = None
+
     def _seen(self, x, kwargs, unwritten: Unwritten):
         """The model's output on one batch for all groups, while what is whose is followed; NotStackedError if that is lost."""
-        self.zo.provenance = provenance = Own()
+        self.zo.provenance = provenance = Own((x, kwargs))
         try:
             with provenance:
                 output = call(self.model, x, kwargs)

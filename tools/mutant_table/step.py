@@ -295,9 +295,30 @@ MUTANTS = (
     Mutant(
         "whose rows are whose is guessed",
         "ezo_kernels/nn/context.py",
-        "if self.provenance is not None and self.provenance.holds(x) == shared:",
-        "if False:",
+        "if self.provenance is not None and not (",
+        "if False and not (",
         _SHARED,
+    ),
+    Mutant(
+        "a table that has the batch's rows is taken for it",
+        "ezo_kernels/nn/context.py",
+        "self.provenance.is_of_batch(x) if shared",
+        "not self.provenance.holds(x) if shared",
+        "tests/test_provenance.py",
+    ),
+    Mutant(
+        "an error of the loss is taken for one of sharing",
+        "ezo_kernels/optim/passes.py",
+        "if self._in_loss and not new:",
+        "if False:",
+        "tests/test_provenance.py",
+    ),
+    Mutant(
+        "compiled code, which is not heard, may take any way",
+        "ezo_kernels/optim/check.py",
+        "return not zo.unheard and (",
+        "return zo.unheard or (",
+        "tests/test_provenance.py",
     ),
     Mutant(
         "a later batch may take any way through the model",
