@@ -153,11 +153,12 @@ class Passes:
         self._checks.stacked(batch, p.groups)
         self.zo.lengths = lengths_of(x, kwargs)
         new, alone = self._checks.rows_are_new, None
+        stats = {module: list(own) for module, own in self.zo.batch_stats.items()} if self.zo.batch_stats else {}
         shared_rows, done = rows, self._of_one_batch(p, rows, batch, y, loss_fn)
         if new and not self._is_fake and done is not None:
             alone = self._each_alone(p, batch)
         if done is None or not self._agrees(done, p, alone):
-            shared_rows, done = None, None  # nothing of the first try is held
+            shared_rows, done, self.zo.batch_stats = None, None, stats  # nothing of the first try is held
             done = self._together(p, rows, None, stack(batch, p.groups, rows), y, loss_fn)
             if new and not self._is_fake:
                 alone = self._each_alone(p, batch) if alone is None else alone
@@ -189,8 +190,7 @@ class Passes:
         """
         if p.groups == 1 or not self._checks.may_share:
             return None
-        zo, new = self.zo, self._checks.rows_are_new
-        stats = {module: list(own) for module, own in zo.batch_stats.items()} if zo.batch_stats else {}
+        new = self._checks.rows_are_new
         own = dense(*batch, rows)
         if new and not self._is_fake:
             own = copied(own)
@@ -199,7 +199,7 @@ class Passes:
             with quiet_fakes() if self._is_fake else contextlib.nullcontext():
                 done = self._together(p, rows, rows, own, y, loss_fn, unwritten)
             if new:
-                self._checks.shares(zo.asked)
+                self._checks.shares(self.zo.asked)
             return done
         except torch.OutOfMemoryError:
             raise
@@ -207,8 +207,7 @@ class Passes:
             if self._in_loss and not new:
                 raise  # the user's own: its forward was as the first one's
             traceback.clear_frames(error.__traceback__)  # they hold what the pass had made
-        zo.batch_stats = stats
-        return None
+            return None
 
     def _together(
         self, p: Perturbation, rows: int, shared_rows: int | None, batch, y, loss_fn, unwritten: Unwritten | None = None
