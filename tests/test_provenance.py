@@ -112,21 +112,25 @@ class ByValue(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.call = lambda layer, h: layer(h)
 
     def forward(self, x):
         h = self.a(x) if x.sum() > 0 else self.a(x.flatten(0, 1)).view(-1, 2, 8)
-        return self.b(torch.tanh(h).mean(1))
+        return self.call(self.b, torch.tanh(h).mean(1))
 
 
-def test_a_layer_that_is_compiled_hides_no_other_way():
+@pytest.mark.parametrize("what", ["layer", "function"])
+def test_what_is_compiled_hides_no_other_way(what):
     def made(compiled):
         model = seeded(ByValue)
         opt = ezo.ElasticZO(ezo.convert_(model), seed=3, eps=1e-2, mode="stacked" if compiled else "sequential")
-        if compiled:
+        if compiled == "layer":
             model.b.compile(backend="eager")
+        elif compiled:
+            model.call = torch.compile(model.call, backend="eager")
         return opt
 
-    opt, other = made(True), made(False)
+    opt, other = made(what), made("")
     for step in range(4):
         x, y = batch((ROWS, 2, 8), step)
         x = x.abs() if step < 2 else -x.abs()

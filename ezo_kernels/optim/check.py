@@ -44,6 +44,7 @@ class Checks:
         self._rows: set[tuple] = set()
         self._shared: dict[tuple, list] = {}
         self._copied: set[tuple] = set()
+        self._compiled = False
 
     def begin(self) -> None:
         """A step begins."""
@@ -54,11 +55,13 @@ class Checks:
     def stacked(self, batch, groups: int) -> None:
         """Its batch runs as one, ``groups`` times."""
         self._batch = self._kind(batch, groups)
+        if self.rows_are_new:
+            self._compiled |= any(map(_is_compiled, self._modules))
 
     @property
     def may_share(self) -> bool:
-        """Whether all groups may be given one batch of this kind, for all that is known."""
-        return self._batch not in self._copied
+        """Whether all groups may be given one batch of this kind, for all that is known; compiled code is not heard."""
+        return self._batch not in self._copied and not self._compiled
 
     def shares(self, asked: list) -> None:
         """A pass whose groups were given one batch of this kind is right; its layers ``asked`` this."""
@@ -66,6 +69,7 @@ class Checks:
 
     def as_before(self, zo) -> bool:
         """Whether the layers of such a pass asked what those of the first one did."""
+        self._compiled |= zo.unheard
         return not zo.unheard and (self._batch not in self._shared or zo.asked == self._shared[self._batch])
 
     def copy(self) -> None:
@@ -104,6 +108,11 @@ class Checks:
 
     def draws_passed(self) -> None:
         self._rows.add(self._drawn)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was told of it."""
+    return module._compiled_call_impl is not None or "_torchdynamo_orig_callable" in vars(module)
 
 
 class Places:
