@@ -100,11 +100,12 @@ def test_lenet(launches, noise):
     conv1 = torch.ones(6, 1, 5, 5), torch.ones(6), p
     ops.perturbed_conv2d(torch.ones(64, 1, 28, 28), *conv1, padding=2, **site)
     ops.perturbed_conv2d(torch.ones(32, 1, 28, 28), *conv1, shared=True, **site)
+    ops.perturbed_conv2d(torch.ones(32, 1, 28, 28), *conv1, shared=True, relu=True, pool=2, **site)
     ops.perturbed_conv2d(torch.ones(64, 6, 14, 14), torch.ones(16, 6, 5, 5), torch.ones(16), p, **site)
     ops.perturbed_linear(torch.ones(64, 400), torch.ones(120, 400), torch.ones(120), p, **site)
     ops.perturbed_linear(torch.ones(64, 84), torch.ones(10, 84), torch.ones(10), p, **site)
     names = [launch.name for launch in launches]
-    assert names == 3 * ["conv2d_kernel"] + ["linear_kernel", "sum_parts_kernel", "linear_kernel"]  # fc1 in parts
+    assert names == 4 * ["conv2d_kernel"] + ["linear_kernel", "sum_parts_kernel", "linear_kernel"]  # fc1 in parts
 
 
 @pytest.mark.parametrize(("x", "w"), [(BF16, BF16), (F16, F32), (F32, F32)])

@@ -32,9 +32,9 @@ def inner_block(size: int) -> int:
     return min(32, max(16, 1 << (size - 1).bit_length()))
 
 
-def _stages(arch: int) -> int:
+def _stages(arch: int, fp32: bool) -> int:
     """Loads that are under way at once; on sm_100 two would make fp32 spill."""
-    return 1 if arch == 100 else 2
+    return 1 if fp32 and arch == 100 else 2
 
 
 @jit
@@ -119,8 +119,8 @@ def launch_grouped_linear_backward(dy, x, w, y, dx, dw, db) -> None:
     with torch.cuda.device_of(dy):
         grouped_linear_backward_kernel[(of_weight + of_x,)](
             dy, x, w, y, dx, dw, db, rows, n, k, of_weight, PRECISION=input_precision(x.dtype, ""),
-            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, num_stages=_stages(architecture(dy.device)),
-            enable_fp_fusion=False,
+            R=r, INNER=inner, BN=_N, BK=_K, num_warps=_WARPS, enable_fp_fusion=False,
+            num_stages=_stages(architecture(dy.device), x.dtype == torch.float32),
         )  # fmt: skip
 
 
@@ -148,9 +148,10 @@ def variants():
                 **dict.fromkeys(absent), "PRECISION": "ieee", "R": inner_block(rows), "INNER": inner_block(n), "BN": _N,
                 "BK": _K,
             }  # fmt: skip
-            for archs in ((100,), tuple(arch for arch in ARCHS if arch != 100)):
+            fp32 = dtype == "fp32"
+            for archs in ((100,), tuple(arch for arch in ARCHS if arch != 100)) if fp32 else (ARCHS,):
                 yield Variant(
                     grouped_linear_backward_kernel,
                     f"grouped_linear_backward/{dtype}/{name}" + "/sm_100" * (archs == (100,)),
-                    signature, constexprs, _WARPS, _stages(archs[0]), archs, ("ieee" if dtype == "fp32" else "mma",),
+                    signature, constexprs, _WARPS, _stages(archs[0], fp32), archs, ("ieee" if fp32 else "mma",),
                 )  # fmt: skip

@@ -69,6 +69,16 @@ def dense(x, kwargs, rows: int):
     return (own(x), kwargs) if _is_plain(x, kwargs) else pytree.tree_map(own, (x, kwargs))
 
 
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all values are the same, NaN among them."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _has_values(t: torch.Tensor) -> bool:
+    """Whether it can be compared element by element."""
+    return t.layout == torch.strided and not t.is_meta and not isinstance(t, FakeTensor)
+
+
 class Unwritten:
     """Sees whether a batch was written: by torch's count, and by the values of ``original``, for not all is counted."""
 
@@ -82,16 +92,9 @@ class Unwritten:
     def holds(self) -> bool:
         """Whether it is as it was."""
         return all(
-            (count is None or t._version == count) and _same(t, o)
+            (count is None or t._version == count) and (not _has_values(t) or equal(t, o))
             for (t, o), count in zip(self._pairs, self._counts, strict=True)
         )
-
-
-def _same(t: torch.Tensor, o: torch.Tensor) -> bool:
-    """Whether these have the same values, NaN among them; what has none is taken for the same."""
-    if t.layout != torch.strided or t.is_meta or isinstance(t, FakeTensor):
-        return True
-    return bool(((t == o) | (t.isnan() & o.isnan())).all())
 
 
 def _like(output: dict, row: dict) -> dict:

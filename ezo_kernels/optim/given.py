@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .batches import equal
 from .check import SHAPE_ONLY
 
 #: Attributes of a module whose tensors are known otherwise.
@@ -60,7 +61,7 @@ class Given:
     def _compare(self, read: set[str]) -> None:
         for t, writes, old in self._left:
             written = t.shape != old.shape or writes is None or _writes(t) != writes
-            if written and not _equal(t, old):
+            if written and not equal(t, old):
                 raise ValueError(
                     f"the forward or the loss writes into its batch, here {tuple(t.shape)}, so each group of a step would be "
                     "given another one: clone it first"
@@ -128,11 +129,6 @@ def _are_one(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not all(type(t) is torch.Tensor and t.layout == torch.strided and not t.is_meta for t in (a, b)):
         return False
     return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all values are the same, NaN among them."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _tensors(tree) -> list[torch.Tensor]:
