@@ -74,6 +74,11 @@ def tensors(op, dtype, rows, alter):
             torch.empty(rows, dtype=torch.int64),
             torch.empty(rows),
         )
+    if op == "perturb_outputs":
+        y = alter(randn(4 * rows, 3, 7, dtype=dtype))
+        return (y, key, eps, 1, False, *TAIL, torch.empty(4 * rows, 3, 7, dtype=dtype))
+    if op == "output_errors":
+        return (alter(randn(3, 2)), key, 1, 2, "gaussian", 7, 0.0, torch.empty(2 * rows, 5))
     if op == "batch_norm":
         x, affine = alter(randn(4, 3, 5, dtype=dtype)), randn(2, 3, seed=3, dtype=dtype)
         return (x, affine, affine[0], 2, 1e-5, alter(torch.empty_like(x)), torch.empty(2, 3), torch.empty(2, 3))
@@ -102,7 +107,7 @@ def tensors(op, dtype, rows, alter):
 
 OPERATORS = ["noise", "dropout_mask", "fold_key", "perturb", "linear", "conv2d", "embedding", "coefficients", "update_"]
 OPERATORS += ["cross_entropy", "cross_entropy_backward", "grouped_linear", "grouped_linear_backward"]
-OPERATORS += ["batch_norm", "running_statistics", "importance_rows"]
+OPERATORS += ["batch_norm", "running_statistics", "importance_rows", "perturb_outputs", "output_errors"]
 
 
 def overload(op):

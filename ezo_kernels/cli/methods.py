@@ -7,7 +7,7 @@ import torch
 from ..nn import convert_
 from ..ops.noise import rng_version
 from ..optim import ElasticZO, ElasticZOInt8
-from .recipe import Recipe, parse_scales
+from .recipe import Recipe, names_in, parse_scales
 
 
 def make_optimizer(
@@ -38,9 +38,11 @@ def make_optimizer(
     noise = {"noise": recipe.noise, "p_zero": recipe.zeros, "rounds": recipe.rounds}
     zo = {"lr": recipe.lr, "eps": recipe.eps, "clip": recipe.clip, "queries": recipe.queries, "seed": recipe.seed}
     if recipe.method == "elastic":
+        freeze_(model, names_in(recipe.freeze))
         convert_(model, head=recipe.head_argument)
         own = {"antithetic": recipe.antithetic, "mode": recipe.mode, "capture": capture}
         own |= {"scales": parse_scales(recipe.scales), "importance_rows": recipe.importance_rows or None}
+        own |= {"node_perturbation": recipe.node_perturbation}
         return ElasticZO(model, **zo, **noise, head_lr=recipe.head_lr, **own)
     # What ElasticZO is held against: not imported by a run that does not compare.
     from ..optim import baselines
@@ -50,6 +52,16 @@ def make_optimizer(
     if recipe.method == "frozen":
         return baselines.FrozenTrunk(model, head=recipe.head_argument, lr=recipe.head_lr)
     return baselines.BackpropSGD(model, lr=recipe.head_lr)
+
+
+def freeze_(model: torch.nn.Module, names: list[str]) -> None:
+    """Leave the parameters of these layers as they are; ValueError for one that does not exist."""
+    layers = dict(model.named_modules())
+    for name in names:
+        if not name or name not in layers:
+            own = ", ".join(n for n, layer in layers.items() if n and next(layer.parameters(), None) is not None)
+            raise ValueError(f"freeze: the model has no layer {name!r}; it has {own}")
+        layers[name].requires_grad_(False)
 
 
 def noise_version(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from ..ops.importance import MOST_ROWS
 from ..ops.int8_pass import sparse_noise
 from ..ops.int8_update import check_bits
+from ..optim import NodePerturbation
 
 MODELS = ("lenet5", "mlp", "pointnet")
 DATA = ("mnist", "fashion_mnist", "digits")
@@ -17,15 +18,17 @@ MODES = ("auto", "stacked", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
-FLOAT_ONLY = ("noise", "scales", "importance_rows", "lr", "eps", "clip", "head_lr", "schedule")
+_NODES = ("nodes", "node_lr", "node_eps", "node_damping")
+FLOAT_ONLY = ("noise", "scales", "importance_rows", *_NODES, "freeze", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "head_remainder", "loss", "fraction_bits")
 _OF_ZEROTH_ORDER = (
-    "noise", "p_zero", "rounds", "queries", "antithetic", "scales", "importance_rows", "mode", "lr", "eps", "clip",
+    "noise", "p_zero", "rounds", "queries", "antithetic", "scales", "importance_rows", *_NODES, "freeze", "mode", "lr", "eps",
+    "clip",
 )  # fmt: skip
 #: options that nothing in a run of this method, with this model or with this head reads
 UNREAD = {
     "method": {
-        "mezo": ("antithetic", "scales", "importance_rows", "mode"),
+        "mezo": ("antithetic", "scales", "importance_rows", *_NODES, "freeze", "mode"),
         "bp": _OF_ZEROTH_ORDER,
         "frozen": _OF_ZEROTH_ORDER,
     },
@@ -82,6 +85,11 @@ def parse_scales(text: str) -> dict[str, float]:
     return out
 
 
+def names_in(text: str) -> list[str]:
+    """``"fc1, fc2"`` as ["fc1", "fc2"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The options that decide the bits of a run; a resumed run has to have the same.
@@ -103,6 +111,11 @@ class Recipe:
     antithetic: bool = True
     scales: str = ""
     importance_rows: int = 0
+    nodes: str = ""
+    node_lr: float = NodePerturbation.lr
+    node_eps: float = NodePerturbation.eps
+    node_damping: float = NodePerturbation.damping
+    freeze: str = ""
     mode: str = "auto"
     epochs: int = 10
     batch: int = 32
@@ -158,6 +171,7 @@ class Recipe:
                     "importance_rows goes with method elastic, in floats, and with a model without batch norm, not "
                     f"{self.method}, {self.precision} and {self.model}"
                 )
+        self._check_nodes()
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: 0 to 2^63 - 1 is possible")
         # A frozen dataclass; the default of one field depends on another.
@@ -187,6 +201,27 @@ class Recipe:
                 else:
                     sparse_noise(**{name: value})
 
+    def _check_nodes(self) -> None:
+        for name in ("nodes", "freeze"):
+            object.__setattr__(self, name, ",".join(names_in(getattr(self, name))))
+            if getattr(self, name) and (self.method != "elastic" or self.integer):
+                raise ValueError(f"{name} goes with method elastic, in floats, not {self.method} and {self.precision}")
+        if self.nodes:
+            if self.model == "pointnet":
+                raise ValueError("nodes goes with a model without batch norm, not pointnet")
+            self.node_perturbation  # noqa: B018 - refuses what it cannot take
+        else:
+            # of a run without them, so that two recipes that are one run are equal
+            for name in ("node_lr", "node_eps", "node_damping"):
+                object.__setattr__(self, name, getattr(NodePerturbation, name.removeprefix("node_")))
+
+    @property
+    def node_perturbation(self) -> NodePerturbation | None:
+        """What ``nodes`` and its rates are for ElasticZO; a damping of 0 is none."""
+        if not self.nodes:
+            return None
+        return NodePerturbation(names_in(self.nodes), self.node_lr, self.node_eps, self.node_damping or None)
+
     def check_given(self, given) -> None:
         """Refuse options that were given and that nothing in this run reads. Recipes made by code may hold them: at defaults.
 
@@ -212,7 +247,7 @@ class Recipe:
             return "all"
         if self.head.removeprefix("-").isdigit():  # no layer has a negative number, which convert_ says
             return int(self.head)
-        return [name.strip() for name in self.head.split(",") if name.strip()]
+        return names_in(self.head)
 
     @property
     def integer(self) -> bool:

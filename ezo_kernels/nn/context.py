@@ -66,6 +66,8 @@ class ZOContext:
         calls: site -> how often a dropout ran in this pass.
         strategy: of linear layers and convolutions, as in :func:`ezo_kernels.ops.perturbed_linear`.
         tape: what records an integer head for its backward, while a step runs.
+        nodes: sites of the weights of layers whose outputs are perturbed in their place.
+        inputs: what keeps the inputs of these layers, while a step runs (``optim.nodes.Inputs``).
     """
 
     p: Perturbation | None = None
@@ -87,6 +89,8 @@ class ZOContext:
     calls: dict = field(default_factory=dict)
     strategy: str = "auto"
     tape: object = None
+    nodes: frozenset[int] = frozenset()
+    inputs: object = None
 
     def __post_init__(self) -> None:
         self._sites = {s.site: s for s in self.manifest}
@@ -197,11 +201,12 @@ class ZOContext:
     def backward(self, p: Perturbation, rows: int | None = None, shared_rows: int | None = None) -> Iterator[None]:
         """The backward of the pass ``p``: what torch.utils.checkpoint runs again in it runs as then, and is noted once."""
         held = {module: list(stats) for module, stats in self.batch_stats.items()}
+        inputs, self.inputs = self.inputs, None
         try:
             with self.running(p, rows, shared_rows):
                 yield
         finally:
-            self.batch_stats = held
+            self.batch_stats, self.inputs = held, inputs
 
     @contextlib.contextmanager
     def one_group(self, group: int) -> Iterator[None]:

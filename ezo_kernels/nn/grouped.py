@@ -261,6 +261,15 @@ def _filled(groups: int, held: list, outputs) -> torch.Tensor:
 
 
 @torch.no_grad()
+def batch_statistics(model: nn.Module) -> list[str]:
+    """Names of batch norms that would take the statistics of what they are given."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None)
+    ]
+
+
 def update_batch_norms(zo: ZOContext, ok: torch.Tensor) -> None:
     """Move running statistics once, by the mean over the step's groups; not where ``ok`` is false."""
     for module, stats in zo.batch_stats.items():

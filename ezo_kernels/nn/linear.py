@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import perturbed_linear
+from ..ops import perturb_outputs, perturbed_linear
 from .context import ZOContext
 
 
@@ -37,6 +39,7 @@ class ZOLinear(EndsInRelu, nn.Linear):
     """nn.Linear whose weight and bias are perturbed inside the matmul during a zeroth-order pass.
 
     Shapes as nn.Linear; in a stacked pass x is [groups * B, ..., in_features], group-major. Outside a pass it is nn.Linear.
+    Where an optimizer asks for it (``node_perturbation``), its outputs are perturbed in place of its parameters.
     """
 
     zo: ZOContext
@@ -55,11 +58,24 @@ class ZOLinear(EndsInRelu, nn.Linear):
             return F.relu(y) if relu else y
         self.zo.visit(self.site, self.bias_site)
         shared = self.zo.require_rows(input, "Linear", self.site)
+        if self.site in self.zo.nodes:
+            y = self._with_perturbed_outputs(input, shared)
+            return self.zo.made(F.relu(y) if relu else y)
         y = perturbed_linear(
             input, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0,
             shared=shared, strategy=self.zo.strategy, z_dtype=self.zo.z_dtype(self.site, self.weight), relu=relu,
         )  # fmt: skip
         return self.zo.made(y)
+
+    @torch.compiler.disable
+    def _with_perturbed_outputs(self, x: torch.Tensor, shared: bool) -> torch.Tensor:
+        """The plain layer, and noise on what it gives; ``x``, which the update needs, is kept."""
+        p = self.zo.of(self.site)
+        plain = replace(p, query=0, queries=1 if shared else p.groups, signs=(0,))
+        y = perturbed_linear(x, self.weight, self.bias, plain, site=self.site, strategy=self.zo.strategy)
+        if self.zo.inputs is not None:
+            self.zo.inputs.add(self.site, x, 1 if shared else p.groups, p.groups)
+        return perturb_outputs(y, p, site=self.site, shared=shared)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, site={self.site}"

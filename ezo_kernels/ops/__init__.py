@@ -16,6 +16,7 @@ from .int8_pointwise import int8_add, int8_pool2d, int8_relu, round_shift
 from .int8_tensor import Int8Tensor, quantize
 from .int8_update import Int8UpdatePlan, int8_update_
 from .linear import perturbed_linear
+from .node import decorrelated_gradient, output_errors, perturb_outputs
 from .noise import Noise, materialize
 from .perturb import perturb
 from .update import UpdatePlan, update_
@@ -27,6 +28,7 @@ __all__ = [
     "Noise",
     "Perturbation",
     "UpdatePlan",
+    "decorrelated_gradient",
     "grouped_cross_entropy",
     "importance_rows",
     "int8_add",
@@ -43,7 +45,9 @@ __all__ = [
     "int8_update_",
     "materialize",
     "noise",
+    "output_errors",
     "perturb",
+    "perturb_outputs",
     "perturbed_conv1d",
     "perturbed_conv2d",
     "perturbed_embedding",

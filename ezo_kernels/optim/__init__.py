@@ -6,6 +6,7 @@ from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
 from .findings import Finding, TrainingWarning
 from .int8_state import IntegerSchedule
+from .nodes import NodePerturbation
 
 __all__ = [
     "Diagnostics",
@@ -13,6 +14,7 @@ __all__ = [
     "ElasticZOInt8",
     "Finding",
     "IntegerSchedule",
+    "NodePerturbation",
     "TrainingWarning",
     "chunked_cross_entropy",
 ]

@@ -37,6 +37,16 @@ def stack(x, groups: int, rows: int):
     return pytree.tree_map(repeat, x) if groups > 1 else x
 
 
+def picked(batch, rows: torch.Tensor, taken: int):
+    """``batch``, of whose tensors those with ``taken`` rows have these ``rows`` alone."""
+
+    def pick(leaf):
+        of_batch = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == taken
+        return leaf.index_select(0, rows) if of_batch else leaf
+
+    return pytree.tree_map(pick, batch)
+
+
 def copied(batch):
     """The batch with a copy of each of its tensors."""
     return pytree.tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, batch)

@@ -22,14 +22,15 @@ from ..nn.cut import in_head
 from ..ops import Noise, Perturbation, UpdatePlan
 from ..ops._perturbation import NotStackedError, PassError
 from ..ops.noise import check_index, fold_key, rng_version
-from .arguments import check_antithetic, number, rate, warn_user
+from .arguments import check_antithetic, number, warn_user
 from .batches import call, plain, rows_of
 from .capture import CapturedStep, graphs_for, refusals, refuse
 from .check import Checks, Places, eagerly
 from .head import GuardedOptimizer, make_head_optimizer
 from .importance import ImportanceRows, check_importance_rows
-from .losses import loss_for
+from .nodes import NodePerturbation, NodeRows, Nodes
 from .passes import HEAD_GRADS, Passes
+from .scalars import Scalars
 from .scales import ScaledEps, resolve_scales
 from .state import OptimizerState
 from .updates import Updates, with_hooks
@@ -37,13 +38,14 @@ from .updates import Updates, with_hooks
 MODES = ("auto", "stacked", "sequential")
 
 
-class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Optimizer):
+class ElasticZO(Passes, ImportanceRows, NodeRows, Updates, Scalars, OptimizerState, torch.optim.Optimizer):
     """Trains a model that :func:`ezo_kernels.convert_` converted.
 
-    ``param_groups[0]`` is the trunk (``lr``, ``eps``, ``clip``), the others are the head's; all hold Python numbers, and
-    torch's schedulers drive them. Seed, step, eps, lr and coefficients live on the device: a step never waits for it, except a
-    first one, of a shape of batch and of train or eval, which checks the model (:mod:`ezo_kernels.optim.check`). A step whose
-    losses, g or head gradients are not finite changes nothing and is counted in ``skipped``.
+    ``param_groups[0]`` is the trunk (``lr``, ``eps``, ``clip``), the last one ``node_perturbation``'s, if it is used, and the
+    others are the head's; all hold Python numbers, and torch's schedulers drive them. Seed, step, eps, lr and coefficients live
+    on the device: a step never waits for it, except a first one, of a shape of batch and of train or eval, which checks the
+    model (:mod:`ezo_kernels.optim.check`). A step whose losses, g or head gradients are not finite changes nothing and is
+    counted in ``skipped``.
 
     Args:
         model: converted, on its device.
@@ -68,6 +70,8 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         head_grad: the head learns from the ``mean`` over groups, or from the ``plus`` or ``minus`` ones.
         importance_rows: draw as many rows of a larger batch of :meth:`train_step`, by one plain forward of all of it, for all
             directions and the head (docs/recipes.md, Rows that matter); the loss is plain cross-entropy then. None: all rows.
+        node_perturbation: linear layers of the trunk whose outputs are perturbed, row by row, in place of their weights, by
+            a plain or any other of torch's mean losses (docs/method.md, Node perturbation); not in a captured step.
         stochastic_rounding: of 16-bit trunk weights in the update.
         nvtx: push NVTX ranges by phase and by layer (docs/profiling.md).
         capture: replay :meth:`train_step` as one CUDA graph (docs/performance.md, section The captured step); the head's SGD
@@ -98,6 +102,7 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         antithetic: bool = True,
         scales: dict[str, float] | None = None,
         importance_rows: int | None = None,
+        node_perturbation: NodePerturbation | None = None,
         stochastic_rounding: bool = True,
         nvtx: bool = False,
         capture: bool = False,
@@ -135,24 +140,30 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         self.device = devices.pop()
         if not self.noise.portable and self.device.type == "cpu":
             raise NotImplementedError(f"noise {noise!r} exists on CUDA only: use 'gaussian' or 'clt4' on the CPU")
-        self.scales = resolve_scales(scales, self.zo.manifest, plan_of(model).fused)
+        self.nodes = None if node_perturbation is None else Nodes(node_perturbation, model, self.device)
+        nodes = self.nodes.sites if self.nodes else ()
+        by_weight = [(p, s) for p, s in zip(self.trunk, self.zo.manifest, strict=True) if s.site not in nodes]
+        self._weights = [p for p, _ in by_weight]
+        self.scales = resolve_scales(scales, [s for _, s in by_weight], plan_of(model).fused)
         graphs = graphs_for(self.device) if capture else None
         head = make_head_optimizer(self.head, head_optimizer, head_lr, fused=capture)
-        trunk = {"params": self.trunk, "lr": lr, "eps": eps, "clip": clip, "name": "trunk"}
+        trunk = {"params": self._weights, "lr": lr, "eps": eps, "clip": clip, "name": "trunk"}
         torch.optim.Optimizer.__init__(self, [trunk], {"lr": lr, "eps": eps, "clip": clip, "name": "trunk"})
         self.head_optimizer = None if head is None else GuardedOptimizer(head, own=head_optimizer is None)
         if head is not None:
             self.param_groups += head.param_groups  # the same dicts: a scheduler that moves one moves the head's own
+        if self.nodes:
+            self.param_groups.append(self.nodes.group)
         self.mode = self._mode(mode)
         self.requested_mode, self.head_grad = mode, head_grad
         self.stochastic_rounding = stochastic_rounding
         self._captured = None if graphs is None else CapturedStep(graphs)
         if capture:
-            refuse(refusals(self))
+            refuse(refusals(self) + ["node_perturbation solves a system, which no graph holds yet"] * bool(self.nodes))
         self._phase = Ranges(nvtx)
         self._plan: UpdatePlan | None = None
-        self._sites = tuple(s.site for s in self.zo.manifest)
-        self._layouts = tuple(s.layout for s in self.zo.manifest)
+        self._sites = tuple(s.site for _, s in by_weight)
+        self._layouts = tuple(s.layout for _, s in by_weight)
         self._checks, self._told = Checks(model), False
         heads = {id(p) for p in self.head}
         self._head_names = {n: p for n, p in model.named_parameters() if id(p) in heads}
@@ -221,38 +232,6 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
     def _looks(self) -> bool:
         return self._must_check_draws or (self.mode == "stacked" and bool(self.trunk) and self._must_check_rows)
 
-    def _mode(self, mode: str) -> str:
-        if mode != "auto" or not self.trunk:
-            return "stacked" if mode == "auto" else mode
-        plan, modules = plan_of(self.model), dict(self.model.named_modules())
-        # A module that reads its own parameters between calls of its children would run them once a group anyway.
-        composite = [
-            n for n, own in plan.grouped.items() if own and any(f.startswith(n + ".") or not n for f in plan.fused)
-        ]
-        return "sequential" if any(list(modules[n].children()) for n in composite) else "stacked"
-
-    def _fill_scalars(self) -> None:
-        group, *others = self.param_groups
-        for other in others:
-            if other.get("lr") is not None and not torch.is_tensor(other["lr"]):
-                rate(other["lr"], "lr of the head")
-        if group["clip"] is not None:
-            number(group["clip"], "clip", least=0.0, strict=True, held=False)
-        for name, tensor in (("lr", self._lr), ("eps", self._eps)):
-            value = group[name]
-            if value != self._filled[name]:
-                held = rate(value, name) if name == "lr" else number(value, name, least=0.0, strict=True)
-                if name == "eps":
-                    if self._micro:
-                        raise ValueError(
-                            f"eps was {self._filled[name]} for the losses accumulated so far, and is now {value}"
-                        )
-                    self._scaled_eps.fill(value)
-                tensor.fill_(held)
-                self._filled[name] = value
-        if self.head_optimizer is not None:
-            self.head_optimizer.fill()
-
     def _require_model(self) -> None:
         super()._require_model()
         for name, p in self._head_names.items():
@@ -269,6 +248,9 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             return None
         fold_key(self._seed, self._step, self._key)
         self.zo.micro, self.zo.one_mask, self.zo.own = self._micro, not self.antithetic, self._scaled_eps.of_site
+        self.zo.nodes = frozenset()
+        if self.nodes is not None:
+            self.zo.own, self.zo.nodes = self.zo.own | self.nodes.own, self.nodes.weights
         return Perturbation(self._key, self._eps, self.noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
 
     # --------------------------------------------------------------------------------------------------------- steps
@@ -298,6 +280,8 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
         rows_of(x)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of the output and y, got {type(loss_fn).__name__}")
+        if self.nodes is not None:
+            self._require_nodes_can(loss_fn, update)
         if self._captured is None:
             return self._eager(x, y, loss_fn, model_kwargs, update)
         if not update:
@@ -311,6 +295,8 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             if p is None:
                 return self._plain(lambda: loss_fn(call(self.model, x, model_kwargs), y))
             own_x, own_y, own_loss, kwargs = self._draw(x, y, loss_fn, model_kwargs)
+            if self.nodes is not None:
+                self._require_row_by_row(own_x, kwargs)
             if self.mode == "stacked":
                 try:
                     return self._stacked(p, own_x, own_y, own_loss, kwargs)
@@ -324,7 +310,9 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
                 for parameter in self.head:
                     parameter.grad = None
             try:
-                own = self._one_by_one(p, lambda: loss_for(own_loss, call(self.model, own_x, kwargs), own_y), own_y)
+                own = self._one_by_one(
+                    p, lambda: self._loss_of(own_loss, call(self.model, own_x, kwargs), own_y), own_y
+                )
             except Exception as error:
                 if why:
                     error.add_note(why)
@@ -335,12 +323,6 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             return own
 
         return self._take(losses, update)
-
-    def _may_run_apart(self, error: Exception) -> bool:
-        """Whether the groups may run one by one after ``error`` of a stacked pass: no pass of such a batch has passed yet."""
-        if self.requested_mode == "stacked" or isinstance(error, torch.OutOfMemoryError):
-            return False
-        return self._must_check_rows and self._micro == 0
 
     def step(self, closure=None) -> torch.Tensor:
         """One step by torch's contract: ``closure()`` runs the model and returns the loss; it never calls backward.
@@ -355,6 +337,10 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
             raise ValueError("ElasticZO.step needs a closure that returns the loss; or call train_step(x, y)")
         if self.importance_rows is not None:
             raise ValueError("step(closure) does not see the batch, of which importance_rows draws: train_step(x, y)")
+        if self.nodes is not None:
+            raise ValueError(
+                "step(closure) does not see the loss of each row, as node_perturbation does: train_step(x, y)"
+            )
         if self._captured is not None:
             refuse(["step(closure) takes its batch from the host at each call: train_step(x, y)"])
 
@@ -392,7 +378,9 @@ class ElasticZO(Passes, ImportanceRows, Updates, OptimizerState, torch.optim.Opt
 
     def _drop(self) -> None:
         """Forget gradients and losses that were not applied."""
-        self._losses, self._micro, self._buffers = None, 0, []
+        self._losses, self._micro, self._buffers, self.zo.inputs = None, 0, [], None
+        if self.nodes is not None:
+            self.nodes.drop()
         self.zo.batch_stats = {}
         for p in self.head:
             p.grad = None

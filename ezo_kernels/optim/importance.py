@@ -8,13 +8,12 @@ costs a forward of ``importance_rows`` rows in place of P, at a little more nois
 from __future__ import annotations
 
 import torch
-from torch.utils import _pytree as pytree
 
-from ..nn.grouped import BATCH_NORMS
+from ..nn.grouped import batch_statistics
 from ..ops import Perturbation
 from ..ops.importance import MOST_ROWS, importance_rows
 from ..ops.noise import check_index
-from .batches import call, rows_of
+from .batches import call, picked, rows_of
 from .check import differ, largest, unwritten
 from .losses import WeightedCrossEntropy, ignored_by
 
@@ -55,10 +54,8 @@ class ImportanceRows:
             drawing = {"ignore_index": ignored, "draw": self._micro, "rounds": self.noise.rounds}
             rows, weight = importance_rows(logits, y, self.importance_rows, self._key, **drawing)
 
-            def pick(batch):
-                return pytree.tree_map(lambda leaf: leaf.index_select(0, rows) if _is_of(leaf, taken) else leaf, batch)
-
-            drawn = pick(x), y.index_select(0, rows), WeightedCrossEntropy(ignored, weight), pick(kwargs)
+            own_x, own_kwargs = picked((x, kwargs), rows, taken)
+            drawn = own_x, y.index_select(0, rows), WeightedCrossEntropy(ignored, weight), own_kwargs
             if self._must_check_draws:
                 self._require_apart(p, (x, kwargs), (drawn[0], drawn[3]), rows)
                 if not bool(weight.isnan().any()):  # a step that is skipped has shown nothing
@@ -77,11 +74,7 @@ class ImportanceRows:
                 "the loss must be plain cross-entropy of class indices: F.cross_entropy, or nn.CrossEntropyLoss with its "
                 "defaults but ignore_index"
             )
-        norms = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None)
-        ]
+        norms = batch_statistics(self.model)
         if norms:
             problems.append(f"{', '.join(map(repr, norms))} would take batch statistics of the drawn rows: eval() them")
         if problems:
@@ -120,7 +113,3 @@ class ImportanceRows:
         if torch.is_autocast_enabled(self.device.type):
             dtypes.add(torch.get_autocast_dtype(self.device.type))
         return max(2.0**-10 if self.device.type == "cuda" else 0.0, *(torch.finfo(d).eps for d in dtypes))
-
-
-def _is_of(leaf, rows: int) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +15,7 @@ from torch._subclasses import FakeTensor
 from ..ops import _library
 from ..ops._perturbation import FLOATS
 from ..ops.cross_entropy import CHUNK_ELEMENTS, MOST_ROWS, cross_entropy_and_gradient, grouped_cross_entropy
+from .batches import parts_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -93,3 +97,48 @@ def loss_for(loss_fn, output, target):
     """``loss_fn(output, target)`` of one group."""
     loss = grouped_losses(loss_fn, output, target, 1)
     return loss_fn(output, target) if loss is None else loss
+
+
+def by_row(loss_fn):
+    """``loss_fn`` before it takes the mean, as torch's losses have it; NotImplementedError for one that has no such form."""
+    if isinstance(loss_fn, nn.Module):
+        if getattr(loss_fn, "reduction", None) == "mean":
+            own = copy.copy(loss_fn)
+            own.reduction = "none"
+            return own
+    else:
+        try:
+            if "reduction" in inspect.signature(loss_fn).parameters:
+                return functools.partial(loss_fn, reduction="none")
+        except (TypeError, ValueError):  # a function of C
+            pass
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    raise NotImplementedError(
+        f"node_perturbation needs the loss of each row: {name} takes no reduction='none', as F.cross_entropy and nn.MSELoss "
+        "do; give it such an argument"
+    )
+
+
+@torch.no_grad()
+def row_shares(loss_fn, output, target, groups: int) -> torch.Tensor:
+    """What each row adds to its group's loss, fp32 [groups, B]: the loss is their sum, where it is a mean over rows.
+
+    Raises:
+        NotImplementedError: a loss that does not say what it is before its mean.
+        ValueError: not one value a row, or several whose first dimension is the rows.
+    """
+    ignored = ignored_by(loss_fn)
+    if ignored is not None and isinstance(output, torch.Tensor) and output.dim() == 2 and target.dim() == 1:
+        rows = F.cross_entropy(output.float(), target.repeat(groups), ignore_index=ignored, reduction="none")
+        rows, weight = rows.view(groups, -1), _weight(loss_fn)
+        return (rows if weight is None else rows * weight) / (target != ignored).sum()
+    loss, shares = by_row(loss_fn), []
+    for own in parts_of(output, groups):
+        rows = loss(own, target)
+        if not isinstance(rows, torch.Tensor) or not rows.dim():
+            raise ValueError(
+                "node_perturbation: with reduction='none' the loss must give a tensor with a row's in each row"
+            )
+        rows = rows.float().flatten(1).mean(1) if rows.dim() > 1 else rows.float()
+        shares.append(rows / len(rows))
+    return torch.stack(shares)

@@ -10,12 +10,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..nn.context import group_pass
+from ..nn.convert import plan_of
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import Unwritten, call, copied, dense, lengths_of, parts_of, rows_of, stack
 from .check import checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
 from .given import Given
-from .losses import grouped_losses, losses_and_gradient
+from .losses import grouped_losses, loss_for, losses_and_gradient
 from .provenance import OfEveryRow, Own
 
 HEAD_GRADS = ("mean", "plus", "minus")
@@ -37,6 +38,22 @@ class Passes:
     @property
     def _is_fake(self) -> bool:
         return isinstance(self.trunk[0], torch._subclasses.FakeTensor)
+
+    def _mode(self, mode: str) -> str:
+        if mode != "auto" or not self.trunk:
+            return "stacked" if mode == "auto" else mode
+        plan, modules = plan_of(self.model), dict(self.model.named_modules())
+        # A module that reads its own parameters between calls of its children would run them once a group anyway.
+        composite = [
+            n for n, own in plan.grouped.items() if own and any(f.startswith(n + ".") or not n for f in plan.fused)
+        ]
+        return "sequential" if any(list(modules[n].children()) for n in composite) else "stacked"
+
+    def _may_run_apart(self, error: Exception) -> bool:
+        """Whether the groups may run one by one after ``error`` of a stacked pass: no pass of such a batch has passed yet."""
+        if self.requested_mode == "stacked" or isinstance(error, torch.OutOfMemoryError):
+            return False
+        return self._must_check_rows and self._micro == 0
 
     def _named(self, error: PassError) -> str:
         """The error with the name of the layer that it is about."""
@@ -97,6 +114,7 @@ class Passes:
         """Losses [groups] of ``run()`` as each group, its part of the head's gradient taken at once; ``y`` is what it reads."""
         used = sum(self._uses(g) for g in range(p.groups))
         losses, given = [], self._given(y)
+        self._collect_inputs(p.groups)
         for g in range(p.groups):
             checking = self._checking() if g == 0 else contextlib.nullcontext()
             running = self.zo.running(group_pass(p, g))
@@ -108,6 +126,7 @@ class Passes:
                 with self._phase("head backward"), torch.enable_grad(), self.zo.backward(group_pass(p, g)):
                     self._backward_one(loss / used if used > 1 else loss)
             losses.append(loss.detach().float().reshape(()))
+        self.zo.inputs = None
         return torch.stack(losses)
 
     @staticmethod
@@ -216,6 +235,7 @@ class Passes:
         else each group's part of the output. ``unwritten``, of a first pass of one batch, sees whether it can be shared.
         """
         groups, (x, kwargs), self._in_loss = p.groups, batch, False
+        self._collect_inputs(groups)
         with torch.set_grad_enabled(bool(self.head)), self._checking():
             # what is looked at is not compiled: each group by itself would be a kind of its own
             running = self.zo.running(p, rows * groups, shared_rows)
@@ -223,7 +243,7 @@ class Passes:
                 output = self._called(x, kwargs) if unwritten is None else self._seen(x, kwargs, unwritten)
             if shared_rows is not None and unwritten is None and not self._checks.as_before(self.zo):
                 raise NotStackedError("the forward took another way than in a first pass")
-            self._in_loss = True
+            self._in_loss, self.zo.inputs = True, None
             if not self._must_check:
                 self._require_visits()
             with self._phase("loss"):
@@ -234,7 +254,20 @@ class Passes:
                     for own in parts:
                         with given():
                             losses.append(self._loss(loss_fn(own, y)))
+                if self.nodes is not None:
+                    self.nodes.note(loss_fn, output, y, groups, losses, self._must_check)
         return output, losses, gradient, parts
+
+    def _collect_inputs(self, groups: int) -> None:
+        """Keep what layers are given whose outputs are perturbed, until a pass of ``groups`` groups has run."""
+        self.zo.inputs = None if self.nodes is None else self.nodes.begin(groups)
+
+    def _loss_of(self, loss_fn, output, y):
+        """``loss_fn`` of one group's output."""
+        loss = loss_for(loss_fn, output, y)
+        if self.nodes is not None:
+            self.nodes.note(loss_fn, output, y, 1, [self._loss(loss)], self._must_check)
+        return loss
 
     def _called(self, x, kwargs):
         """The model's output; in a first pass nothing may take a single row's positions."""

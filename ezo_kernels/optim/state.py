@@ -12,6 +12,7 @@ import torch
 from ..nn.convert import context_of
 from ..ops._strategy import strategy_hash
 from .arguments import number, rate
+from .nodes import check_nodes
 
 
 def plain_group(group: dict) -> dict:
@@ -95,6 +96,7 @@ class OptimizerState(Copies):
             "antithetic": self.antithetic,
             "scales": self.scales,
             "importance_rows": self.importance_rows,
+            "node_perturbation": None if self.nodes is None else self.nodes.state(),
             "manifest": self._manifest(),
             "seed": self._seed.clone(),
             "step": self._step.clone(),
@@ -134,6 +136,8 @@ class OptimizerState(Copies):
             raise ValueError(f"the state is of scales {theirs} by site, this run of {self.scales}")
         if (theirs := state_dict.get("importance_rows")) != self.importance_rows:
             raise ValueError(f"the state is of importance_rows={theirs}, this run of {self.importance_rows}")
+        nodes = state_dict.get("node_perturbation")
+        check_nodes(self.nodes, nodes)
         if state_dict.get("head_shapes", shapes := [list(p.shape) for p in self.head]) != shapes:
             raise ValueError("the state is of a model with another head: its parameters have other shapes")
         for name, (mine, saved) in zip(("seed", "step", "skipped"), tensors, strict=True):
@@ -156,11 +160,14 @@ class OptimizerState(Copies):
                 raise ValueError(
                     f"the head's state in it is none of {type(self.head_optimizer.optimizer).__name__}"
                 ) from error
-            self.param_groups[1:] = self.head_optimizer.optimizer.param_groups
+            last = [] if self.nodes is None else [self.nodes.group]
+            self.param_groups[1:] = [*self.head_optimizer.optimizer.param_groups, *last]
         with torch.no_grad():
             for mine, saved in tensors:
                 mine.copy_(saved)
         self.param_groups[0].update(trunk)
+        if self.nodes is not None:
+            self.nodes.group.update({name: nodes[name] for name in ("lr", "eps")})
         self._drop()
         made = state_dict.get("strategies", strategy_hash())  # states from before it was kept
         if made != strategy_hash():

@@ -53,10 +53,14 @@ class Updates:
     @torch.no_grad()
     def _finish(self) -> torch.Tensor | None:
         """Take the step; the mean of its losses where they are those of one call."""
-        if self.trunk:
+        if self._weights:
             self._renew_plan()
+        bad = None
+        if self.nodes is not None:
+            with self._phase("nodes"):
+                bad = self.nodes.solve(self._key, self.noise, self.queries, self.antithetic)
         with self._phase("g"):
-            own, head_is_done = self._coefficients()
+            own, head_is_done = self._coefficients(bad)
         mean = own.mean if self._micro == 1 else None
         self.g, ok = own.g, own.ok
         try:
@@ -68,9 +72,12 @@ class Updates:
             self._step.sub_(ok.long())
             self.skipped.sub_(1 - ok.long().view(()))
             raise
-        if self.trunk:
+        if self._weights:
             with self._phase("update"):
                 self._update(own.coef)
+        if self.nodes is not None:
+            with self._phase("update"):
+                self.nodes.apply(ok)
         if self.head and torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # casts of the head's weights as they were, where autocast is around many steps
         update_batch_norms(self.zo, ok)
@@ -79,8 +86,10 @@ class Updates:
         self._drop()
         return mean
 
-    def _coefficients(self) -> tuple[Coefficients, bool]:
+    def _coefficients(self, bad: torch.Tensor | None) -> tuple[Coefficients, bool]:
         """g and the update's coefficients; whether losses, g and the head's gradients are finite: then the step counts.
+
+        ``bad`` fp32 [1] is not 0 where something else is not finite, or None.
 
         True with them if the head's step has been taken, too.
         """
@@ -92,7 +101,7 @@ class Updates:
                 f"the head's {', '.join(map(repr, names))} got no gradient, and will not learn from such a step: does the "
                 "forward use it, outside of torch.utils.checkpoint(use_reentrant=True)?"
             )
-        grads, bad, small = [p.grad for p in learning], None, {}
+        grads, small = [p.grad for p in learning], {}
         self.losses = self._losses
         if self._micro > 1:
             self.losses = self._losses / self._micro
@@ -102,7 +111,7 @@ class Updates:
             small = {"grads": grads, **self.head_optimizer.small_sgd(learning)}
         elif grads:
             # the check of torch's GradScaler: one launch for all of them, where isfinite takes five for each
-            bad = self._bad
+            bad = self._bad if bad is None else bad
             torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self._one)
         clip = self.param_groups[0]["clip"]
         own = coefficients(
@@ -112,16 +121,17 @@ class Updates:
         return own, "weights" in small
 
     def _renew_plan(self) -> None:
-        if self._plan is None or not self._plan.fits(self.trunk):
-            z_dtypes = [s.z_dtype_for(p) for s, p in zip(self.zo.manifest, self.trunk, strict=True)]
+        if self._plan is None or not self._plan.fits(self._weights):
+            manifest = [s for s in self.zo.manifest if s.site in self._sites]
+            z_dtypes = [s.z_dtype_for(p) for s, p in zip(manifest, self._weights, strict=True)]
             scales = [self.scales.get(site, 1.0) for site in self._sites]
             self._plan = UpdatePlan.build(
-                self.trunk, self._sites, self._layouts, self.noise, z_dtypes=z_dtypes, scales=scales
+                self._weights, self._sites, self._layouts, self.noise, z_dtypes=z_dtypes, scales=scales
             )
 
     def _update(self, coef: torch.Tensor) -> None:
         update_(
-            self.trunk,
+            self._weights,
             self._key,
             coef,
             sites=self._sites,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from ...ops._constants import INT8_VERSION
 from ...ops.noise import rng_version
+from ...optim import NodePerturbation
 from ..cut import SIGNAL_BATCHES
 from ..recipe import Recipe
 
@@ -15,7 +16,10 @@ from ..recipe import Recipe
 TASKS = ("train", "validate", "bytes", "phases", "choice", "regression")
 PROBES = ("g", "signs")
 #: Options that recipes had not when the first files were made: at these values they are left out, so that those files hold.
-LATER = {"scales": "", "head_remainder": False, "points": 128, "importance_rows": 0}
+LATER = {
+    "scales": "", "head_remainder": False, "points": 128, "importance_rows": 0, "nodes": "", "node_lr": NodePerturbation.lr,
+    "node_eps": NodePerturbation.eps, "node_damping": NodePerturbation.damping, "freeze": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

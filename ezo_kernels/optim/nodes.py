@@ -1,0 +1,288 @@
+"""Node perturbation: layers whose outputs are perturbed, row by row, in place of their weights (:mod:`ezo_kernels.ops.node`).
+
+All rows of a batch have noise of their own, and each row's loss answers for it: a step measures B numbers a direction where
+perturbed weights measure one. What the update needs beside the losses are the layer's inputs, the mean over the groups of each
+row's; they stay from the forward to the update, fp32 [R, inputs] a layer (docs/method.md, Node perturbation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..nn.convert import plan_of
+from ..nn.grouped import batch_statistics
+from ..nn.linear import ZOLinear
+from ..ops import Noise, Perturbation, decorrelated_gradient, output_errors
+from ..ops._perturbation import PassError
+from .arguments import number, rate
+from .batches import call, picked, rows_of
+from .check import differ, largest, unwritten
+from .losses import by_row, ignored_by, row_shares
+
+
+@dataclass(frozen=True)
+class NodePerturbation:
+    """How some linear layers of the trunk learn: ``ElasticZO(..., node_perturbation=NodePerturbation(["fc1", "fc2"]))``.
+
+    Args:
+        layers: names of nn.Linear modules.
+        lr: learning rate of their weights and biases, for the gradient as ``damping`` has it; ``param_groups[-1]``.
+        eps: how far their outputs are moved, above 0; of the size of a twentieth of what they are, not of a weight's.
+        damping: of the inputs' second moments, whose inverse the gradient is multiplied by: a share of their trace, above 0.
+            None: the plain gradient, which wants an lr as backpropagation has it.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, naming it.
+    """
+
+    layers: Sequence[str]
+    lr: float = 0.2
+    eps: float = 0.05
+    damping: float | None = 0.01
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
+            raise TypeError(f"layers must be a list of names, got {self.layers!r}")
+        if not self.layers or not all(isinstance(name, str) for name in self.layers):
+            raise ValueError(f"layers must be names of layers, at least one, got {list(self.layers)}")
+        object.__setattr__(self, "layers", tuple(dict.fromkeys(self.layers)))
+        object.__setattr__(self, "lr", number(self.lr, "lr of node_perturbation", least=0.0))
+        object.__setattr__(self, "eps", number(self.eps, "eps of node_perturbation", least=0.0, strict=True))
+        if self.damping is not None:
+            own = number(self.damping, "damping of node_perturbation", least=0.0, strict=True)
+            object.__setattr__(self, "damping", own)
+
+
+class Inputs:
+    """The mean over a step's groups of what layers were given, in the groups' order."""
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._sums: dict[int, torch.Tensor] = {}
+        self._seen: dict[int, int] = {}
+
+    @torch.no_grad()
+    def add(self, site: int, x: torch.Tensor, parts: int, groups: int) -> None:
+        """``x`` [parts * B, ..., K] is what ``groups`` groups were given, each its own part or all the same one.
+
+        Raises:
+            PassError: the layer was given more groups than there are: it ran twice.
+        """
+        first, *others = x.detach().reshape(parts, -1, x.shape[-1]).float()
+        seen = self._seen.get(site, 0)
+        if seen + groups > self._groups:
+            raise PassError("a layer whose outputs are perturbed ran twice in a forward: it has one noise a step", site)
+        self._seen[site] = seen + groups
+        total = first * groups if parts < groups else first.clone()
+        for other in others:
+            total += other
+        if seen and total.shape != self._sums[site].shape:
+            raise PassError(f"x has {len(total)} rows in one group and {len(self._sums[site])} in another", site)
+        self._sums[site] = total if not seen else self._sums[site].add_(total)
+
+    def of(self, site: int) -> torch.Tensor:
+        """fp32 [R, K]."""
+        return self._sums[site] / self._groups
+
+
+class _Layer(NamedTuple):
+    name: str
+    module: ZOLinear
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+
+
+def _layers(setting: NodePerturbation, model: torch.nn.Module) -> list[_Layer]:
+    modules, fused = dict(model.named_modules()), plan_of(model).fused
+    linear = [name for name, cls in fused.items() if cls is ZOLinear]
+    for name in setting.layers:
+        if name not in modules:
+            raise ValueError(f"node_perturbation: no layer {name!r}; the trunk's linear layers are {', '.join(linear)}")
+    parameters = {site: p for p in plan_of(model).sites for site in (p.site,)}
+    found, problems = [], []
+    for name in setting.layers:
+        module = modules[name]
+        if name not in linear:
+            problems.append(f"{name!r} ({type(module).__name__}) is no nn.Linear of the trunk with weights to train")
+            continue
+        own = {"weight": module.site, "bias": module.bias_site}
+        if module.site is None:
+            problems.append(f"{name!r} has a frozen weight")
+            continue
+        tied = [leaf for leaf, site in own.items() if site is not None and len(parameters[site].names) > 1]
+        problems += [f"the {leaf} of {name!r} is tied" for leaf in tied]
+        bias = None if module.bias_site is None else module.bias
+        for leaf, p in (("weight", module.weight), ("bias", bias)):
+            if p is not None and p.dtype != torch.float32:
+                problems.append(f"the {leaf} of {name!r} is {p.dtype}: only float32 is updated this way")
+        found.append(_Layer(name, module, module.weight, bias))
+    if problems:
+        raise NotImplementedError("node_perturbation: " + "; ".join(problems))
+    return found
+
+
+class Nodes:
+    """The layers of a model that learn by node perturbation, and what a step collects of them."""
+
+    def __init__(self, setting: NodePerturbation, model: torch.nn.Module, device: torch.device) -> None:
+        if not isinstance(setting, NodePerturbation):
+            raise TypeError(f"node_perturbation must be a NodePerturbation, got {type(setting).__name__}")
+        self.setting, self.layers = setting, _layers(setting, model)
+        self.parameters = [p for own in self.layers for p in (own.weight, own.bias) if p is not None]
+        self.weights = frozenset(own.module.site for own in self.layers)
+        self.sites = self.weights | {own.module.bias_site for own in self.layers if own.bias is not None}
+        self.group = {
+            "params": self.parameters, "lr": setting.lr, "eps": setting.eps, "clip": None, "name": "nodes",
+        }  # fmt: skip
+        self._lr = torch.full((1,), setting.lr, dtype=torch.float32, device=device)
+        self._eps = torch.full((1,), setting.eps, dtype=torch.float32, device=device)
+        self._filled = {"lr": setting.lr, "eps": setting.eps}
+        self.own = {site: {"eps": self._eps} for site in self.weights}
+        self.drop()
+
+    def fill(self) -> None:
+        """Take the group's lr and eps to the device."""
+        for name, tensor in (("lr", self._lr), ("eps", self._eps)):
+            value = self.group[name]
+            if value != self._filled[name]:
+                what = f"{name} of node_perturbation"
+                tensor.fill_(rate(value, what) if name == "lr" else number(value, what, least=0.0, strict=True))
+                self._filled[name] = value
+
+    def begin(self, groups: int) -> Inputs:
+        """A pass of ``groups`` groups begins; what keeps its inputs."""
+        self.drop()
+        self._inputs = Inputs(groups)
+        return self._inputs
+
+    def drop(self) -> None:
+        """Forget what was collected."""
+        self._inputs: Inputs | None = None
+        self._shares: list[torch.Tensor] = []
+        self._steps: list[tuple] = []
+
+    @torch.no_grad()
+    def note(self, loss_fn, output, y, groups: int, losses, check: bool) -> None:
+        """What each row adds to the losses of its group; ``check``: whether their sum is looked at.
+
+        Raises:
+            NotImplementedError, ValueError: as :func:`row_shares`, or rows that do not add up to the loss.
+        """
+        shares = row_shares(loss_fn, output, y, groups)
+        if check:
+            whole = losses if isinstance(losses, torch.Tensor) else torch.stack([loss.reshape(()) for loss in losses])
+            whole, sums = whole.detach().float().reshape(-1), shares.sum(1)
+            if bool(((whole - sums).abs() > 1e-2 * sums.abs() + 1e-5).any()):  # 16 bits of a loss are 3 digits
+                raise ValueError(
+                    f"node_perturbation: the loss is {whole[0].item():.6g}, and the mean of its rows, by reduction='none', "
+                    f"{sums[0].item():.6g}: it must be a mean in which every row counts alike"
+                )
+        self._shares.append(shares)
+
+    @torch.no_grad()
+    def solve(self, key: torch.Tensor, noise: Noise, queries: int, antithetic: bool) -> torch.Tensor:
+        """Make the steps of this pass, of which nothing is applied yet.
+
+        Returns:
+            fp32 [1]: 1 where one of them is not finite, else 0.
+        """
+        shares = torch.cat(self._shares)
+        if antithetic:
+            coef = (shares[0::2] - shares[1::2]) / (2 * queries * self._eps)
+        else:  # less the mean of the others: docs/method.md
+            coef = (shares - shares.mean(0)) / ((queries - 1) * self._eps)
+        bad = torch.zeros(1, dtype=torch.bool, device=shares.device)
+        for own in self.layers:
+            x = self._inputs.of(own.module.site)
+            if len(x) % coef.shape[1]:
+                raise ValueError(f"node_perturbation: {own.name} has {len(x)} rows for {coef.shape[1]} losses of rows")
+            shape = (len(x), own.weight.shape[0])
+            error = output_errors(coef, key, shape, site=own.module.site, noise=noise)
+            step = decorrelated_gradient(x, error, self.setting.damping, own.bias is not None)
+            for p, d in zip((own.weight, own.bias), step, strict=True):
+                if p is not None:
+                    bad |= ~torch.isfinite(d.sum())  # of a finite step the sum is, unless it is near what fp32 ends at
+                    self._steps.append((p, d))
+        return bad.float()
+
+    @torch.no_grad()
+    def apply(self, ok: torch.Tensor) -> None:
+        """Take the steps, if ``ok``."""
+        for p, d in self._steps:
+            p.sub_(torch.where(ok, d * self._lr, 0.0))
+        self.drop()
+
+    def state(self) -> dict:
+        """For a state_dict."""
+        fixed = {"layers": list(self.setting.layers), "damping": self.setting.damping}
+        return fixed | {"lr": self.group["lr"], "eps": self.group["eps"]}
+
+
+def check_nodes(nodes: Nodes | None, theirs) -> None:
+    """ValueError unless the state ``theirs`` is of a run with the same layers and damping, and has an lr and an eps."""
+    ours = None if nodes is None else nodes.state()
+    try:
+        fixed = [own and {name: own[name] for name in ("layers", "damping")} for own in (theirs, ours)]
+        if theirs is not None:
+            rate(theirs["lr"], "lr of node_perturbation")
+            number(theirs["eps"], "eps of node_perturbation", least=0.0, strict=True)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"node_perturbation in the state is none: {error}") from None
+    if fixed[0] != fixed[1]:
+        raise ValueError(f"the state is of node_perturbation={fixed[0]}, this run of {fixed[1]}")
+
+
+class NodeRows:
+    """What :class:`ezo_kernels.ElasticZO` asks of a model some of whose layers learn by node perturbation."""
+
+    @staticmethod
+    def _require_nodes_can(loss_fn, update: bool) -> None:
+        if not update:
+            raise NotImplementedError("node_perturbation takes a step on each batch: update=False accumulates none")
+        if ignored_by(loss_fn) is None:
+            by_row(loss_fn)
+
+    def _require_row_by_row(self, x, kwargs: dict) -> None:
+        """Refuse a model in which a row's outputs, or what such a layer is given of it, depend on other rows or lie elsewhere.
+
+        Looked at in a first step: the first half of the batch by itself against the same rows among all.
+        """
+        taken = rows_of(x)
+        norms = batch_statistics(self.model)
+        if norms:
+            raise NotImplementedError(
+                f"node_perturbation: {', '.join(map(repr, norms))} would take batch statistics, and then a row's loss answers "
+                "for the noise of the others, too: eval() them"
+            )
+        if not self._must_check or taken < 2:
+            return
+        half = torch.arange((taken + 1) // 2, device=self.device)
+        whole, alone = (self._seen_by_nodes(*batch) for batch in ((x, kwargs), picked((x, kwargs), half, taken)))
+        for a, b in zip(whole, alone, strict=True):
+            if a.dim() and a.shape[0] * len(half) == b.shape[0] * taken:
+                a = a[: b.shape[0]]
+            bound = self._rounding(b.dtype) ** 0.5 * largest(a)
+            if a.shape != b.shape or bool(differ(a, b) > bound):
+                raise ValueError(
+                    "node_perturbation: a row's values are others without the rest of its batch: the model does not treat the "
+                    "rows of a batch apart, or has them in another order at a perturbed layer"
+                )
+
+    @torch.no_grad()
+    def _seen_by_nodes(self, x, kwargs: dict) -> list[torch.Tensor]:
+        """Unperturbed: the inputs of these layers, then the model's outputs."""
+        p = Perturbation(self._key, self._eps, self.noise, 0, 1, (0,))
+        self.zo.inputs, self.zo.undropped = Inputs(1), True
+        try:
+            with unwritten(self.model, True), self.zo.running(p):
+                output = call(self.model, x, kwargs)
+            inputs = self.zo.inputs
+        finally:
+            self.zo.inputs, self.zo.undropped = None, False
+        outputs = [t for t in pytree.tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point()]
+        return [*(inputs.of(own.module.site) for own in self.nodes.layers), *outputs]
