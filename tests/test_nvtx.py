@@ -72,6 +72,12 @@ def test_a_step_on_drawn_rows(seen):
     assert seen == ["rows", *LAYERS, *STEP]
 
 
+def test_a_step_with_perturbed_outputs(seen):
+    second_step(optimizer(nvtx=True, node_perturbation=ezo.NodePerturbation(["fc1"])), *batch(8), seen)
+    at = STEP.index("g")
+    assert seen == [*STEP[:at], "nodes", *STEP[at:]]
+
+
 def test_pure_zeroth_order_and_pure_backpropagation(seen):
     second_step(optimizer((), nvtx=True), *batch(8), seen)
     assert seen == ["forward", *LAYERS[:4], "trunk fc3", "loss", "g", "update"]

@@ -72,12 +72,12 @@ class Updates:
             self._step.sub_(ok.long())
             self.skipped.sub_(1 - ok.long().view(()))
             raise
-        if self._weights:
+        if self.trunk:
             with self._phase("update"):
-                self._update(own.coef)
-        if self.nodes is not None:
-            with self._phase("update"):
-                self.nodes.apply(ok)
+                if self._weights:
+                    self._update(own.coef)
+                if self.nodes is not None:
+                    self.nodes.apply(ok)
         if self.head and torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # casts of the head's weights as they were, where autocast is around many steps
         update_batch_norms(self.zo, ok)
