@@ -481,9 +481,35 @@ def test_models_whose_rows_depend_on_each_other():
         opt.train_step(x, y)
     norm.eval()
     opt.train_step(x, y)
+    norm.train()
+    norm[1].track_running_stats, norm[1].running_mean, norm[1].running_var = False, None, None
+    allowed = ezo.NodePerturbation(["0"], constant_statistics=True)
+    with pytest.raises(NotImplementedError, match="keep running statistics"):
+        ezo.ElasticZO(norm, node_perturbation=allowed).train_step(x, y)
     opt = ezo.ElasticZO(ezo.convert_(mean, head=["2"]), node_perturbation=nodes, mode="sequential")
     with pytest.raises(ValueError, match="does not treat the rows of a batch apart"):
         opt.train_step(x, y)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_batch_norms_whose_statistics_count_as_constants(mode):
+    """The step is the formula with each group's own statistics; they move as in any step, and the modes stay."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    twin, (x, y) = copy.deepcopy(model), (randn(6, 4), torch.arange(6) % 3)
+    model[1].requires_grad_(False)
+    ezo.convert_(model, head=["3"])
+    nodes = ezo.NodePerturbation(["0"], lr=1.0, damping=None, constant_statistics=True)
+    opt = ezo.ElasticZO(model, queries=2, node_perturbation=nodes, seed=1, mode=mode)
+    opt.train_step(x, y)
+    rows, noise = [], [materialize((6, 5), seed=1, step=0, site=model[0].site, query=q) for q in range(2)]
+    with torch.no_grad():
+        for z in noise:
+            for sign in (1, -1):
+                h = twin[0](x) + sign * 0.05 * z
+                rows.append(F.cross_entropy(twin[3](F.relu(twin[1](h))), y, reduction="none"))
+    want = sum(((rows[2 * q] - rows[2 * q + 1]) / 0.1 / 12)[:, None] * noise[q] for q in range(2))
+    torch.testing.assert_close(twin[0].bias.detach() - model[0].bias.detach(), want.sum(0), rtol=1e-3, atol=1e-6)
+    assert model[1].training and not torch.equal(model[1].running_mean, torch.zeros(5)) and opt.skipped == 0
 
 
 class Centred(nn.Module):

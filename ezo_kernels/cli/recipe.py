@@ -207,8 +207,6 @@ class Recipe:
             if getattr(self, name) and (self.method != "elastic" or self.integer):
                 raise ValueError(f"{name} goes with method elastic, in floats, not {self.method} and {self.precision}")
         if self.nodes:
-            if self.model == "pointnet":
-                raise ValueError("nodes goes with a model without batch norm, not pointnet")
             self.node_perturbation  # noqa: B018 - refuses what it cannot take
         else:
             # of a run without them, so that two recipes that are one run are equal
@@ -217,10 +215,11 @@ class Recipe:
 
     @property
     def node_perturbation(self) -> NodePerturbation | None:
-        """What ``nodes`` and its rates are for ElasticZO; a damping of 0 is none."""
+        """What ``nodes`` and its rates are for ElasticZO; a damping of 0 is none, PointNet has batch norms."""
         if not self.nodes:
             return None
-        return NodePerturbation(names_in(self.nodes), self.node_lr, self.node_eps, self.node_damping or None)
+        rates = self.node_lr, self.node_eps, self.node_damping or None
+        return NodePerturbation(names_in(self.nodes), *rates, constant_statistics=self.model == "pointnet")
 
     def check_given(self, given) -> None:
         """Refuse options that were given and that nothing in this run reads. Recipes made by code may hold them: at defaults.

@@ -35,6 +35,8 @@ class NodePerturbation:
         eps: how far their outputs are moved, above 0; of the size of a twentieth of what they are, not of a weight's.
         damping: of the inputs' second moments, whose inverse the gradient is multiplied by: a share of their trace, above 0.
             None: the plain gradient, which wants an lr as backpropagation has it.
+        constant_statistics: allow batch norms in training, whose statistics then count as constants: a row's loss answers for
+            its own noise, not for what that does to the others through mean and variance (docs/method.md). False refuses them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, naming it.
@@ -44,6 +46,7 @@ class NodePerturbation:
     lr: float = 0.2
     eps: float = 0.05
     damping: float | None = 0.01
+    constant_statistics: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
@@ -53,6 +56,8 @@ class NodePerturbation:
         object.__setattr__(self, "layers", tuple(dict.fromkeys(self.layers)))
         object.__setattr__(self, "lr", number(self.lr, "lr of node_perturbation", least=0.0))
         object.__setattr__(self, "eps", number(self.eps, "eps of node_perturbation", least=0.0, strict=True))
+        if not isinstance(self.constant_statistics, bool):
+            raise TypeError(f"constant_statistics must be a bool, got {type(self.constant_statistics).__name__}")
         if self.damping is not None:
             own = number(self.damping, "damping of node_perturbation", least=0.0, strict=True)
             object.__setattr__(self, "damping", own)
@@ -219,7 +224,10 @@ class Nodes:
 
     def state(self) -> dict:
         """For a state_dict."""
-        fixed = {"layers": list(self.setting.layers), "damping": self.setting.damping}
+        setting = self.setting
+        fixed = {
+            "layers": list(setting.layers), "damping": setting.damping, "constant_statistics": setting.constant_statistics,
+        }  # fmt: skip
         return fixed | {"lr": self.group["lr"], "eps": self.group["eps"]}
 
 
@@ -227,7 +235,9 @@ def check_nodes(nodes: Nodes | None, theirs) -> None:
     """ValueError unless the state ``theirs`` is of a run with the same layers and damping, and has an lr and an eps."""
     ours = None if nodes is None else nodes.state()
     try:
-        fixed = [own and {name: own[name] for name in ("layers", "damping")} for own in (theirs, ours)]
+        fixed = [
+            own and {name: own[name] for name in ("layers", "damping", "constant_statistics")} for own in (theirs, ours)
+        ]
         if theirs is not None:
             rate(theirs["lr"], "lr of node_perturbation")
             number(theirs["eps"], "eps of node_perturbation", least=0.0, strict=True)
@@ -252,12 +262,14 @@ class NodeRows:
 
         Looked at in a first step: the first half of the batch by itself against the same rows among all.
         """
-        taken = rows_of(x)
-        norms = batch_statistics(self.model)
+        taken, constant = rows_of(x), self.nodes.setting.constant_statistics
+        norms = [
+            n for n in batch_statistics(self.model) if not constant or self.model.get_submodule(n).running_mean is None
+        ]
         if norms:
             raise NotImplementedError(
                 f"node_perturbation: {', '.join(map(repr, norms))} would take batch statistics, and then a row's loss answers "
-                "for the noise of the others, too: eval() them"
+                "for the noise of the others, too: eval() them, or keep running statistics and set constant_statistics=True"
             )
         if not self._must_check or taken < 2:
             return
@@ -278,11 +290,16 @@ class NodeRows:
         """Unperturbed: the inputs of these layers, then the model's outputs."""
         p = Perturbation(self._key, self._eps, self.noise, 0, 1, (0,))
         self.zo.inputs, self.zo.undropped = Inputs(1), True
+        norms = [self.model.get_submodule(name) for name in batch_statistics(self.model)]
+        for norm in norms:
+            norm.training = False
         try:
             with unwritten(self.model, True), self.zo.running(p):
                 output = call(self.model, x, kwargs)
             inputs = self.zo.inputs
         finally:
             self.zo.inputs, self.zo.undropped = None, False
+            for norm in norms:
+                norm.training = True
         outputs = [t for t in pytree.tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point()]
         return [*(inputs.of(own.module.site) for own in self.nodes.layers), *outputs]

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 from . import regression
 from .findings import CHOICE, against_full_zo, judge_cuts, place_computed, say_cuts, say_planned, say_rank
-from .recipes import CLOUD_BP_LRS, CLOUD_FROZEN_LRS, CLOUD_HEAD_LR, CLOUD_RATES, CLOUDS, FROZEN_LRS, GRID, HEADS
+from .recipes import (
+    CLOUD_BP_LRS,
+    CLOUD_FROZEN_LRS,
+    CLOUD_HEAD_LR,
+    CLOUD_NODE_RATES,
+    CLOUD_NODES,
+    CLOUD_RATES,
+    CLOUDS,
+    FROZEN_LRS,
+    GRID,
+    HEADS,
+)  # fmt: skip
 from .scope import Experiment, Scope
 from .summary import Column
 from .trial import Trial
@@ -27,9 +38,7 @@ def baseline(scope: Scope) -> list[Trial]:
     validation split.
     """
     out = [scope.trial(f"{name}, fp32", scope.best(head)) for head, name in HEADS.items()]
-    for head in ("fc3", "fc2,fc3"):
-        own = scope.other("frozen", head, epochs=scope.best(head).epochs)
-        out.append(scope.trial(f"frozen trunk, head {head}, fp32", own, head_lrs=scope.ends(FROZEN_LRS)))
+    out += _frozen_trunks(scope, ", fp32")
     bp = scope.other("bp", epochs=min(BP_EPOCHS, scope.epochs))
     out.append(scope.trial("full BP, fp32", bp, head_lrs=scope.ends(FROZEN_LRS)))
     for head, name in HEADS.items():
@@ -38,6 +47,15 @@ def baseline(scope: Scope) -> list[Trial]:
             scope.trial(f"{name}, int8, integer only", scope.best_int8(head, "integer")),
         ]
     return out
+
+
+def _frozen_trunks(scope: Scope, ending: str = "") -> list[Trial]:
+    """As many steps as ElasticZO has with the same head, the best rate of the validation split."""
+    heads = {head: scope.other("frozen", head, epochs=scope.best(head).epochs) for head in ("fc3", "fc2,fc3")}
+    return [
+        scope.trial(f"frozen trunk, head {head}{ending}", own, head_lrs=scope.ends(FROZEN_LRS))
+        for head, own in heads.items()
+    ]
 
 
 def grid(scope: Scope) -> list[Trial]:
@@ -56,6 +74,15 @@ def importance(scope: Scope) -> list[Trial]:
         out.append(scope.trial(f"{name}, all rows", scope.best(head)))
         out.append(scope.trial(f"{name}, drawn rows", scope.drawn(head)))
     return out
+
+
+def nodes(scope: Scope) -> list[Trial]:
+    """The recipes of ``baseline``, and with outputs of the linear layers perturbed in place of weights, at equal forwards."""
+    out = []
+    for head, name in HEADS.items():
+        out.append(scope.trial(f"{name}, perturbed weights", scope.best(head)))
+        out.append(scope.trial(f"{name}, perturbed outputs", scope.outputs(head)))
+    return out + _frozen_trunks(scope)
 
 
 EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -202,6 +229,9 @@ def pointcloud(scope: Scope) -> list[Trial]:
     out = []
     for head, name in zip(("0", "1", "2"), HEADS.values(), strict=True):
         out.append(scope.trial(name, scope.elastic(head, **common | CLOUD_RATES | {"head_lr": CLOUD_HEAD_LR})))
+    for head, name in zip(CLOUD_NODES, list(HEADS.values())[1:], strict=True):
+        own = scope.elastic(head, **common | CLOUD_NODE_RATES | CLOUD_NODES[head])
+        out.append(scope.trial(f"{name}, perturbed outputs", own))
     out.append(scope.trial("full BP", scope.other("bp", **common), head_lrs=scope.ends(CLOUD_BP_LRS)))
     for head in ("1", "2"):
         own = scope.other("frozen", head, **common)
@@ -221,6 +251,10 @@ _ALL = (
     Experiment(
         "importance", "the recipes of baseline, and on rows of larger batches drawn by importance, at equal forwards",
         importance, (VALID, TEST, SECONDS, STEP_MS), (VALID, TEST), epochs=64,
+    ),
+    Experiment(
+        "nodes", "the recipes of baseline, and with outputs perturbed in place of weights, at equal forwards", nodes,
+        (VALID, TEST, SECONDS, STEP_MS, BYTES), (VALID, TEST), epochs=64,
     ),
     Experiment(
         "epsilon", "eps over three orders of magnitude, and one computed from gradient statistics", epsilon,

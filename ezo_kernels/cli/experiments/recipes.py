@@ -78,6 +78,29 @@ def drawn(data: str, head: str, seed: int, epochs: int) -> Recipe:
     return Recipe(data=data, head=head, seed=seed, antithetic=False, **size, **own)
 
 
+#: head -> how ``ezo experiment nodes`` trains below it: outputs perturbed in place of weights (docs/recipes.md). Where there is
+#: a head, the convolutions stay as they were initialised.
+_HELD = {"queries": 8, "node_lr": 0.3, "freeze": "conv1,conv2"}
+NODES = {
+    "0": {"queries": 8, "node_lr": 0.1, "nodes": "fc1,fc2,fc3", "lr": 3e-4, "scales": "conv1=2", **_COMMON},
+    "fc3": {**_HELD, "nodes": "fc1,fc2"},
+    "fc2,fc3": {**_HELD, "nodes": "fc1", "head_lr": 0.1},
+}
+#: head -> the same of PointNet; its shared MLP and its batch norms stay as they were initialised
+_BELOW = ",".join(f"{layer}{i}" for layer in ("conv", "bn") for i in range(1, 6))
+CLOUD_NODES = {
+    "1": {"nodes": "fc1,fc2", "freeze": f"{_BELOW},bn6,bn7"},
+    "2": {"nodes": "fc1", "freeze": f"{_BELOW},bn6"},
+}
+CLOUD_NODE_RATES = {"queries": 32, "antithetic": False, "node_lr": 0.2, "head_lr": 0.4}
+
+
+def outputs(data: str, head: str, seed: int, epochs: int) -> Recipe:
+    """Perturbed outputs, at the forward passes of ``epochs`` epochs with two a step."""
+    own = NODES[head]
+    return Recipe(data=data, head=head, seed=seed, epochs=max(1, 2 * epochs // own["queries"]), antithetic=False, **own)
+
+
 def candidate(data: str, head: str, seed: int, epochs: int, name: str) -> Recipe:
     """A candidate of :data:`GRID` on LeNet-5, at the forward passes of ``epochs`` epochs with two a step."""
     own = GRID[head][name]

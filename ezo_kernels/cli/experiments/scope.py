@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..recipe import Recipe
-from .recipes import best, best_int8, candidate, drawn, recipe
+from .recipes import best, best_int8, candidate, drawn, outputs, recipe
 from .summary import Column
 from .trial import Finished, Trial
 
@@ -57,6 +57,10 @@ class Scope:
     def drawn(self, head: str) -> Recipe:
         """The recipe on rows drawn by importance, at the same forward passes."""
         return drawn(self.data, head, self.seed, self.epochs)
+
+    def outputs(self, head: str) -> Recipe:
+        """The recipe with perturbed outputs, at the same forward passes."""
+        return outputs(self.data, head, self.seed, self.epochs)
 
     def other(self, method: str, head: str = "", **options) -> Recipe:
         """The recipe of a method that ElasticZO is held against."""
