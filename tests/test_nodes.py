@@ -9,6 +9,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from materialised import NOISES, Pass, randn
 from torch import nn
 
@@ -398,6 +399,33 @@ def test_under_autocast_and_compiled():
             own.train_step(*batch(6, i))
     for a, b in zip(bits(plain.model).values(), bits(compiled.model).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Remembered(nn.Module):
+    """A trunk and a head whose activations a checkpoint makes again."""
+
+    def __init__(self, again: bool):
+        super().__init__()
+        self.inner, self.out, self.again = nn.Linear(4, 6), nn.Linear(6, 3), again
+
+    def forward(self, x):
+        def run(x):
+            return self.out(torch.tanh(self.inner(x)))
+
+        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False) if self.again else run(x)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_a_checkpoint_that_runs_the_layer_again(mode):
+    runs = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        model = ezo.convert_(Remembered(again), head=["out"])
+        opt = ezo.ElasticZO(model, queries=2, node_perturbation=ezo.NodePerturbation(["inner"]), mode=mode)
+        for _ in range(2):
+            opt.train_step(randn(6, 4), torch.arange(6) % 3)
+        runs.append(bits(model))
+    assert same(*runs)
 
 
 # ---- what is refused

@@ -238,6 +238,9 @@ class Recipe:
                 options = ", ".join("--" + option.replace("_", "-") for option in strangers)
                 instead = " (its learning rate is --head-lr)" if name == "method" and "lr" in strangers else ""
                 raise ValueError(f"{options}: no meaning with --{name} {getattr(self, name)}{instead}")
+        strangers = ["--" + option.replace("_", "-") for option in _NODES[1:] if option in given and not self.nodes]
+        if strangers:
+            raise ValueError(f"{', '.join(strangers)}: no meaning without --nodes")
 
     @property
     def head_argument(self) -> list[str] | int | str:

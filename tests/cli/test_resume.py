@@ -31,6 +31,20 @@ def test_a_resumed_run_is_the_run(train, tmp_path, method, at):
     assert not same_state(a["model"], ckpt.read(end)["model"])
 
 
+def test_a_resumed_run_with_perturbed_outputs_is_the_run(train, tmp_path):
+    own = ("--nodes", "fc1", "--node-lr", 0.1, "--freeze", "conv1", "--queries", 2)
+    whole, part, end = (tmp_path / name for name in ("whole.pt", "part.pt", "end.pt"))
+    assert train(*own, "--checkpoint", whole)[0] == 0
+    assert train(*own, "--checkpoint", part, "--max-steps", 5)[0] == 0
+    assert train("--resume", part, "--checkpoint", end)[0] == 0
+    first, last = ckpt.read(part)["model"], ckpt.read(end)["model"]
+    assert same_state(ckpt.read(whole), ckpt.read(end))
+    assert torch.equal(first["conv1.weight"], last["conv1.weight"])
+    assert not torch.equal(first["fc1.weight"], last["fc1.weight"])
+    code, _, err = train("--resume", part, "--node-lr", 0.2)
+    assert code == 2 and "node_lr" in err
+
+
 def test_a_checkpoint_of_mezo_from_before_its_state_had_its_steps_goes_on(train, tmp_path):
     whole, part, end = (tmp_path / name for name in ("whole.pt", "part.pt", "end.pt"))
     assert train("--method", "mezo", "--checkpoint", whole, "--max-steps", 3)[0] == 0

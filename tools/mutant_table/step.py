@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "eps moved for unscaled layers alone",
-        "ezo_kernels/optim/elastic_zo.py",
+        "ezo_kernels/optim/scalars.py",
         "                    self._scaled_eps.fill(value)\n",
         "                    pass\n",
         "tests/test_scales.py",
