@@ -100,7 +100,7 @@ MUTANTS = (
     ),
     Mutant(
         "lr read once",
-        _STEP,
+        "ezo_kernels/optim/scalars.py",
         "if value != self._filled[name]:",
         "if self._filled[name] is None:",
         "tests/test_step.py -k schedulers",
