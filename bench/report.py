@@ -160,6 +160,7 @@ TABLES = {
         "bytes": trained.memory_experiment,
     },
     "docs/api.md": {"api": api.index},
+    "docs/recipes.md": {"nodes": trained.nodes},
     "docs/performance.md": {"goals": goals, "speed": speed, "memory": memory, "ladder": ladder, "static": static},
     "docs/experiments.md": {
         file: functools.partial(experiment, file, file.partition("_")[0])
@@ -168,6 +169,7 @@ TABLES = {
             "partition_pointnet",
             "pointcloud",
             "importance",
+            "nodes",
             "epsilon",
             "batch",
             "finetune",

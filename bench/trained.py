@@ -231,6 +231,48 @@ _SHORT = (
 )
 
 
+def _with_outputs() -> list[str]:
+    """:data:`_SHORT`, behind the arms of ElasticZO in floats the same with perturbed outputs, of ``ezo experiment nodes``."""
+    out = []
+    for arm in _SHORT:
+        out.append(arm)
+        if arm.endswith("fp32") and "ZO" in arm:
+            out.append(arm.replace("fp32", "perturbed outputs"))
+    return out
+
+
+def nodes() -> str:
+    """Perturbed outputs beside perturbed weights: test errors, and their ratios to full ZO's and the frozen trunk's."""
+    record = read("experiments/nodes.json")
+    if not record:
+        return "`ezo experiment nodes` has not been run."
+    rows = {(row["data"], row["arm"]): row for row in record["table"]}
+    recipes = {t["arm"]: t["specification"]["recipe"] for t in record["trials"].values()}
+    lines = [
+        "| data | LeNet-5 | seeds | validation error, % | test error, % | over perturbed weights | over full ZO, weights "
+        "| over full ZO, outputs | over the frozen trunk | bytes of a step, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (data, arm), row in rows.items():
+        ending = ", perturbed outputs"
+        if not arm.endswith(ending):
+            continue
+        name, mean = arm.removesuffix(ending), row["metrics"]["test_error"]["mean"]
+        bases = (
+            f"{name}, perturbed weights", "full ZO, perturbed weights", f"full ZO{ending}",
+            f"frozen trunk, head {recipes[arm]['head']}",
+        )  # fmt: skip
+        ratios = []
+        for base in bases:
+            other = rows.get((data, base))
+            same = other is None or other is row or other["seeds"] != row["seeds"]
+            ratios.append("" if same else f"{mean / other['metrics']['test_error']['mean']:.2f}")
+        errors = [_error(row["metrics"][metric]) for metric in ("validation_error", "test_error")]
+        megabytes = row["metrics"]["step_bytes"]["mean"] / 1e6
+        lines.append(f"| {data} | {name} | {len(row['seeds'])} | {' | '.join([*errors, *ratios])} | {megabytes:.2f} |")
+    return "\n".join(lines)
+
+
 def baseline_in_short() -> str:
     """A row an arm of :func:`baseline`, both data sets beside each other."""
     record = read("experiments/baseline.json")
@@ -241,7 +283,13 @@ def baseline_in_short() -> str:
         "| LeNet-5 | forwards an image | seeds | MNIST, % | Fashion-MNIST, % | bytes of a step, MB |",
         "|---|---|---|---|---|---|",
     ]
-    for arm in _SHORT:
+    records = {arm: record for arm in _SHORT}
+    if nodes := read("experiments/nodes.json"):
+        rows |= {(row["data"], row["arm"]): row for row in nodes["table"]}
+        records = {arm: record if arm in records else nodes for arm in _with_outputs()}
+    for arm, record in records.items():
+        if any((data, arm) not in rows for data in ("mnist", "fashion_mnist")):
+            continue
         own = [rows[data, arm] for data in ("mnist", "fashion_mnist")]
         seeds = {len(row["seeds"]) for row in own}
         megabytes = own[0]["metrics"]["step_bytes"]["mean"] / 1e6

@@ -73,7 +73,8 @@ class Diagnostics(Activations):
 
     Args:
         optimizer: :class:`ezo_kernels.ElasticZO` or :class:`ezo_kernels.ElasticZOInt8`; a baseline of
-            :mod:`ezo_kernels.optim.baselines` is watched for its losses and memory only.
+            :mod:`ezo_kernels.optim.baselines` is watched for its losses and memory only. A run with ``node_perturbation``,
+            whose g has the noise of outputs as well and promises nothing, is told of losses that rise, not of a plateau.
         every: steps between two readings, at least 1.
         memory_bytes: what activations may fill; default: the memory of the device.
         warn: emit each new finding as a :class:`TrainingWarning`, besides returning it.
@@ -173,7 +174,7 @@ class Diagnostics(Activations):
             return 0.0
         trunk = self.optimizer.param_groups[0]
         if not self.integer:
-            return trunk["lr"]
+            return trunk["lr"] if self.optimizer.nodes is None else 0.0
         # a pair's difference is twice what a step along z is worth, one sign's is once
         return 2.0 ** -(update_shift(trunk["bits"], trunk["r_max"]) + self.optimizer.antithetic)
 
@@ -244,11 +245,14 @@ class Diagnostics(Activations):
         tries = []
         relative = difference / level if level else math.inf
         whose = "the two signs" if paired else "the queries"
-        if relative > EPS_LARGE:
+        outputs = (
+            not self.integer and self.optimizer.nodes is not None
+        )  # then the differences are of two kinds of noise
+        if relative > EPS_LARGE and not outputs:
             tries.append(
                 f"a smaller {'r_max' if self.integer else 'eps'}: the losses of {whose} differ by {relative:.0%}"
             )
-        elif 0 < relative < EPS_SMALL and not self.integer:
+        elif 0 < relative < EPS_SMALL and not self.integer and not outputs:
             tries.append(f"a larger eps: the losses of {whose} differ by {relative:.1g} of the loss, fp32's rounding")
         tries.append(f"more queries (now {self.optimizer.queries}), a larger batch or {self._smaller_steps()}")
         tries.append("a cut that gives more layers to backpropagation")
@@ -256,7 +260,12 @@ class Diagnostics(Activations):
         return self._finding("plateau", seen, "; ".join(tries), steps=span, **numbers)
 
     def _smaller_steps(self) -> str:
-        return "a larger p_zero" if self.integer else f"a smaller lr (now {self.optimizer.param_groups[0]['lr']:.3g})"
+        if self.integer:
+            return "a larger p_zero"
+        rates = f"now {self.optimizer.param_groups[0]['lr']:.3g}"
+        if self.optimizer.nodes is not None:
+            rates += f", of perturbed outputs {self.optimizer.param_groups[-1]['lr']:.3g}"
+        return f"a smaller lr ({rates})"
 
     def _not_finite(self, rows: torch.Tensor, skipped: int) -> Finding | None:
         losses = int((~torch.isfinite(rows).all(1)).sum())
