@@ -215,16 +215,13 @@ def test_a_run_that_diverged_promises_nothing_and_is_told_of():
     assert found[0].numbers["promised"] == 0 and "eps" not in found[0].advice and "smaller lr" in found[0].advice
 
 
-def test_perturbed_outputs_are_told_of_losses_that_rise_alone():
-    """Their noise is in g, too, whose promise would be that of a plateau at any eps."""
-    for lr, kinds in ((0.0, []), (30.0, ["plateau"])):
-        nodes = ezo.NodePerturbation(["0", "2", "4"], lr=lr, eps=0.2, damping=None)
-        opt = floats(head=0, lr=0.002, logits=0.01 if lr == 0 else 1.0, node_perturbation=nodes)
-        found = run(opt, Diagnostics(opt, every=20, warn=False), batches(180, labels="random"))
-        assert [f.kind for f in found] == kinds
-        assert all(
-            "a smaller lr (now 0.002, of perturbed outputs 30)" in f.advice and "eps" not in f.advice for f in found
-        )
+def test_the_noise_of_perturbed_outputs_is_no_promise():
+    """It is in g, too, which would be a plateau's with any lr of weights."""
+    nodes = ezo.NodePerturbation(["0", "2", "4"], lr=0.0, eps=0.2, damping=None)
+    opt = floats(head=0, lr=0.002, logits=0.01, node_perturbation=nodes)
+    watch = Diagnostics(opt, every=20, warn=False)
+    assert run(opt, watch, batches(180, labels="random")) == [] and opt.g.abs() > 1
+    assert watch._smaller_steps() == "a smaller lr (now 0.002, of perturbed outputs 0)"
 
 
 def test_a_plateau_in_integers():
