@@ -186,12 +186,14 @@ def test_stacked_and_sequential_agree():
 
 
 def test_layers_after_frozen_ones_have_the_bits_of_copies():
-    """fc1's input is every group's then: the plain product runs once, and the noise makes it each one's own."""
+    """fc1's input is every group's then: the plain product runs once, and the noise makes it each one's own. Of six groups: the
+    sum of as many equal inputs is not six times one.
+    """
     runs = []
     for shared in (True, False):
         model = lenet()
         model.conv1.requires_grad_(False), model.conv2.requires_grad_(False)
-        opt = optimizer(model=model, queries=2, antithetic=False, mode="stacked")
+        opt = optimizer(model=model, queries=6, antithetic=False, mode="stacked")
         opt._checks._compiled = not shared  # each group has a copy then
         opt.train_step(*batch(8))
         assert bool(opt._checks._shared) is shared
@@ -201,6 +203,7 @@ def test_layers_after_frozen_ones_have_the_bits_of_copies():
 
 def test_the_estimate_tends_to_the_gradient():
     """Over many directions, with plain gradients: the step of each layer points where backpropagation's does."""
+    torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
     plain, x, y = copy.deepcopy(model), randn(16, 6), torch.arange(16) % 3
     F.cross_entropy(plain(x), y).backward()
@@ -291,6 +294,41 @@ def test_tokens_share_the_loss_of_their_row(mode):
     torch.testing.assert_close(moved, 0.5 * want, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_losses_of_tokens_answer_for_their_row(mode):
+    """Flat or not: the noise of a row moves all of its tokens."""
+    runs = []
+    for turn in (
+        lambda out, ids: (out, ids, token_loss),
+        lambda out, ids: (out.flatten(0, 1), ids.flatten(), F.cross_entropy),
+        lambda out, ids: (out.transpose(1, 2), ids, F.cross_entropy),
+    ):
+        torch.manual_seed(0)
+        model, ids = Tokens(), torch.randint(7, (4, 5))
+        own = ezo.NodePerturbation(["inner"], lr=0.5)
+        opt = ezo.ElasticZO(ezo.convert_(model, head=["out"]), queries=2, node_perturbation=own, seed=1, mode=mode)
+        forward = model.forward
+        model.forward = lambda ids, forward=forward, turn=turn: turn(forward(ids), ids)[0]
+        _, y, loss = turn(torch.zeros(4, 5, 7), ids)
+        opt.train_step(ids, y, loss)
+        runs.append(bits(model))
+    for name, value in runs[0].items():
+        for other in runs[1:]:
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_that_are_all_zero_move_nothing_else_either():
+    """Of a branch that begins at zero: the gradient is zero, not undefined."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 5, bias=False), nn.Linear(5, 3))
+    nn.init.zeros_(model[0].weight)
+    model[0].requires_grad_(False)
+    opt = ezo.ElasticZO(ezo.convert_(model, head=["3"]), node_perturbation=ezo.NodePerturbation(["2"]))
+    held = bits(model)
+    opt.train_step(randn(6, 4), torch.arange(6) % 3)
+    assert opt.skipped == 0 and torch.equal(held["2.weight"], model[2].weight)
+    assert not torch.equal(held["3.weight"], model[3].weight)
+
+
 def test_a_regression_by_torchs_loss():
     model = ezo.convert_(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)), head=["2"])
     opt = ezo.ElasticZO(model, queries=4, node_perturbation=ezo.NodePerturbation(["0"]))
@@ -322,6 +360,39 @@ def test_a_system_that_cannot_be_solved_skips_the_whole_step(monkeypatch):
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: factor(m * float("nan")))
     opt.train_step(*batch(8))
     assert opt.skipped == 1 and same(held, bits(opt.model))
+
+
+def test_a_factor_that_does_not_exist_skips_the_whole_step():
+    """LAPACK leaves numbers of one, and they are finite."""
+    x, skipped = randn(16, 40).repeat(2, 1), 0
+    for seed in range(20):
+        moments = torch.cat([x + 1e-3 * seed, torch.ones(32, 1)], 1)
+        moments = moments @ moments.T / 32
+        moments.diagonal().add_(1e-9 * moments.diagonal().sum())
+        fails = bool(torch.linalg.cholesky_ex(moments).info > 0)
+        weight, bias = decorrelated_gradient(x + 1e-3 * seed, randn(32, 3), 1e-9, True)
+        assert bool(weight.isnan().all()) == bool(bias.isnan().all()) == fails
+        skipped += fails
+    assert skipped
+
+
+def test_another_loss_than_the_first_steps_is_skipped():
+    opt = optimizer(queries=2)
+    opt.train_step(*batch(8))
+    held = bits(opt.model)
+    opt.train_step(*batch(8, 2), nn.CrossEntropyLoss(weight=torch.arange(1.0, 11.0)))
+    assert opt.skipped == 1 and same(held, bits(opt.model))
+
+
+def test_schedules_go_on_from_a_state():
+    opt = optimizer()
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    opt.train_step(*batch(6))
+    schedule.step()
+    again = optimizer()
+    again.load_state_dict(opt.state_dict())
+    torch.optim.lr_scheduler.LambdaLR(again, lambda step: 0.5**step, last_epoch=1)
+    assert again.param_groups[-1]["lr"] == pytest.approx(0.05)
 
 
 def test_schedules_move_its_rate():
@@ -388,10 +459,12 @@ def test_another_optimizer_of_the_model_perturbs_weights_again():
 
 
 def test_under_autocast_and_compiled():
-    opt = optimizer(queries=2, mode="stacked")
-    with torch.autocast("cpu", torch.bfloat16):
+    opt, kinds = optimizer(queries=2, mode="stacked"), []
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        factor = torch.linalg.cholesky_ex
+        patch.setattr(torch.linalg, "cholesky_ex", lambda m: kinds.append(m.dtype) or factor(m))
         opt.train_step(*batch(6))
-    assert opt.skipped == 0
+    assert opt.skipped == 0 and kinds == [torch.float32] * 2  # the moments are no product of 16 bits
     plain, compiled = optimizer(queries=2), optimizer(queries=2)
     compiled.model.compile(backend="eager")
     for i in range(2):
@@ -543,6 +616,68 @@ def test_batch_norms_whose_statistics_count_as_constants(mode):
 class Centred(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
+
+
+def test_a_first_batch_of_one_row_has_shown_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), Centred(), nn.Linear(4, 3))
+    own = {"node_perturbation": ezo.NodePerturbation(["0"]), "mode": "sequential"}
+    opt = ezo.ElasticZO(ezo.convert_(model, head=["2"]), **own)
+    x, y = randn(6, 4), torch.arange(6) % 3
+    opt.train_step(x[:1], y[:1])
+    opt.train_step(x * float("nan"), y)
+    with pytest.raises(ValueError, match="does not treat the rows of a batch apart"):
+        opt.train_step(x, y)
+
+
+class Placed(nn.Module):
+    """A layer whose input is a table of positions, not the batch."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.register_buffer("table", randn(rows, 5))
+        self.position, self.out = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(x + self.position(self.table).mean(0))
+
+
+@pytest.mark.parametrize("rows", [8, 1])
+def test_a_layer_whose_input_is_not_the_batch(rows):
+    own = {"node_perturbation": ezo.NodePerturbation(["position"]), "mode": "sequential"}
+    opt = ezo.ElasticZO(ezo.convert_(Placed(rows), head=["out"]), **own)
+    with pytest.raises(ValueError, match=f"'position' is given {rows} rows of a batch of 4 and {rows} of one of 2"):
+        opt.train_step(randn(4, 4), torch.arange(4) % 3)
+
+
+def test_masks_of_tokens_and_outputs_that_hold_nothing():
+    """As many tokens as rows: a [T, T] mask is no batch."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x, mask):
+            x = torch.tanh(self.inner(x))
+            return {"logits": self.out((mask @ x).mean(1)), "none": x[:, :0].flatten(1)}
+
+    opt = ezo.ElasticZO(ezo.convert_(Masked(), head=["out"]), node_perturbation=ezo.NodePerturbation(["inner"]))
+
+    def loss(out, y, reduction="mean"):
+        return F.cross_entropy(out["logits"], y, reduction=reduction)
+
+    opt.train_step((randn(5, 5, 4), torch.ones(5, 5).tril()), torch.arange(5) % 3, loss)
+    assert opt.step_count == 1
+
+
+def test_what_a_loss_or_a_model_may_not_do_later():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1), nn.Flatten(0))
+    opt = ezo.ElasticZO(ezo.convert_(model, head=["1"]), node_perturbation=ezo.NodePerturbation(["0"]))
+    with pytest.raises(ValueError, match="the target was broadcast"):
+        opt.train_step(randn(6, 5), randn(6, 1), F.mse_loss)
+    opt.model.bfloat16()
+    with pytest.raises(ValueError, match="no longer float32"):
+        opt.train_step(randn(6, 5).bfloat16(), randn(6).bfloat16(), F.mse_loss)
 
 
 def test_rows_in_another_order_at_the_layer():

@@ -260,7 +260,6 @@ def _filled(groups: int, held: list, outputs) -> torch.Tensor:
     return whole
 
 
-@torch.no_grad()
 def batch_statistics(model: nn.Module) -> list[str]:
     """Names of batch norms that would take the statistics of what they are given."""
     return [
@@ -270,6 +269,7 @@ def batch_statistics(model: nn.Module) -> list[str]:
     ]
 
 
+@torch.no_grad()
 def update_batch_norms(zo: ZOContext, ok: torch.Tensor) -> None:
     """Move running statistics once, by the mean over the step's groups; not where ``ok`` is false."""
     for module, stats in zo.batch_stats.items():

@@ -143,10 +143,12 @@ def decorrelated_gradient(
         few = rows <= x.shape[1]
         moments = (x @ x.T if few else x.T @ x) / rows
         diagonal = moments.diagonal()
-        diagonal.add_(damping * diagonal.sum())
-        factor, _ = torch.linalg.cholesky_ex(moments)
+        total = diagonal.sum()
+        diagonal.add_(torch.where(total > 0, damping * total, 1.0))  # inputs that are all 0 have a gradient of 0
+        factor, info = torch.linalg.cholesky_ex(moments)
         if few:
             d = torch.cholesky_solve(error, factor).T @ x
         else:
             d = torch.cholesky_solve(x.T @ error, factor).T
+        d = torch.where(info == 0, d, float("nan"))  # of a factor that does not exist LAPACK leaves numbers
     return (d[:, :-1], d[:, -1]) if bias else (d, None)

@@ -42,6 +42,7 @@ class Checks:
         self._batch: tuple = ()
         self._drawn: tuple = ()
         self._rows: set[tuple] = set()
+        self._apart: set[tuple] = set()
         self._shared: dict[tuple, list] = {}
         self._copied: set[tuple] = set()
         self._compiled = False
@@ -99,6 +100,14 @@ class Checks:
     def draws_are_new(self) -> bool:
         """Whether no rows that were drawn of such a batch have been compared with themselves among the others."""
         return not self.off and bool(self._drawn) and self._drawn not in self._rows
+
+    @property
+    def apart_is_new(self) -> bool:
+        """Whether no batch of the model as it is now has been compared with a part of itself."""
+        return not self.off and self._modes not in self._apart
+
+    def apart_passed(self) -> None:
+        self._apart.add(self._modes)
 
     def forward_passed(self) -> None:
         self._forwards.add(self._modes)

@@ -128,9 +128,9 @@ def row_shares(loss_fn, output, target, groups: int) -> torch.Tensor:
         ValueError: not one value a row, or several whose first dimension is the rows.
     """
     ignored = ignored_by(loss_fn)
-    if ignored is not None and isinstance(output, torch.Tensor) and output.dim() == 2 and target.dim() == 1:
-        rows = F.cross_entropy(output.float(), target.repeat(groups), ignore_index=ignored, reduction="none")
-        rows, weight = rows.view(groups, -1), _weight(loss_fn)
+    if ignored is not None and isinstance(output, torch.Tensor) and output.dim() > 1 and target.dtype == torch.int64:
+        rows = F.cross_entropy(output.float(), torch.cat([target] * groups), ignore_index=ignored, reduction="none")
+        rows, weight = rows.view(groups, len(target), -1).sum(2), _weight(loss_fn)
         return (rows if weight is None else rows * weight) / (target != ignored).sum()
     loss, shares = by_row(loss_fn), []
     for own in parts_of(output, groups):
@@ -138,6 +138,11 @@ def row_shares(loss_fn, output, target, groups: int) -> torch.Tensor:
         if not isinstance(rows, torch.Tensor) or not rows.dim():
             raise ValueError(
                 "node_perturbation: with reduction='none' the loss must give a tensor with a row's in each row"
+            )
+        if isinstance(own, torch.Tensor) and rows.dim() > own.dim():
+            raise ValueError(
+                f"node_perturbation: the loss of outputs {tuple(own.shape)} has values {tuple(rows.shape)}: the target was "
+                "broadcast"
             )
         rows = rows.float().flatten(1).mean(1) if rows.dim() > 1 else rows.float()
         shares.append(rows / len(rows))

@@ -45,7 +45,7 @@ class NodePerturbation:
     layers: Sequence[str]
     lr: float = 0.2
     eps: float = 0.05
-    damping: float | None = 0.01
+    damping: float | None = 0.001
     constant_statistics: bool = False
 
     def __post_init__(self) -> None:
@@ -83,8 +83,8 @@ class Inputs:
         if seen + groups > self._groups:
             raise PassError("a layer whose outputs are perturbed ran twice in a forward: it has one noise a step", site)
         self._seen[site] = seen + groups
-        total = first * groups if parts < groups else first.clone()
-        for other in others:
+        total = first.clone()
+        for other in others if parts == groups else [first] * (groups - 1):  # the bits of copies
             total += other
         if seen and total.shape != self._sums[site].shape:
             raise PassError(f"x has {len(total)} rows in one group and {len(self._sums[site])} in another", site)
@@ -92,6 +92,8 @@ class Inputs:
 
     def of(self, site: int) -> torch.Tensor:
         """fp32 [R, K]."""
+        if site not in self._sums:
+            raise PassError("its outputs are to be perturbed, and the forward does not run it", site)
         return self._sums[site] / self._groups
 
 
@@ -147,11 +149,14 @@ class Nodes:
         self._lr = torch.full((1,), setting.lr, dtype=torch.float32, device=device)
         self._eps = torch.full((1,), setting.eps, dtype=torch.float32, device=device)
         self._filled = {"lr": setting.lr, "eps": setting.eps}
+        self.rows = 0
         self.own = {site: {"eps": self._eps} for site in self.weights}
         self.drop()
 
     def fill(self) -> None:
         """Take the group's lr and eps to the device."""
+        if any(p.dtype != torch.float32 for p in self.parameters):
+            raise ValueError("node_perturbation: its layers are no longer float32, and only that is updated this way")
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
             value = self.group[name]
             if value != self._filled[name]:
@@ -169,6 +174,7 @@ class Nodes:
         """Forget what was collected."""
         self._inputs: Inputs | None = None
         self._shares: list[torch.Tensor] = []
+        self._off: list[torch.Tensor] = []
         self._steps: list[tuple] = []
 
     @torch.no_grad()
@@ -179,14 +185,19 @@ class Nodes:
             NotImplementedError, ValueError: as :func:`row_shares`, or rows that do not add up to the loss.
         """
         shares = row_shares(loss_fn, output, y, groups)
-        if check:
-            whole = losses if isinstance(losses, torch.Tensor) else torch.stack([loss.reshape(()) for loss in losses])
-            whole, sums = whole.detach().float().reshape(-1), shares.sum(1)
-            if bool(((whole - sums).abs() > 1e-2 * sums.abs() + 1e-5).any()):  # 16 bits of a loss are 3 digits
-                raise ValueError(
-                    f"node_perturbation: the loss is {whole[0].item():.6g}, and the mean of its rows, by reduction='none', "
-                    f"{sums[0].item():.6g}: it must be a mean in which every row counts alike"
-                )
+        if (values := shares.shape[1]) != self.rows:  # of tokens: their row's noise moves them all
+            if values % self.rows:
+                raise ValueError(f"node_perturbation: the loss has {values} values for {self.rows} rows of the batch")
+            shares = shares.view(groups, self.rows, -1).sum(2)
+        whole = losses if isinstance(losses, torch.Tensor) else torch.stack([loss.reshape(()) for loss in losses])
+        whole, sums = whole.detach().float().reshape(-1), shares.sum(1)
+        off = ((whole - sums).abs() > 1e-2 * sums.abs() + 1e-5).any()  # 16 bits of a loss are 3 digits
+        self._off.append(off)
+        if check and bool(off):
+            raise ValueError(
+                f"node_perturbation: the loss is {whole[0].item():.6g}, and the mean of its rows, by reduction='none', "
+                f"{sums[0].item():.6g}: it must be a mean in which every row counts alike"
+            )
         self._shares.append(shares)
 
     @torch.no_grad()
@@ -201,14 +212,15 @@ class Nodes:
             coef = (shares[0::2] - shares[1::2]) / (2 * queries * self._eps)
         else:  # less the mean of the others: docs/method.md
             coef = (shares - shares.mean(0)) / ((queries - 1) * self._eps)
-        bad = torch.zeros(1, dtype=torch.bool, device=shares.device)
+        bad = torch.stack(self._off).any().reshape(1)  # another loss than the first step's, that is no such mean
         for own in self.layers:
             x = self._inputs.of(own.module.site)
             if len(x) % coef.shape[1]:
                 raise ValueError(f"node_perturbation: {own.name} has {len(x)} rows for {coef.shape[1]} losses of rows")
             shape = (len(x), own.weight.shape[0])
             error = output_errors(coef, key, shape, site=own.module.site, noise=noise)
-            step = decorrelated_gradient(x, error, self.setting.damping, own.bias is not None)
+            with torch.autocast(x.device.type, enabled=False):
+                step = decorrelated_gradient(x, error, self.setting.damping, own.bias is not None)
             for p, d in zip((own.weight, own.bias), step, strict=True):
                 if p is not None:
                     bad |= ~torch.isfinite(d.sum())  # of a finite step the sum is, unless it is near what fp32 ends at
@@ -222,18 +234,17 @@ class Nodes:
             p.sub_(torch.where(ok, d * self._lr, 0.0))
         self.drop()
 
-    def state(self) -> dict:
-        """For a state_dict."""
+    def fixed(self) -> dict:
+        """What a state must have alike."""
         setting = self.setting
-        fixed = {
+        return {
             "layers": list(setting.layers), "damping": setting.damping, "constant_statistics": setting.constant_statistics,
         }  # fmt: skip
-        return fixed | {"lr": self.group["lr"], "eps": self.group["eps"]}
 
 
 def check_nodes(nodes: Nodes | None, theirs) -> None:
     """ValueError unless the state ``theirs`` is of a run with the same layers and damping, and has an lr and an eps."""
-    ours = None if nodes is None else nodes.state()
+    ours = None if nodes is None else nodes.fixed()
     try:
         fixed = [
             own and {name: own[name] for name in ("layers", "damping", "constant_statistics")} for own in (theirs, ours)
@@ -271,11 +282,22 @@ class NodeRows:
                 f"node_perturbation: {', '.join(map(repr, norms))} would take batch statistics, and then a row's loss answers "
                 "for the noise of the others, too: eval() them, or keep running statistics and set constant_statistics=True"
             )
-        if not self._must_check or taken < 2:
+        self.nodes.rows = taken
+        if taken < 2 or self._is_fake or not self._checks.apart_is_new:
             return
         half = torch.arange((taken + 1) // 2, device=self.device)
-        whole, alone = (self._seen_by_nodes(*batch) for batch in ((x, kwargs), picked((x, kwargs), half, taken)))
-        for a, b in zip(whole, alone, strict=True):
+        first, *others = (t for t in pytree.tree_leaves((x, kwargs)) if torch.is_tensor(t) and t.dim())
+        masks = {id(t) for t in others if t.shape == (taken, taken)}  # [T, T] of tokens, as many as rows by chance
+        part = pytree.tree_map(
+            lambda t, own: t if id(t) in masks else own, (x, kwargs), picked((x, kwargs), half, taken)
+        )
+        whole, alone = (self._seen_by_nodes(*batch) for batch in ((x, kwargs), part))
+        for i, (a, b) in enumerate(zip(whole, alone, strict=True)):
+            if i < len(self.nodes.layers) and a.shape[0] * len(half) != b.shape[0] * taken:
+                raise ValueError(
+                    f"node_perturbation: {self.nodes.layers[i].name!r} is given {len(a)} rows of a batch of {taken} and "
+                    f"{len(b)} of one of {len(half)}: they are not the batch's"
+                )
             if a.dim() and a.shape[0] * len(half) == b.shape[0] * taken:
                 a = a[: b.shape[0]]
             bound = self._rounding(b.dtype) ** 0.5 * largest(a)
@@ -284,6 +306,8 @@ class NodeRows:
                     "node_perturbation: a row's values are others without the rest of its batch: the model does not treat the "
                     "rows of a batch apart, or has them in another order at a perturbed layer"
                 )
+        if not any(bool(t.isnan().any()) for t in whole):  # a step that is skipped has shown nothing
+            self._checks.apart_passed()
 
     @torch.no_grad()
     def _seen_by_nodes(self, x, kwargs: dict) -> list[torch.Tensor]:
@@ -301,5 +325,5 @@ class NodeRows:
             self.zo.inputs, self.zo.undropped = None, False
             for norm in norms:
                 norm.training = True
-        outputs = [t for t in pytree.tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point()]
+        outputs = [t for t in pytree.tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point() and t.numel()]
         return [*(inputs.of(own.module.site) for own in self.nodes.layers), *outputs]

@@ -96,7 +96,9 @@ class OptimizerState(Copies):
             "antithetic": self.antithetic,
             "scales": self.scales,
             "importance_rows": self.importance_rows,
-            "node_perturbation": None if self.nodes is None else self.nodes.state(),
+            "node_perturbation": None
+            if self.nodes is None
+            else plain_group({k: v for k, v in self.nodes.group.items() if k != "params"}) | self.nodes.fixed(),
             "manifest": self._manifest(),
             "seed": self._seed.clone(),
             "step": self._step.clone(),
@@ -167,7 +169,7 @@ class OptimizerState(Copies):
                 mine.copy_(saved)
         self.param_groups[0].update(trunk)
         if self.nodes is not None:
-            self.nodes.group.update({name: nodes[name] for name in ("lr", "eps")})
+            self.nodes.group.update({k: v for k, v in nodes.items() if k not in self.nodes.fixed()})
         self._drop()
         made = state_dict.get("strategies", strategy_hash())  # states from before it was kept
         if made != strategy_hash():
