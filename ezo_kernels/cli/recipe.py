@@ -203,7 +203,10 @@ class Recipe:
 
     def _check_nodes(self) -> None:
         for name in ("nodes", "freeze"):
-            object.__setattr__(self, name, ",".join(dict.fromkeys(names_in(getattr(self, name)))))
+            names = names_in(getattr(self, name))
+            if getattr(self, name) and not names:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: names with commas are needed, such as fc1,fc2")
+            object.__setattr__(self, name, ",".join(dict.fromkeys(names)))
             if getattr(self, name) and (self.method != "elastic" or self.integer):
                 raise ValueError(f"{name} goes with method elastic, in floats, not {self.method} and {self.precision}")
         if self.nodes:

@@ -72,6 +72,7 @@ UNREAD = {
         (("--nodes", "fc1", "--precision", "int8"), "nodes goes with method elastic, in floats"),
         (("--nodes", "fc1", "--precision", "bf16"), "only float32 is updated this way"),
         (("--nodes", "fc1", "--node-eps", 0), "eps of node_perturbation must be finite and above 0"),
+        (("--nodes", ","), "nodes is ',': names with commas are needed"),
         (("--node-lr", 0.5), "--node-lr: no meaning without --nodes"),
         (("--freeze", "conv9"), "freeze: the model has no layer 'conv9'; it has conv1, conv2"),
         (("--freeze", "conv1", "--method", "bp"), "freeze goes with method elastic"),
