@@ -26,8 +26,8 @@ MUTANTS = (
     Mutant(
         "damping by the mean of the diagonal, not its sum",
         _OPS + "node.py",
-        "damping * diagonal.sum()",
-        "damping * diagonal.mean()",
+        "damping * total, 1.0",
+        "damping * diagonal.mean(), 1.0",
         f"{_TEST} -k inverse_of_the_moments",
     ),
     Mutant(
@@ -99,5 +99,40 @@ MUTANTS = (
         "inputs, self.inputs = self.inputs, None\n",
         "inputs = self.inputs\n",
         f"{_TEST} -k checkpoint",
+    ),
+    Mutant(
+        "a token answers for its own noise alone",
+        _NODES,
+        "shares = shares.view(groups, self.rows, -1).sum(2)",
+        "self.rows = values",
+        f"{_TEST} -k answer_for_their_row",
+    ),
+    Mutant(
+        "a factor that does not exist is used",
+        _OPS + "node.py",
+        'torch.where(info == 0, d, float("nan"))',
+        "d",
+        f"{_TEST} -k factor_that",
+    ),
+    Mutant(
+        "moments of 16 bits under autocast",
+        _NODES,
+        "enabled=False",
+        "enabled=True",
+        f"{_TEST} -k autocast",
+    ),
+    Mutant(
+        "another loss in a later step is not seen",
+        _NODES,
+        "bad = torch.stack(self._off).any().reshape(1)",
+        "bad = torch.stack(self._off).any().reshape(1) & False",
+        f"{_TEST} -k another_loss",
+    ),
+    Mutant(
+        "a first batch of one row shows that rows are apart",
+        _NODES,
+        "if taken < 2 or self._is_fake or not self._checks.apart_is_new:",
+        "if taken < 2 or self._is_fake or not self._must_check:",
+        f"{_TEST} -k one_row",
     ),
 )
