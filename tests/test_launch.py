@@ -294,17 +294,17 @@ def test_rows_drawn_by_importance(launches, dtype):
     assert [launch.name for launch in launches] == 2 * names
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "clt4", "hadamard", "rademacher", "sparse"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("noise", "dtype"), [("gaussian", F32), ("gaussian", BF16), ("hadamard", F32), ("sparse", F32)]
+)
 def test_noise_of_outputs(launches, noise, dtype):
-    for rows, columns in ((32, 120), (2048, 4096), (3, 1)):
-        for signs in ((1, -1), (1,)):
+    for rows, columns in ((32, 120), (3, 1)):
+        for signs, shared in (((1, -1), False), ((1,), True)):
             p = pass_of(noise, queries=2, signs=signs)
-            for shared in (True, False):
-                y = torch.ones((1 if shared else p.groups) * rows, columns, dtype=dtype)
-                ops.perturb_outputs(y, p, site=1, shared=shared)
+            y = torch.ones((1 if shared else p.groups) * rows, columns, dtype=dtype)
+            ops.perturb_outputs(y, p, site=1, shared=shared)
         ops.output_errors(torch.ones(2, rows), p.key, (rows, columns), site=1, noise=p.noise)
-    assert [launch.name for launch in launches] == 3 * [*4 * ["perturb_outputs_kernel"], "output_errors_kernel"]
+    assert [launch.name for launch in launches] == 2 * [*2 * ["perturb_outputs_kernel"], "output_errors_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import pickle
 
 import pytest
 import torch
@@ -441,10 +442,11 @@ def test_a_run_goes_on_from_its_state():
 def test_a_copy_of_the_optimizer_trains_its_own_model():
     opt = optimizer(queries=2)
     opt.train_step(*batch(6))
-    twin = copy.deepcopy(opt)
-    for own in (opt, twin):
+    twin, again = copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))
+    for own in (opt, twin, again):
         own.train_step(*batch(6, 1))
-    assert same(bits(opt.model), bits(twin.model)) and opt.model.fc1.weight is not twin.model.fc1.weight
+    assert same(bits(opt.model), bits(twin.model)) and same(bits(opt.model), bits(again.model))
+    assert opt.model.fc1.weight is not twin.model.fc1.weight
 
 
 def test_another_optimizer_of_the_model_perturbs_weights_again():

@@ -67,6 +67,7 @@ class ZOContext:
         strategy: of linear layers and convolutions, as in :func:`ezo_kernels.ops.perturbed_linear`.
         tape: what records an integer head for its backward, while a step runs.
         nodes: sites of the weights of layers whose outputs are perturbed in their place.
+        node_forward: what such a layer runs, as plain Python in compiled code, too.
         inputs: what keeps the inputs of these layers, while a step runs (``optim.nodes.Inputs``).
     """
 
@@ -90,6 +91,7 @@ class ZOContext:
     strategy: str = "auto"
     tape: object = None
     nodes: frozenset[int] = frozenset()
+    node_forward: object = None
     inputs: object = None
 
     def __post_init__(self) -> None:

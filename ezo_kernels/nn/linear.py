@@ -59,7 +59,7 @@ class ZOLinear(EndsInRelu, nn.Linear):
         self.zo.visit(self.site, self.bias_site)
         shared = self.zo.require_rows(input, "Linear", self.site)
         if self.site in self.zo.nodes:
-            y = self._with_perturbed_outputs(input, shared)
+            y = self.zo.node_forward(self, input, shared)
             return self.zo.made(F.relu(y) if relu else y)
         y = perturbed_linear(
             input, self.weight, self.bias, self.zo.of(self.site), site=self.site, bias_site=self.bias_site or 0,
@@ -67,8 +67,7 @@ class ZOLinear(EndsInRelu, nn.Linear):
         )  # fmt: skip
         return self.zo.made(y)
 
-    @torch.compiler.disable
-    def _with_perturbed_outputs(self, x: torch.Tensor, shared: bool) -> torch.Tensor:
+    def with_perturbed_outputs(self, x: torch.Tensor, shared: bool) -> torch.Tensor:
         """The plain layer, and noise on what it gives; ``x``, which the update needs, is kept."""
         p = self.zo.of(self.site)
         plain = replace(p, query=0, queries=1 if shared else p.groups, signs=(0,))

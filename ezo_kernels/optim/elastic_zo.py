@@ -251,6 +251,7 @@ class ElasticZO(Passes, ImportanceRows, NodeRows, Updates, Scalars, OptimizerSta
         self.zo.nodes = frozenset()
         if self.nodes is not None:
             self.zo.own, self.zo.nodes = self.zo.own | self.nodes.own, self.nodes.weights
+            self.zo.node_forward = self.nodes.forward
         return Perturbation(self._key, self._eps, self.noise, 0, self.queries, (1, -1) if self.antithetic else (1,))
 
     # --------------------------------------------------------------------------------------------------------- steps

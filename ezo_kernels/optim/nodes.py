@@ -110,7 +110,7 @@ def _layers(setting: NodePerturbation, model: torch.nn.Module) -> list[_Layer]:
     for name in setting.layers:
         if name not in modules:
             raise ValueError(f"node_perturbation: no layer {name!r}; the trunk's linear layers are {', '.join(linear)}")
-    parameters = {site: p for p in plan_of(model).sites for site in (p.site,)}
+    sites = {s.site: s for s in plan_of(model).sites}
     found, problems = [], []
     for name in setting.layers:
         module = modules[name]
@@ -121,7 +121,7 @@ def _layers(setting: NodePerturbation, model: torch.nn.Module) -> list[_Layer]:
         if module.site is None:
             problems.append(f"{name!r} has a frozen weight")
             continue
-        tied = [leaf for leaf, site in own.items() if site is not None and len(parameters[site].names) > 1]
+        tied = [leaf for leaf, site in own.items() if site is not None and len(sites[site].names) > 1]
         problems += [f"the {leaf} of {name!r} is tied" for leaf in tied]
         bias = None if module.bias_site is None else module.bias
         for leaf, p in (("weight", module.weight), ("bias", bias)):
@@ -150,6 +150,9 @@ class Nodes:
         self._eps = torch.full((1,), setting.eps, dtype=torch.float32, device=device)
         self._filled = {"lr": setting.lr, "eps": setting.eps}
         self.rows = 0
+        from .node_forward import node_forward
+
+        self.forward = node_forward
         self.own = {site: {"eps": self._eps} for site in self.weights}
         self.drop()
 
@@ -286,7 +289,7 @@ class NodeRows:
         if taken < 2 or self._is_fake or not self._checks.apart_is_new:
             return
         half = torch.arange((taken + 1) // 2, device=self.device)
-        first, *others = (t for t in pytree.tree_leaves((x, kwargs)) if torch.is_tensor(t) and t.dim())
+        _, *others = (t for t in pytree.tree_leaves((x, kwargs)) if torch.is_tensor(t) and t.dim())
         masks = {id(t) for t in others if t.shape == (taken, taken)}  # [T, T] of tokens, as many as rows by chance
         part = pytree.tree_map(
             lambda t, own: t if id(t) in masks else own, (x, kwargs), picked((x, kwargs), half, taken)
