@@ -47,6 +47,15 @@ def number(value, name: str, *, least: float, strict: bool = False, held: bool =
     return float(value)
 
 
+def moved(group: dict, name: str, filled: dict, whose: str = "") -> float | None:
+    """The lr or eps of a group, checked, where it is no longer what the device was ``filled`` with; else None."""
+    value = group[name]
+    if value == filled[name]:
+        return None
+    what = name + whose
+    return rate(value, what) if name == "lr" else number(value, what, least=0.0, strict=True)
+
+
 def check_antithetic(antithetic: bool, queries: int, head_grad: str) -> None:
     """TypeError or ValueError for what goes with no estimate."""
     if not isinstance(antithetic, bool):

@@ -19,7 +19,7 @@ from ..nn.grouped import batch_statistics
 from ..nn.linear import ZOLinear
 from ..ops import Noise, Perturbation, decorrelated_gradient, output_errors
 from ..ops._perturbation import PassError
-from .arguments import number, rate
+from .arguments import moved, number, rate
 from .batches import call, picked, rows_of
 from .check import differ, largest, unwritten
 from .losses import by_row, ignored_by, row_shares
@@ -161,11 +161,9 @@ class Nodes:
         if any(p.dtype != torch.float32 for p in self.parameters):
             raise ValueError("node_perturbation: its layers are no longer float32, and only that is updated this way")
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
-            value = self.group[name]
-            if value != self._filled[name]:
-                what = f"{name} of node_perturbation"
-                tensor.fill_(rate(value, what) if name == "lr" else number(value, what, least=0.0, strict=True))
-                self._filled[name] = value
+            if (held := moved(self.group, name, self._filled, " of node_perturbation")) is not None:
+                tensor.fill_(held)
+                self._filled[name] = self.group[name]
 
     def begin(self, groups: int) -> Inputs:
         """A pass of ``groups`` groups begins; what keeps its inputs."""
@@ -276,7 +274,10 @@ class NodeRows:
 
         Looked at in a first step: the first half of the batch by itself against the same rows among all.
         """
-        taken, constant = rows_of(x), self.nodes.setting.constant_statistics
+        self.nodes.rows = taken = rows_of(x)
+        if not self._checks.apart_is_new:  # by train or eval, too, as batch norms are
+            return
+        constant = self.nodes.setting.constant_statistics
         norms = [
             n for n in batch_statistics(self.model) if not constant or self.model.get_submodule(n).running_mean is None
         ]
@@ -285,8 +286,7 @@ class NodeRows:
                 f"node_perturbation: {', '.join(map(repr, norms))} would take batch statistics, and then a row's loss answers "
                 "for the noise of the others, too: eval() them, or keep running statistics and set constant_statistics=True"
             )
-        self.nodes.rows = taken
-        if taken < 2 or self._is_fake or not self._checks.apart_is_new:
+        if taken < 2 or self._is_fake:
             return
         half = torch.arange((taken + 1) // 2, device=self.device)
         _, *others = (t for t in pytree.tree_leaves((x, kwargs)) if torch.is_tensor(t) and t.dim())

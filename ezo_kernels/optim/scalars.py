@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import number, rate
+from .arguments import moved, number, rate
 
 
 class Scalars:
@@ -13,22 +13,20 @@ class Scalars:
     def _fill_scalars(self) -> None:
         group, *others = self.param_groups
         for other in others:
-            if other.get("lr") is not None and not torch.is_tensor(other["lr"]):
+            if other.get("name") != "nodes" and other.get("lr") is not None and not torch.is_tensor(other["lr"]):
                 rate(other["lr"], "lr of the head")
         if group["clip"] is not None:
             number(group["clip"], "clip", least=0.0, strict=True, held=False)
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
-            value = group[name]
-            if value != self._filled[name]:
-                held = rate(value, name) if name == "lr" else number(value, name, least=0.0, strict=True)
+            if (held := moved(group, name, self._filled)) is not None:
                 if name == "eps":
                     if self._micro:
                         raise ValueError(
-                            f"eps was {self._filled[name]} for the losses accumulated so far, and is now {value}"
+                            f"eps was {self._filled[name]} for the losses accumulated so far, and is now {held}"
                         )
-                    self._scaled_eps.fill(value)
+                    self._scaled_eps.fill(held)
                 tensor.fill_(held)
-                self._filled[name] = value
+                self._filled[name] = group[name]
         if self.nodes is not None:
             self.nodes.fill()
         if self.head_optimizer is not None:

@@ -6,7 +6,8 @@ from .mutant import Mutant
 
 _OPS = "ezo_kernels/ops/"
 _NODES = "ezo_kernels/optim/nodes.py"
-_TEST = "tests/test_nodes.py"
+_TEST, _OPS_TEST = "tests/test_nodes.py", "tests/test_node_ops.py"
+_KEPT, _REFUSED = "tests/test_nodes_kept.py", "tests/test_nodes_refusals.py"
 
 MUTANTS = (
     Mutant(
@@ -14,21 +15,21 @@ MUTANTS = (
         _OPS + "node.py",
         "z * (sign * scale)",
         "z * scale",
-        f"{_TEST} -k plus_eps_z",
+        f"{_OPS_TEST} -k plus_eps_z",
     ),
     Mutant(
         "errors of outputs by the noise of the first query alone",
         _OPS + "node.py",
         "z_cpu(out.shape, key, site, query + q, spec",
         "z_cpu(out.shape, key, site, query, spec",
-        f"{_TEST} -k weighed_noise",
+        f"{_OPS_TEST} -k weighed_noise",
     ),
     Mutant(
         "damping by the mean of the diagonal, not its sum",
         _OPS + "node.py",
         "damping * total, 1.0",
         "damping * diagonal.mean(), 1.0",
-        f"{_TEST} -k inverse_of_the_moments",
+        f"{_OPS_TEST} -k inverse_of_the_moments",
     ),
     Mutant(
         "the kernel gives every sample the first one's coefficient",
@@ -63,14 +64,14 @@ MUTANTS = (
         _NODES,
         "bad |= ~torch.isfinite(d.sum())",
         "bad |= False",
-        f"{_TEST} -k solved",
+        f"{_KEPT} -k solved",
     ),
     Mutant(
         "a skipped step moves these layers all the same",
         _NODES,
         "torch.where(ok, d * self._lr, 0.0)",
         "d.nan_to_num(0.1) * self._lr",
-        f"{_TEST} -k skipped",
+        f"{_KEPT} -k skipped",
     ),
     Mutant(
         "their weights are perturbed as well",
@@ -91,14 +92,14 @@ MUTANTS = (
         _NODES,
         "[*(inputs.of(own.module.site) for own in self.nodes.layers), *outputs]",
         "outputs",
-        f"{_TEST} -k another_order",
+        f"{_REFUSED} -k another_order",
     ),
     Mutant(
         "a recomputed forward adds its inputs again",
         "ezo_kernels/nn/context.py",
         "inputs, self.inputs = self.inputs, None\n",
         "inputs = self.inputs\n",
-        f"{_TEST} -k checkpoint",
+        f"{_KEPT} -k checkpoint",
     ),
     Mutant(
         "a token answers for its own noise alone",
@@ -112,27 +113,27 @@ MUTANTS = (
         _OPS + "node.py",
         'torch.where(info == 0, d, float("nan"))',
         "d",
-        f"{_TEST} -k factor_that",
+        f"{_OPS_TEST} -k factor_that",
     ),
     Mutant(
         "moments of 16 bits under autocast",
         _NODES,
         "enabled=False",
         "enabled=True",
-        f"{_TEST} -k autocast",
+        f"{_KEPT} -k autocast",
     ),
     Mutant(
         "another loss in a later step is not seen",
         _NODES,
         "bad = torch.stack(self._off).any().reshape(1)",
         "bad = torch.stack(self._off).any().reshape(1) & False",
-        f"{_TEST} -k another_loss",
+        f"{_KEPT} -k another_loss",
     ),
     Mutant(
         "a first batch of one row shows that rows are apart",
         _NODES,
-        "if taken < 2 or self._is_fake or not self._checks.apart_is_new:",
-        "if taken < 2 or self._is_fake or not self._must_check:",
-        f"{_TEST} -k one_row",
+        "if not self._checks.apart_is_new:",
+        "if not self._must_check:",
+        f"{_REFUSED} -k one_row",
     ),
 )

@@ -44,7 +44,7 @@ MUTANTS = (
     Mutant(
         "eps moved for unscaled layers alone",
         "ezo_kernels/optim/scalars.py",
-        "                    self._scaled_eps.fill(value)\n",
+        "                    self._scaled_eps.fill(held)\n",
         "                    pass\n",
         "tests/test_scales.py",
     ),
@@ -100,9 +100,9 @@ MUTANTS = (
     ),
     Mutant(
         "lr read once",
-        "ezo_kernels/optim/scalars.py",
-        "if value != self._filled[name]:",
-        "if self._filled[name] is None:",
+        "ezo_kernels/optim/arguments.py",
+        "    if value == filled[name]:\n",
+        "    if filled[name] is not None:\n",
         "tests/test_step.py -k schedulers",
     ),
     Mutant(
