@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import cpu, estimate, gpu, int8_signal, ladder, memory, report, roofline, static
+from . import cpu, estimate, gpu, input_moments, int8_signal, ladder, memory, report, roofline, static
 
 COMMANDS = {
     "cpu": cpu,
     "estimate": estimate,
     "gpu": gpu,
+    "input-moments": input_moments,
     "int8-signal": int8_signal,
     "ladder": ladder,
     "memory": memory,

@@ -7,6 +7,7 @@ import torch
 import torch.utils.checkpoint
 from materialised import NOISES, Pass, randn
 
+from bench.input_moments import common_share
 from ezo_kernels.ops import Noise, decorrelated_gradient, materialize, output_errors, perturb_outputs
 from ezo_kernels.ops.noise import key_tensor
 
@@ -69,6 +70,15 @@ def test_without_damping_it_is_the_plain_gradient():
     weight, bias = decorrelated_gradient(x, e, None, True)
     torch.testing.assert_close(weight, e.T @ x)
     torch.testing.assert_close(bias, e.sum(0))
+
+
+def test_the_share_that_inputs_have_in_common():
+    """White inputs: one over their number; all alike: one; and a damping far below their moments leaves them white."""
+    alike = torch.ones(50, 4)
+    assert common_share(alike, 0.01)[0] == pytest.approx(1.0) and common_share(alike, 0.01)[1] == pytest.approx(1.0)
+    spread = randn(5000, 9) * torch.logspace(0, 1, 9)
+    plain, flat = common_share(spread, 1e-6)
+    assert plain > 2 / 10 and flat == pytest.approx(1 / 10, rel=1e-3)
 
 
 def test_what_operators_refuse():
