@@ -7,12 +7,12 @@ import sys
 
 import torch
 
-from ..data import download, load
+from ..data import download
 from ..nn import convert_
 from . import checkpoint as ckpt
 from . import outputs, system
 from .recipe import Recipe
-from .run import DTYPES, accuracy, build_model, data_for, inputs
+from .run import DTYPES, accuracy, build_model, data_for, inputs, load_data
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if recipe.integer:
         convert_(model, head=recipe.head_argument, precision="int8")
     ckpt.load_model(model, contents, args.checkpoint)
-    data = data_for(recipe, load(recipe.data, args.data_dir))
+    data = data_for(recipe, load_data(recipe.data, args.data_dir, recipe.points))
     short = {"validation": "valid", "test": "test"}[args.split]
     x = inputs(getattr(data, f"x_{short}"), data.name, recipe.precision).to(device)
     value = accuracy(model, x, torch.from_numpy(getattr(data, f"y_{short}")).to(device))
@@ -65,10 +65,10 @@ def info(args: argparse.Namespace) -> int:
         raise ValueError(f"--arch must be at least 0, got {args.arch}")
     device = system.pick_device(args.device)
     precision = "fp32" if args.precision == "float" else args.precision
-    recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head, precision=precision)
+    recipe = Recipe(model=args.model, hidden=args.hidden, head=args.head or "", precision=precision)
     if args.hidden != Recipe.hidden:
         recipe.check_given(("hidden",))
-    model, of = build_model(recipe, device), f"{args.model}, head {args.head}"
+    model, of = build_model(recipe, device), f"{args.model}, head {recipe.head}"
     if recipe.integer:
         table = summary(convert_(model, head=recipe.head_argument, precision="int8"))
     else:

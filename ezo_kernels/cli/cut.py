@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from ..data import Dataset, load
+from ..data import Dataset
 from ..planning import choose_cut
 from ..planning.signal import MICRO_BATCHES, draw_classes
 from . import outputs, system
 from .recipe import Recipe
-from .run import build_model, data_for, inputs, loss_fn, owned
+from .run import build_model, data_for, inputs, load_data, loss_fn, owned
 
 SPLITS = ("train", "valid", "test")
 #: Batches of training images that ``ezo cut`` and the experiment ``partition`` estimate gains from, so that each micro-batch is
@@ -62,7 +62,7 @@ def cut(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.hidden != Recipe.hidden:
         recipe.check_given(("hidden",))
-    data = load(recipe.data, args.data_dir)
+    data = load_data(recipe.data, args.data_dir, recipe.points)
     x, y = first_batch(recipe, data, device)
     rows = signal_rows(recipe, data, device)
     choice = choose_cut(

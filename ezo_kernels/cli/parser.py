@@ -36,8 +36,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
     option("model", "the network", choices=R.MODELS)
     option("hidden", "widths of the MLP's hidden layers", metavar="N,N")
-    option("points", "points that PointNet sees of an image", type=int, metavar="N")
-    option("data", "the data set; digits is scikit-learn's, small and offline", choices=R.DATA)
+    option("points", "points that PointNet sees of an image, or of a shape", type=int, metavar="N")
+    option(
+        "data",
+        "the data set; digits is scikit-learn's, small and offline; modelnet40 is PointNet's, from --data-dir",
+        choices=R.DATA,
+    )
     option("method", "elastic: ZO trunk and BP head; mezo: ZO in place; bp: SGD; frozen: head only", choices=R.METHODS)
     option(
         "head",
@@ -112,7 +116,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder with the four IDX files or NAME.npz, or an npz file"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the four IDX files or NAME.npz, or an npz file; of modelnet40 with its HDF5 or OFF files",
     )
 
 
@@ -139,7 +146,8 @@ def add_experiment(commands) -> None:
         nargs="+",
         choices=(*R.DATA, "diabetes"),
         metavar="NAME",
-        help=f"{', '.join(R.DATA)} (default: mnist; quick: digits); of regression: diabetes",
+        help=f"{', '.join(R.DATA)} (default: mnist; quick: digits); modelnet40: of pointcloud, "
+        "and of partition with PointNet; of regression: diabetes",
     )
     add_data_dir(parser)
     parser.add_argument(
@@ -210,7 +218,9 @@ def build() -> Parser:
     info = commands.add_parser("info", help="versions, device, and how each layer of a model would be trained")
     info.add_argument("--model", choices=R.MODELS, default="lenet5", help="(default: lenet5)")
     info.add_argument("--hidden", default="256,128", metavar="N,N", help="widths of the MLP's hidden layers")
-    info.add_argument("--head", default="fc2,fc3", metavar="fc2,fc3|N|0|all", help="(default: fc2,fc3)")
+    info.add_argument(
+        "--head", metavar="fc2,fc3|N|0|all", help=f"(default: fc2,fc3, as in a training; of pointnet {R.POINTNET_HEAD})"
+    )
     precisions = ("float", "bf16", "fp16", "int8")
     info.add_argument("--precision", choices=precisions, default="float", help="(default: float, which is fp32)")
     info.add_argument(

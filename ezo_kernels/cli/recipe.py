@@ -11,7 +11,9 @@ from ..ops.int8_update import check_bits
 from ..optim import NodePerturbation
 
 MODELS = ("lenet5", "mlp", "pointnet")
-DATA = ("mnist", "fashion_mnist", "digits")
+DATA = ("mnist", "fashion_mnist", "digits", "modelnet40")
+#: data sets that are clouds as they are, not images
+CLOUD_DATA = ("modelnet40",)
 METHODS = ("elastic", "mezo", "bp", "frozen")
 SCHEDULES = ("cosine", "constant")
 MODES = ("auto", "stacked", "sequential")
@@ -149,6 +151,8 @@ class Recipe:
         for name in ("queries", "epochs", "batch", "points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.data in CLOUD_DATA and self.model != "pointnet":
+            raise ValueError(f"data {self.data} is of clouds: it goes with model pointnet, not {self.model}")
         if self.points != 128 and self.model != "pointnet":
             raise ValueError(f"points goes with model pointnet, not {self.model}")
         if not self.antithetic and (self.method != "elastic" or self.queries < 2):

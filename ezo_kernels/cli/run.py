@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from ..data import Batches, Dataset, point_clouds, quantize_images, standardize
+from ..data import Batches, CloudBatches, Dataset, load, load_modelnet40, point_clouds, quantize_images, standardize
 from ..models import MLP, LeNet5, PointNet
 from ..ops.int8_tensor import Int8Tensor, quantize
 from .methods import make_optimizer
-from .recipe import Recipe
+from .recipe import CLOUD_DATA, Recipe
 
 #: of the weights that a run starts from: an int8 run quantises fp32 ones
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
+#: outputs of a model; images have ten classes
+CLASSES = {"modelnet40": 40}
 #: of int8 clouds, whose coordinates are within [-1, 1]
 CLOUD_EXPONENT = -7
 #: rows of an evaluation's batch: large enough to be fast, and a bounded amount of memory
@@ -29,7 +32,7 @@ def build_model(recipe: Recipe, device: torch.device) -> torch.nn.Module:
         model = LeNet5(generator=generator)
     elif recipe.model == "pointnet":
         # Batch norm has no integer form.
-        model = PointNet(10, norm=not recipe.integer, generator=generator)
+        model = PointNet(CLASSES.get(recipe.data, 10), norm=not recipe.integer, generator=generator)
     else:
         model = MLP(28 * 28, *recipe.hidden_widths, 10, generator=generator)
     return model.to(device, DTYPES[recipe.precision])
@@ -47,9 +50,22 @@ def loss_of(recipe: Recipe):
     return F.cross_entropy if recipe.method == "elastic" else loss_fn
 
 
+def load_data(name: str, data_dir: Path | None, points: int, **options) -> Dataset:
+    """:func:`ezo_kernels.data.load`, or the clouds of ``points`` points of a data set of shapes, which only a folder has.
+
+    Raises:
+        ValueError: shapes, and no folder; whatever the loaders refuse.
+    """
+    if name not in CLOUD_DATA:
+        return load(name, data_dir, **options)
+    if data_dir is None:
+        raise ValueError(f"{name} is not fetched: say --data-dir, a folder with its HDF5 or OFF files")
+    return load_modelnet40(data_dir, points)
+
+
 def data_for(recipe: Recipe, data: Dataset) -> Dataset:
     """The data as the recipe's model takes it: PointNet's as clouds of points drawn from the images, others' as they are."""
-    return point_clouds(data, recipe.points) if recipe.model == "pointnet" else data
+    return point_clouds(data, recipe.points) if recipe.model == "pointnet" and recipe.data not in CLOUD_DATA else data
 
 
 def inputs(images, name: str, precision: str):
@@ -81,6 +97,18 @@ def accuracy(model: torch.nn.Module, x, y: torch.Tensor) -> float:
     return hits.item() / len(x)
 
 
+class AugmentedShapes(CloudBatches):
+    """:class:`ezo_kernels.data.CloudBatches` with its augmentation, as the model of a recipe takes it, on its device."""
+
+    def __init__(self, x, y, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(x, y, recipe.batch, recipe.seed, drop_last=True)
+        self.precision, self.device = recipe.precision, device
+
+    def _read(self, epoch: int, rows: torch.Tensor):
+        x, y = super()._read(epoch, rows)
+        return inputs(x.numpy(), "", self.precision).to(self.device), y.to(self.device)
+
+
 class Run:
     """One training run on data in memory.
 
@@ -100,9 +128,12 @@ class Run:
         self.optimizer = make(recipe, self.model)
         # The schedule is a factor on what the optimizer was given.
         self.base_lrs = [group.get("lr") for group in self.optimizer.param_groups]
-        x, y = self.tensors("train")
         # drop_last: every step has the same shape, as a captured one needs. Each epoch leaves out other images.
-        self.batches = Batches(x, y, recipe.batch, recipe.seed, drop_last=True)
+        if recipe.data in CLOUD_DATA:
+            x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
+            self.batches = AugmentedShapes(x, y, recipe, device)
+        else:
+            self.batches = Batches(*self.tensors("train"), recipe.batch, recipe.seed, drop_last=True)
         self.valid = self.tensors("valid")
         self.step, self.steps = 0, recipe.epochs * len(self.batches)
         self.history: list[dict] = []

@@ -22,8 +22,8 @@ from ..optim import Diagnostics
 from . import checkpoint as ckpt
 from . import outputs, system
 from .methods import make_optimizer, noise_version
-from .recipe import Recipe
-from .run import Run, data_for
+from .recipe import CLOUD_DATA, Recipe
+from .run import Run, data_for, load_data
 
 #: where Ctrl-C leaves the run if no --checkpoint was given
 INTERRUPTED = Path("ezo-interrupted.pt")
@@ -38,8 +38,8 @@ def get_data(recipe: Recipe, data_dir: Path | None, offline: bool) -> tuple[Data
 
     Files that the user named are never replaced by others: what is wrong with them is an error.
     """
-    if data_dir is not None or recipe.data == "digits":
-        return load(recipe.data, data_dir), recipe
+    if data_dir is not None or recipe.data in ("digits", *CLOUD_DATA):
+        return load_data(recipe.data, data_dir, recipe.points), recipe
     try:
         return load(recipe.data, download=not offline, say=say), recipe
     except (DownloadError, FileNotFoundError) as error:
@@ -232,8 +232,9 @@ def train(args: argparse.Namespace) -> int:
         outputs.write_plot(args.plot, result)
     step = f"{run.step_ms:.2f} ms a step, " if run.step_ms else ""
     skipped = f" ({run.skipped} skipped: their loss was not finite)" if run.skipped else ""
+    unlike = " (NOT the genuine MNIST files)" if not data.genuine and data.name not in CLOUD_DATA else ""
     print(
-        f"{data.name}{'' if data.genuine else ' (NOT the genuine MNIST files)'}: test accuracy {100 * test:.2f}%, "
+        f"{data.name}{unlike}: test accuracy {100 * test:.2f}%, "
         f"validation {100 * result['validation_accuracy']:.2f}% after {run.step} steps{skipped}; "
         f"{step}{result['peak_memory_bytes'] / 2**20:.0f} MiB, {result['seconds']:.0f} s"
     )

@@ -92,3 +92,16 @@ def test_help_and_version(capsys):
         with pytest.raises(SystemExit) as end:
             main(argv)
         assert end.value.code == 0 and word in capsys.readouterr().out
+
+
+def test_info_shows_the_head_that_a_training_has(ezo):
+    """PointNet's fc2 and fc3 have a batch norm between them, which no training leaves to the trunk."""
+    code, out, _ = ezo("info", "--model", "pointnet")
+    assert code == 0 and "pointnet, head 2, " in out
+    rows = {line.split()[0]: line.split()[2] for line in out.splitlines() if line.startswith(("bn", "fc"))}
+    assert {name: rows[name] for name in ("bn6", "fc2", "bn7", "fc3")} == {
+        "bn6": "ZO",
+        "fc2": "BP",
+        "bn7": "BP",
+        "fc3": "BP",
+    }

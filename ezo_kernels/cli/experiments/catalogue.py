@@ -13,10 +13,10 @@ from .recipes import (
     CLOUD_NODE_RATES,
     CLOUD_NODES,
     CLOUD_RATES,
-    CLOUDS,
     FROZEN_LRS,
     GRID,
     HEADS,
+    clouds,
 )  # fmt: skip
 from .scope import Experiment, Scope
 from .summary import Column
@@ -182,7 +182,7 @@ def time(scope: Scope) -> list[Trial]:
 
 def _clouds(scope: Scope) -> dict:
     """What every recipe of PointNet has of its own."""
-    return CLOUDS | {"batch": 8 if scope.quick else 32}
+    return clouds(scope.data) | {"batch": 8 if scope.quick else 32}
 
 
 #: weight layers of each model, so heads of 0 to as many

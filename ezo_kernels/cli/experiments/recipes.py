@@ -6,8 +6,9 @@ from ..recipe import Recipe
 
 #: rates of a frozen trunk's head, of which the validation split takes the best, each seed on its own
 FROZEN_LRS = (0.02, 0.05, 0.1, 0.2, 0.4)
-#: PointNet's clouds
+#: PointNet's clouds: points of an image, and of a shape, as the field takes them
 CLOUDS = {"model": "pointnet", "points": 64}
+SHAPE_POINTS = {"modelnet40": 1024}
 #: its rates: lr is G / (G_B T) of the trunk below fc3 (docs/cut.md), 3.8e-5 to 6.9e-5 over three seeds; head_lr serves every
 #: cut, from fc3 alone to all by backpropagation
 CLOUD_RATES = {"lr": 5e-5, "head_lr": 0.2}
@@ -68,6 +69,11 @@ DRAWN = {
     "fc3": {"queries": 16, "lr": 2e-3},
     "fc2,fc3": {"queries": 16, "lr": 2e-3},
 }
+
+
+def clouds(data: str) -> dict:
+    """What every recipe of PointNet has of its own, by what it sees."""
+    return CLOUDS | {"points": SHAPE_POINTS.get(data, CLOUDS["points"])}
 
 
 def drawn(data: str, head: str, seed: int, epochs: int) -> Recipe:

@@ -9,10 +9,13 @@ import sys
 import torch
 from tqdm import tqdm
 
-from ...data import Dataset, load
+from ...data import Dataset
 from .. import outputs, system
+from ..recipe import CLOUD_DATA
+from ..run import load_data
 from . import plot, regression, tasks
 from .catalogue import EXPERIMENTS
+from .recipes import clouds
 from .scope import QUICK_SEEDS, Experiment, Scope
 from .store import Store
 from .summary import summarise, text
@@ -107,7 +110,14 @@ def _sources(args: argparse.Namespace, chosen: Experiment) -> dict[str, Dataset]
         raise ValueError(
             "--data-dir: the digits are scikit-learn's, not in a folder; say --data mnist or fashion_mnist"
         )
-    return {name: load(name, args.data_dir) for name in names}
+    shapes = [name for name in names if name in CLOUD_DATA]
+    if shapes and not (chosen.name == "pointcloud" or chosen.name == "partition" and args.models == ["pointnet"]):
+        raise ValueError(
+            f"--data {shapes[0]} goes with the experiment pointcloud, or with partition and --models pointnet: it is of clouds"
+        )
+    if shapes and len(names) > 1:
+        raise ValueError(f"--data {shapes[0]} has a --data-dir of its own: run the others by themselves")
+    return {name: load_data(name, args.data_dir, clouds(name)["points"]) for name in names}
 
 
 def experiment(args: argparse.Namespace) -> int:
