@@ -247,7 +247,8 @@ def choose_cut(
             ``sample`` itself if None. A batch of 32 says little; 16 of them are what ``ezo cut`` takes (docs/cut.md). Each
             pass holds one micro-batch, a sixteenth of them.
         loss_fn: ``loss_fn(output, y)`` -> scalar, a mean over rows.
-        draw_target: for a loss other than F.cross_entropy and F.mse_loss: see :func:`ezo_kernels.planning.signal.measure`.
+        draw_target: for a loss other than F.cross_entropy, F.mse_loss and their modules as torch makes them:
+            see :func:`ezo_kernels.planning.signal.measure`.
         mode: ``stacked``, ``sequential``, or ``auto``: stacked where the model and the memory budget allow it.
         optimizer: of the head, ``sgd`` or ``adam``, for bytes and seconds.
         queries: directions a step.
@@ -330,7 +331,7 @@ def _choose(
         least = min(row.seconds for row in found if row.seconds is not None)
         also = "" if memory_budget is None else f" and memory_budget={memory_budget:,} bytes"
         raise ValueError(
-            f"no cut meets time_budget={time_budget} seconds a step{also}: the smallest that one does is {least:.6g}"
+            f"no cut meets time_budget={time_budget} seconds a step{also}: the smallest that one does is {least!r}"
         )
     chosen = pick(found)
     signals = _signals(model, cuts, products, queries)

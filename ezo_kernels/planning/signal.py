@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from ..nn.cut import in_head
 from ..ops.noise import check_index
 from ..optim.batches import call, rows_of
+from ..optim.losses import ignored_by
 
 #: Micro-batches that a sample is split into, at most: 120 pairs for G, at 32 backward passes. Set by hand, for that price,
 #: before any sweep over cuts was run.
@@ -124,18 +125,28 @@ def draw_values(output: torch.Tensor, y: torch.Tensor, generator: torch.Generato
 DRAWS = {F.cross_entropy: draw_classes, F.mse_loss: draw_values}
 
 
+def _known(loss_fn):
+    """How targets of a loss are drawn that is one of :data:`DRAWS`, or the module of one with torch's defaults; else None."""
+    if ignored_by(loss_fn) == -100:
+        return draw_classes
+    if type(loss_fn) is nn.MSELoss and loss_fn.reduction == "mean":
+        return draw_values
+    return next((draw for own, draw in DRAWS.items() if own is loss_fn), None)
+
+
 def draw_for(loss_fn, draw_target):
     """How targets are drawn for this loss.
 
     Raises:
         ValueError: a loss whose distribution is not known, and no ``draw_target``.
     """
-    if draw_target is None and loss_fn not in DRAWS:
+    known = _known(loss_fn)
+    if draw_target is None and known is None:
         raise ValueError(
             "the curvature of this loss_fn is not known: give draw_target(output, y, generator) -> targets drawn from the "
-            "model's own distribution (built in for F.cross_entropy and F.mse_loss)"
+            "model's own distribution (built in for F.cross_entropy, F.mse_loss and their modules with torch's defaults)"
         )
-    return draw_target or DRAWS[loss_fn]
+    return draw_target or known
 
 
 def _fold(gradients, generator: torch.Generator) -> torch.Tensor:
@@ -164,7 +175,7 @@ def check_targets(x, y, loss_fn, what: str) -> None:
     Raises:
         ValueError: a y of another length than x; of a loss of one's own only the caller knows.
     """
-    if loss_fn in DRAWS and isinstance(y, torch.Tensor) and y.dim() and len(y) != rows_of(x):
+    if _known(loss_fn) is not None and isinstance(y, torch.Tensor) and y.dim() and len(y) != rows_of(x):
         raise ValueError(f"{what} has {rows_of(x)} rows in x and {len(y)} in y")
 
 
