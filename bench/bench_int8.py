@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import ezo_kernels as ezo
+from bench import bench_step
 from bench.timing import copies, devices, rotate, time_case
 from ezo_kernels.ops import Int8Tensor, IntegerPerturbation, Noise, int8_conv2d, int8_linear
 from ezo_kernels.ops.noise import key_tensor
@@ -136,15 +137,28 @@ def lenet_step(case: str, head: str, device: str):
     return opt, lambda: opt.train_step(x, y)
 
 
+def check_step(opt, head: str) -> None:
+    """Five steps of the reference, by the other strategy, leave the same weights; a step that is wrong is not timed."""
+    theirs, run = lenet_step("twice", head, "cpu")
+    for _ in range(5):
+        run()
+    for ours, wanted in zip(opt.model.state_dict().values(), theirs.model.state_dict().values(), strict=True):
+        assert torch.equal(ours.cpu(), wanted)
+
+
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("case", ["captured int8", "captured fp32", "auto", "buffer", "fp32"])
 def test_step(benchmark, device, head, case):
     if device == "cpu" and case.startswith("captured"):
         pytest.skip("a CUDA graph needs a GPU")
+    if case.endswith("fp32"):
+        bench_step.check(HEADS[head], "gaussian", device, capture=case.startswith("captured"))
     opt, run = lenet_step(case, head, device)
     for _ in range(5):  # a graph is made after a few eager steps
         run()
+    if not case.endswith("fp32"):
+        check_step(opt, head)
     if not case.endswith("fp32"):
         benchmark.extra_info.update(opt.memory())
     time_case(benchmark, run, device, graph=False, case=case, head=head, rows=32)
