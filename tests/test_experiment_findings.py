@@ -214,3 +214,9 @@ def test_the_regret_in_the_docs_is_the_files():
         beyond = f"{100 * two['beyond']['mean']:.2f} points, {100 * two['beyond_share']['mean']:.0f}% of the error"
         chosen = ", ".join(str(by_seed[seed]) for seed in choice["seeds"])
         assert f"| {shown} | {errors} | {chosen} | {' | '.join(regrets)} | {elbow} | {beyond} |" in said
+
+
+def test_a_run_has_converged_when_its_error_stays_near_the_last():
+    curve = [{"step": 10 * (i + 1), "validation_accuracy": a} for i, a in enumerate((0.5, 0.8, 0.7, 0.792, 0.805, 0.8))]
+    assert findings.converged_step(curve, 60) == 40 and findings.converged_step(curve[:2], 60) == 20
+    assert findings.converged_step([], 6) == 6

@@ -260,9 +260,11 @@ _ALL = (
         "epsilon", "eps over three orders of magnitude, and one computed from gradient statistics", epsilon,
         (
             VALID, TEST, Column("rank", "rank in the sweep", 1, 1), Column("behind_best", "behind its best, points", 100),
-            Column("g_variance", "variance of g", 1, 3), Column("skipped_steps", "skipped", 1, 0), BYTES,
+            Column("converged_step", "converged after, steps", 1, 0), Column("g_variance", "variance of g", 1, 3),
+            Column("skipped_steps", "skipped", 1, 0), BYTES,
         ),
-        (VALID, Column("g_variance", "variance of g")), "eps", place_computed, say_rank,
+        (VALID, Column("g_variance", "variance of g"), Column("converged_step", "converged after, steps")),
+        "eps", place_computed, say_rank,
     ),
     Experiment(
         "batch", "32 to 1024 images a step, at equal samples and at equal steps", batch,

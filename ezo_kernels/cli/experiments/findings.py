@@ -14,6 +14,8 @@ from .trial import Finished
 
 #: What larger heads take off the validation error of the last two layers, as a share of it: below it, little.
 LITTLE = 0.1
+#: A run has converged when its validation error stays within so much of the last one: a point.
+NEAR = 0.01
 #: the arm of a choice beside the sweep of a model
 CHOICE = "choose_cut"
 
@@ -36,11 +38,22 @@ def _data(table: list[dict]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- epsilon
 
 
+def converged_step(curve: list[dict], steps: int) -> int:
+    """The step from which on the validation error is within :data:`NEAR` of the last one; of no whole epoch all ``steps``."""
+    found = steps
+    for row in reversed(curve):
+        if curve[-1]["validation_accuracy"] - row["validation_accuracy"] > NEAR:
+            break
+        found = row["step"]
+    return found
+
+
 def place_computed(table: list[dict], done: list[Finished]) -> list[dict]:
     """The computed eps, known when its trials are done, is put where the curve has it, and held against the sweep.
 
     On the validation split, a seed at a time: ``rank`` is 1 + how many other values of the sweep did better, ``behind_best``
-    the error less that of the sweep's best. The computed one also has ``eps_of_best``.
+    the error less that of the sweep's best. The computed one also has ``eps_of_best``. ``converged_step`` says how long each
+    took.
     """
     out = _copy(table)
     for name in _data(table):
@@ -58,7 +71,14 @@ def place_computed(table: list[dict], done: list[Finished]) -> list[dict]:
                 entry.append((1 + sum(e < own for e in others), own - errors[least]))
                 if one.trial.arm == "computed":
                     best_eps.append(least)
+        steps: dict[tuple, list] = {}
+        for one in done:
+            if one.trial.recipe.data == name and {"curve", "steps"} <= one.result.keys():
+                took = converged_step(one.result["curve"], one.result["steps"])
+                steps.setdefault((one.trial.arm, one.trial.x), []).append(float(took))
         for row in out:
+            if row["data"] == name and (own := steps.get((row["arm"], row["x"]))):
+                row["metrics"]["converged_step"] = mean_spread(own)
             places = found.get((row["arm"], row["x"]), []) if row["data"] == name else []
             if places:
                 row["metrics"]["rank"] = mean_spread([float(rank) for rank, _ in places])
