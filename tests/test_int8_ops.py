@@ -184,7 +184,11 @@ def test_the_largest_sum_fits(multiplier, device):
 def test_gemm_of_any_strides(multiplier, device):
     a, b = randint(3, 7, 11, low=-128).to(device), randint(3, 5, 11, seed=1, low=-128).to(device)
     turned = a.transpose(1, 2).contiguous().transpose(1, 2)
-    for x, w in ((a, b), (turned, b), (a, b[:1]), (a[:, ::2], b.flip(0))):
+    rows, columns = a[:, :1].expand(3, 7, 11), b[:, :, :1].expand(3, 5, 11)
+    windows = a.flatten().as_strided((3, 7, 11), (17, 1, 1))
+    pairs = [(a, b), (turned, b), (a, b[:1]), (a[:, ::2], b.flip(0))]
+    pairs += [(rows, b), (a, columns), (windows, b), (turned, b[:, :1].expand(3, 5, 11)), (turned, columns)]
+    for x, w in pairs:
         acc, peak = ops.int8_gemm(x, w)
         want = x.cpu().long() @ w.cpu().long().transpose(1, 2)
         assert torch.equal(acc.cpu().long(), want) and torch.equal(peak.cpu().long(), want.abs().amax((1, 2)))

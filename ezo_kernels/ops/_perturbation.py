@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -49,7 +49,9 @@ class Perturbation:
 
     key: torch.Tensor
     eps: torch.Tensor
-    noise: Noise = Noise()
+    noise: Noise = field(
+        default_factory=lambda: Noise()
+    )  # torch.compile takes in neither an instance nor the class here
     query: int = 0
     queries: int = 1
     signs: tuple[int, ...] = (1, -1)
@@ -80,6 +82,18 @@ class Perturbation:
 
 #: The end of every perturbed operator's schema, filled by :meth:`Perturbation.schema_args`.
 SCHEMA = "int query, int queries, int[] signs, str noise, int rounds, float p_zero"
+
+
+def check_devices(name: str, x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Refuse arguments that lie elsewhere than ``x``, unless that is a trial's, which has no memory.
+
+    Raises:
+        ValueError: naming both devices.
+    """
+    device = x.device
+    for t in others:
+        if t is not None and t.device != device and device.type != "meta":
+            raise ValueError(f"{name}: one argument is on {device} but another on {t.device}")
 
 
 class PassError(ValueError):

@@ -52,11 +52,15 @@ def _conv2d_cpu(
     weights = perturbed_cpu(w, key, eps, site, "conv", *tail)
     pointwise = _is_pointwise(x, w, out, how)
     for x_g, y_g, w_g, b_g in zip(group_slices(x, groups, shared), out.chunk(groups), weights, biases, strict=True):
-        if pointwise:
+        if pointwise and pool == 1:
             _pointwise(x_g, w_g, b_g, y_g)
             _finish(y_g, relu, pool, y_g)
             continue
-        y = F.conv2d(x_g, w_g, b_g, *how)
+        if pointwise:  # pooled or not, the same way: the bits are those of the operators one after the other
+            y = x_g.new_empty((len(x_g), len(w_g), *x_g.shape[2:]))
+            _pointwise(x_g, w_g, b_g, y)
+        else:
+            y = F.conv2d(x_g, w_g, b_g, *how)
         if pool == 2 and y.dtype == torch.float32 and y.is_contiguous() and y_g.is_contiguous():
             _cpu.convolutions().pool_2x2(y.flatten(0, 1).numpy(), relu, y_g.flatten(0, 1).numpy())
             continue
@@ -74,9 +78,8 @@ def _is_pointwise(x, w, out, how) -> bool:
     By shapes, dtype and the layout of ``out`` alone, which are the same for groups that are stacked and that run one by one.
     """
     plain = how == ([1, 1], [0, 0], [1, 1], 1) and tuple(w.shape[2:]) == (1, 1)
-    not_pooled = out.shape[2:] == x.shape[2:]
-    large = out.shape[2] * out.shape[3] >= _POINTWISE_FROM
-    return plain and not_pooled and large and x.dtype == torch.float32 and out.is_contiguous()
+    large = x.shape[2] * x.shape[3] >= _POINTWISE_FROM
+    return plain and large and x.dtype == torch.float32 and out.is_contiguous()
 
 
 def _pointwise(x, w, b, out) -> None:

@@ -136,7 +136,7 @@ class _CrossEntropy(torch.autograd.Function):
             rows = target.repeat(groups)
             counts = rows != ctx.ignore_index
             own = F.one_hot(torch.where(counts, rows, 0), logits.shape[1])
-            share = (grad / count).repeat_interleave(target.shape[0]) * counts
+            share = (grad / count.clamp(min=1)).repeat_interleave(target.shape[0]) * counts
             share = share if weight is None else share * weight.repeat(groups)
             error = (torch.softmax(logits.float(), 1) - own) * share[:, None]
             return error.to(logits.dtype), None, None, None, None

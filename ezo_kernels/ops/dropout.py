@@ -15,7 +15,7 @@ import torch
 from . import _constants as C
 from . import _cpu
 from ._library import register
-from .noise import check_index, key_words
+from .noise import check_index, check_rounds, key_words
 
 
 def _dropout_mask_cpu(out, key, site, query, rounds, threshold) -> None:
@@ -51,11 +51,12 @@ def dropout_mask(
     """Bool [rows, features], true with probability 1 - p (to 1 / 65536).
 
     Raises:
-        ValueError: p outside [0, 1), an index out of range.
+        ValueError: p outside [0, 1), an index out of range, rounds other than 7 and 10.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout p must be in [0, 1), got {p}")
     site, query = check_index(site, "site", 1 << 32), check_index(query, "query", 1 << 24)
+    check_rounds(rounds)
     out = torch.empty(rows, features, dtype=torch.bool, device=key.device)
     if out.numel():
         _dropout_mask(out, key, site, query, rounds, round(65536 * p))

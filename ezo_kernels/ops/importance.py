@@ -30,7 +30,7 @@ import torch
 from . import _constants as C
 from ._library import launcher, register
 from ._perturbation import FLOATS
-from .noise import check_index, key_words, philox4x32
+from .noise import check_index, check_rounds, key_words, philox4x32
 
 #: Rows that are drawn from, and drawn: R M stays below 2^57, and M below 2^45.
 MOST_ROWS = 1 << 12
@@ -108,6 +108,7 @@ def importance_rows(
         ValueError: shapes or devices that do not fit, more than 4096 rows; on a CPU a target that is no class.
     """
     count, draw = check_index(count, "count", MOST_ROWS + 1), check_index(draw, "draw", 1 << 24)
+    check_rounds(rounds)
     for name, tensor in (("logits", logits), ("target", target), ("key", key)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -16,6 +16,7 @@ import torch
 from . import _cpu, int8_matmul
 from ._int8_slab import check_way, choose, reserve
 from ._library import register
+from ._perturbation import check_devices
 from .conv2d import output_size, pooled_size
 from .int8_matmul import (
     CHUNK_BYTES,
@@ -179,6 +180,7 @@ def int8_conv2d(
     """
     check_input(x, "int8_conv2d")
     check_weight(weight, weight_exponent, bias, bias_exponent, "int8_conv2d")
+    check_devices("int8_conv2d", x.values, weight, weight_exponent, bias, bias_exponent, None if p is None else p.key)
     stride, padding, dilation, size = output_size("int8_conv2d", x, weight, bias, stride, padding, dilation, groups)
     check_terms(weight[0].numel(), "int8_conv2d")
     out_size = pooled_size("int8_conv2d", size, pool)
@@ -232,15 +234,17 @@ def int8_conv1d(
     check_input(x, "int8_conv1d")
     if weight.dim() != 3 or x.dim() != 3:
         raise ValueError(f"int8_conv1d: x and weight must be 3-D, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    stride, padding, dilation = (v[0] if isinstance(v, (tuple, list)) else v for v in (stride, padding, dilation))
+    one = [v[0] if isinstance(v, (tuple, list)) and len(v) == 1 else v for v in (stride, padding, dilation)]
+    if any(isinstance(v, (tuple, list)) for v in one):
+        raise ValueError(f"int8_conv1d: stride, padding and dilation must be one integer each, got {one}")
     y = int8_conv2d(
         dataclasses.replace(x, values=x.values.unsqueeze(2)),
         weight.unsqueeze(2),
         bias,
         p,
-        stride=(1, stride),
-        padding=(0, padding),
-        dilation=(1, dilation),
+        stride=(1, one[0]),
+        padding=(0, one[1]),
+        dilation=(1, one[2]),
         **options,
     )
     return dataclasses.replace(y, values=y.values.squeeze(2))

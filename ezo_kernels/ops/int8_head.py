@@ -21,8 +21,10 @@ import torch
 
 from . import _cpu, _library
 from ._library import launcher, register
+from ._perturbation import check_devices
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_pointwise import rounding_lanes
+from .noise import check_index, check_rounds
 
 #: Bits of a remainder behind those of its weight.
 REMAINDER_BITS = 8
@@ -144,6 +146,8 @@ def int8_head_update_(
         raise TypeError(f"int8_head_update_: w must be int8 and grad int32, got {w.dtype} and {grad.dtype}")
     if w.shape != grad.shape or not w.is_contiguous() or not w.dim():
         raise ValueError(f"int8_head_update_: w {tuple(w.shape)} and grad {tuple(grad.shape)} do not go together")
+    check_devices("int8_head_update_", w, grad, peak, bits, key, remainder)
+    site, rounds = check_index(site, "site", 1 << 32), check_rounds(rounds)
     if w.numel():
         _head_update(w, remainder, grad.contiguous(), peak, bits, key, site, check_rounding(rounding), rounds)
 
@@ -257,6 +261,9 @@ def int8_head_step_(
         if values.dtype not in (torch.int32, torch.int8):
             raise TypeError(f"int8_head_step_: gradients must be int32 or int8, got {values.dtype}")
     check_rounding(rounding)
+    check_rounds(rounds)
+    for w, gradient in zip(params, gradients, strict=True):
+        check_devices("int8_head_step_", w, *gradient, bits, key, ok)
     own = [i for i, w in enumerate(params) if w.numel()]
     if own and in_one_launch([params[i] for i in own], [gradients[i].values for i in own]):
         others, sums = [gradients[i].x_exponent for i in own], None

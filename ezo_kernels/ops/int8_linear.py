@@ -18,6 +18,7 @@ import torch
 from . import _cpu
 from ._int8_slab import check_way, choose, pitch_of, reserve
 from ._library import register
+from ._perturbation import check_devices
 from .int8_matmul import (
     CHUNK_BYTES,
     MOST_ONCE,
@@ -182,10 +183,11 @@ def int8_linear(
 
     Raises:
         TypeError: an argument that is not of integers.
-        ValueError: shapes, an unknown name, K past the limit of int32.
+        ValueError: shapes, devices that differ, an unknown name, K past the limit of int32.
     """
     check_input(x, "int8_linear")
     check_weight(weight, weight_exponent, bias, bias_exponent, "int8_linear")
+    check_devices("int8_linear", x.values, weight, weight_exponent, bias, bias_exponent, None if p is None else p.key)
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"int8_linear: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

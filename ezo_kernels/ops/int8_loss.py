@@ -22,12 +22,13 @@ import torch
 from . import _constants as C
 from . import _cpu
 from ._library import launcher, register
+from ._perturbation import check_devices
 from .int8_matmul import check_input
 from .int8_pass import GRADIENT_SITE
 from .int8_pointwise import rounding_lanes
 from .int8_signs import Signs, signs_cpu
 from .int8_tensor import Int8Tensor, counters
-from .noise import check_index
+from .noise import check_index, check_rounds
 
 #: Fraction bits of the cross-entropy unless said otherwise.
 FRACTION_BITS = 8
@@ -99,6 +100,7 @@ def _check_logits(logits: Int8Tensor, labels: torch.Tensor, name: str) -> None:
             f"{name}: logits must be [groups * B, classes] and labels [B], got {tuple(logits.shape)} of {logits.groups} "
             f"groups and {tuple(labels.shape)}"
         )
+    check_devices(name, logits.values, labels)
 
 
 def int8_cross_entropy(
@@ -190,6 +192,7 @@ def int8_squared_error(y: Int8Tensor, target: Int8Tensor, *, gradient: bool = Fa
         raise ValueError(
             f"int8_squared_error: y {tuple(y.shape)} of {y.groups} groups, target {tuple(target.shape)} of {target.groups}"
         )
+    check_devices("int8_squared_error", y.values, target.values)
     check_sum(y.values.numel(), MOST_SQUARES, "int8_squared_error: values")
     more = _arguments(y, signs)
     losses = counters(y, y.groups, torch.int64)
@@ -247,6 +250,8 @@ def int8_cross_entropy_gradient(
     _check_logits(logits, labels, "int8_cross_entropy_gradient")
     if logits.shape[1] > _MOST_CLASSES:
         raise ValueError(f"int8_cross_entropy_gradient: {logits.shape[1]} classes, {_MOST_CLASSES} is the most")
+    check_devices("int8_cross_entropy_gradient", logits.values, key)
+    query, rounds = check_index(query, "query", (1 << 24) - logits.groups + 1), check_rounds(rounds)
     out = torch.empty(logits.shape, dtype=torch.int8, device=logits.device)
     _gradient(logits.values.contiguous(), logits.exponent, labels.contiguous(), key, query, rounds, out)
     return out

@@ -20,6 +20,7 @@ import torch
 from . import _cpu
 from ._layout import grid
 from ._library import launcher, register
+from ._perturbation import check_devices
 from .int8_pass import ROUNDINGS, STRATEGIES, check_rounding, check_terms
 from .int8_tensor import Int8Tensor, counters, new, scratch
 from .noise import Noise, filler_cpu, row_ids
@@ -96,11 +97,16 @@ def library_multiplies() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and library_is_exact()
 
 
+def _whole(a: torch.Tensor) -> torch.Tensor:
+    """``a`` in memory of its own, by rows or by columns: of elements that share theirs torch._int_mm reads beyond them."""
+    return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
+
+
 def product_cpu(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out int32 [M, N] = a int8 [M, K] b int8 [K, N], exactly; out contiguous."""
     # torch._int_mm takes a matrix of one row or column for its transpose
     if library_multiplies() and 1 not in (*a.shape, *b.shape):
-        torch._int_mm(a, b, out=out)
+        torch._int_mm(_whole(a), _whole(b), out=out)
         return
     products, workspace = _cpu.integer_products(), _cpu.integers().workspace
     a = a.contiguous().numpy()
@@ -262,6 +268,7 @@ def gemm(x: torch.Tensor, w: torch.Tensor, peak: torch.Tensor | None) -> torch.T
     if x.dim() != 3 or w.dim() != 3 or x.shape[2] != w.shape[2] or w.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"int8_gemm: {tuple(x.shape)} does not fit {tuple(w.shape)}")
     check_terms(x.shape[2], "int8_gemm")
+    check_devices("int8_gemm", x, w)
     acc = torch.empty((*x.shape[:2], w.shape[1]), dtype=torch.int32, device=x.device)
     if acc.numel():
         _gemm(x, w, acc, peak)

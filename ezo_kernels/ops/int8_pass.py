@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -46,7 +46,7 @@ class IntegerPerturbation:
     """
 
     key: torch.Tensor
-    noise: Noise = Noise("sparse_int8")
+    noise: Noise = field(default_factory=lambda: Noise("sparse_int8"))  # as of Perturbation
     query: int = 0
     queries: int = 1
     signs: tuple[int, ...] = (1, -1)

@@ -11,10 +11,11 @@ import torch
 from . import _constants as C
 from . import _cpu
 from ._library import launcher, register
+from ._perturbation import check_devices
 from .int8_matmul import PEAK, REQUANTIZE, check_input, shift_of
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_tensor import Int8Tensor, counters, new
-from .noise import check_index, key_words, row_ids
+from .noise import check_index, check_rounds, key_words, row_ids
 
 
 def rounding_lanes(key: torch.Tensor, site: int, rows: int, columns: int, query: int, rounds: int):
@@ -71,7 +72,7 @@ def round_shift(
         int8 of x's shape.
 
     Raises:
-        TypeError: x is not int32. ValueError: shift out of range, an unknown rounding, no key.
+        TypeError: x is not int32. ValueError: a number out of range, an unknown rounding, no key, devices that differ.
     """
     if x.dtype != torch.int32:
         raise TypeError(f"round_shift takes int32, got {x.dtype}")
@@ -81,9 +82,11 @@ def round_shift(
         if rounding == "stochastic":
             raise ValueError("stochastic rounding needs key=, of ezo_kernels.ops.noise.key_tensor(seed, step)")
         key = torch.zeros(2, dtype=torch.int32, device=x.device)
+    check_devices("round_shift", x, key)
+    site, query, rounds = check_index(site, "site", 1 << 32), check_index(query, "query", 1 << 24), check_rounds(rounds)
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if out.numel():
-        _round(x.contiguous(), shift, rounding, key, check_index(site, "site", 1 << 32), query, rounds, out)
+        _round(x.contiguous(), shift, rounding, key, site, query, rounds, out)
     return out
 
 
@@ -219,6 +222,8 @@ def int8_add(a: Int8Tensor, b: Int8Tensor) -> Int8Tensor:
         raise ValueError(
             f"int8_add: {tuple(a.shape)} of {a.groups} groups and {tuple(b.shape)} of {b.groups} do not go together"
         )
+    if not b.values.is_meta:
+        check_devices("int8_add", a.values, b.values)
     # a summand that is a constant has neither the memory of the pass nor, in a trial of it, its device
     like = next((t for t in (a, b) if t.tape is not None), a if a.memory is not None else b)
     y = new(like, (groups * rows[0], *a.shape[1:]), groups)

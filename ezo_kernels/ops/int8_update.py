@@ -19,6 +19,7 @@ import torch
 from . import _cpu
 from ._layout import LAYOUTS, default_layout, grid, pointer
 from ._library import register
+from ._perturbation import check_devices
 from .int8_pass import ROUNDINGS, check_rounding
 from .int8_pointwise import rounding_lanes
 from .noise import Noise, check_index, filler_cpu, row_ids
@@ -177,6 +178,7 @@ def int8_update_(
     elif not (plan.fits(params) and plan.sites == tuple(sites) and plan.layouts == tuple(layouts)):
         raise ValueError("int8_update_: the plan was built for other tensors; build it again after moving a parameter")
     if params:
+        check_devices("int8_update_", params[0], key, g, shift, step)
         _update(
             params, key, g, shift, plan.table, list(plan.sites), [LAYOUTS.index(n) for n in layouts], query, rounding,
             noise.rounds, noise.p_zero, noise.r_max, step,

@@ -34,7 +34,8 @@ def _linear_cpu(
     chosen = strategy_for(x, w, out, groups, 0, transposed, precision, strategy, z_dtype, signs, noise)
     tail = (query, queries, signs, spec, x.dtype)
     if chosen.name == "two_products":
-        _two_products_cpu(x, w, b, key, eps, site, bias_site, shared, query, queries, signs, spec, out)
+        with torch.autocast("cpu", enabled=False):  # it would round the products of fp32 to 16 bits
+            _two_products_cpu(x, w, b, key, eps, site, bias_site, shared, query, queries, signs, spec, out)
     elif chosen.name == "slab":
         _slab_cpu(x, w, b, (key, eps), site, bias_site, shared, tail, z_dtype, out)
     else:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 
 from ._library import launcher, register
-from ._perturbation import FLOATS, SCHEMA, Perturbation, scale_of
+from ._perturbation import FLOATS, SCHEMA, Perturbation, check_devices, scale_of
 from .noise import Noise, check_index, z_cpu
 
 
@@ -63,12 +63,14 @@ def perturb_outputs(y: torch.Tensor, p: Perturbation, *, site: int, shared: bool
 
     Raises:
         TypeError: a dtype that is no float of the three.
-        ValueError: fewer than two dimensions, rows that are no multiple of the groups, a site out of range.
+        ValueError: fewer than two dimensions, rows that are no multiple of the groups, a site out of range, devices that
+            differ.
     """
     if y.dtype not in FLOATS:
         raise TypeError(f"perturb_outputs takes float32, float16 or bfloat16, got {y.dtype}")
     if y.dim() < 2 or (not shared and y.shape[0] % p.groups):
         raise ValueError(f"perturb_outputs: y {tuple(y.shape)} does not hold {p.groups} groups along dimension 0")
+    check_devices("perturb_outputs", y, p.key, p.eps)
     site = check_index(site, "site", 1 << 32)
     out = y.new_empty((y.shape[0] * (p.groups if shared else 1), *y.shape[1:]))
     if out.numel():
@@ -104,16 +106,17 @@ def output_errors(
 
     Raises:
         TypeError: a coef that is not fp32.
-        ValueError: rows that are no multiple of the samples.
+        ValueError: rows that are no multiple of the samples, a site or query out of range, devices that differ.
     """
     if coef.dtype != torch.float32:
         raise TypeError(f"output_errors: coef must be float32, got {coef.dtype}")
     rows, columns = shape
     if coef.dim() != 2 or not coef.numel() or rows % coef.shape[1]:
         raise ValueError(f"output_errors: {rows} rows are no multiple of the samples of coef {tuple(coef.shape)}")
+    check_devices("output_errors", coef, key)
+    site, query = check_index(site, "site", 1 << 32), check_index(query, "query", (1 << 24) - coef.shape[0] + 1)
     out = coef.new_empty((rows, columns))
     if out.numel():
-        site = check_index(site, "site", 1 << 32)
         _output_errors(coef.contiguous(), key, site, query, noise.name, noise.rounds, noise.p_zero, out)
     return out
 
@@ -134,6 +137,11 @@ def decorrelated_gradient(
     Returns:
         fp32 [C, K], and [C] or None. NaN where a factor does not exist; nothing waits to see that.
     """
+    with torch.autocast(x.device.type, enabled=False):  # else it would multiply 16 bits
+        return _decorrelated(x, error, damping, bias)
+
+
+def _decorrelated(x, error, damping, bias):
     if bias:
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
     if damping is None:

@@ -42,6 +42,15 @@ _STREAM = {
 }
 
 
+def check_rounds(rounds) -> int:
+    """``rounds`` of Philox, 7 or 10, or TypeError / ValueError: kernels take any other for one of the two."""
+    if isinstance(rounds, bool) or not isinstance(rounds, int):
+        raise TypeError(f"rounds must be an int, got {type(rounds).__name__}")
+    if rounds not in C.ROUNDS:
+        raise ValueError(f"rounds must be 7 or 10, got {rounds}")
+    return rounds
+
+
 @dataclass(frozen=True)
 class Noise:
     """A distribution of z: its name and parameters.
@@ -63,10 +72,7 @@ class Noise:
             raise TypeError(f"noise must be a name, got {type(self.name).__name__}")
         if self.name not in NOISES:
             raise ValueError(f"unknown noise {self.name!r}; there are {', '.join(sorted(NOISES))}")
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int):
-            raise TypeError(f"rounds must be an int, got {type(self.rounds).__name__}")
-        if self.rounds not in C.ROUNDS:
-            raise ValueError(f"rounds must be 7 or 10, got {self.rounds}")
+        check_rounds(self.rounds)
         if not 0.0 <= self.p_zero < 1.0 or round(65536 * self.p_zero) > 65535:
             raise ValueError(f"p_zero must be in [0, 1) and at most 65535/65536, got {self.p_zero}")
         if self.p_zero and not self.name.startswith("sparse"):
@@ -272,7 +278,20 @@ def fold_key(seed: torch.Tensor, step: torch.Tensor, key: torch.Tensor, zeros: t
         seed, step: int64[1], read as unsigned 64-bit.
         key: int32[2], overwritten.
         zeros: int32, contiguous, cleared in the same launch: what the step counts in.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, devices that differ.
     """
+    if seed.dtype != torch.int64 or step.dtype != torch.int64 or key.dtype != torch.int32:
+        raise TypeError(
+            f"fold_key: seed and step must be int64 and key int32, got {seed.dtype}, {step.dtype}, {key.dtype}"
+        )
+    if seed.numel() != 1 or step.numel() != 1 or key.shape != (2,):
+        raise ValueError(
+            f"fold_key: seed and step must be [1] and key [2], got {tuple(seed.shape)}, {tuple(step.shape)}, {tuple(key.shape)}"
+        )
+    if not seed.device == step.device == key.device:
+        raise ValueError(f"fold_key: seed is on {seed.device}, step on {step.device} and key on {key.device}")
     _fold_key(seed, step, key, zeros)
 
 

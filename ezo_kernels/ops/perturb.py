@@ -15,7 +15,7 @@ import torch
 
 from ._layout import LAYOUTS, default_layout
 from ._library import register
-from ._perturbation import FLOATS, SCHEMA, Perturbation, scale_of
+from ._perturbation import FLOATS, SCHEMA, Perturbation, check_devices, scale_of
 from .noise import Noise, check_index, shifter_cpu
 
 
@@ -75,12 +75,13 @@ def perturb(weight: torch.Tensor, p: Perturbation, *, site: int, layout: str | N
 
     Raises:
         TypeError: a dtype that is no float of the three.
-        ValueError: an unknown layout, a site out of range.
+        ValueError: an unknown layout, a site out of range, devices that differ.
     """
     if weight.dtype not in FLOATS:
         raise TypeError(f"perturb takes float32, float16 or bfloat16, got {weight.dtype}")
     if dtype not in (None, *FLOATS):
         raise TypeError(f"perturb makes float32, float16 or bfloat16, not {dtype}")
+    check_devices("perturb", weight, p.key, p.eps)
     layout = layout or default_layout(weight.shape)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
