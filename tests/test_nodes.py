@@ -26,10 +26,10 @@ def optimizer(head=("fc3",), *, nodes=None, model=None, **kwargs):
 
 @pytest.mark.parametrize("mode", ["stacked", "sequential"])
 @pytest.mark.parametrize("antithetic", [True, False])
-@pytest.mark.parametrize("damping", [0.01, None])
-def test_step_is_the_formula(mode, antithetic, damping):
+@pytest.mark.parametrize(("damping", "clip"), [(0.01, None), (None, 0.7)])
+def test_step_is_the_formula(mode, antithetic, damping, clip):
     """Noise in memory, the plain model's parts, the sums one by one."""
-    nodes = {"lr": 0.3, "eps": 0.1, "damping": damping}
+    nodes = {"lr": 0.3, "eps": 0.1, "damping": damping, "clip": clip}
     opt = optimizer(nodes=nodes, lr=1e-3, queries=3, antithetic=antithetic, mode=mode, head_lr=0.1)
     model, before, (x, y) = opt.model, bits(opt.model), batch(6)
     site = {s.names[0]: s for s in model._ezo.manifest}
@@ -63,6 +63,9 @@ def test_step_is_the_formula(mode, antithetic, damping):
         g = (rows[0::2] - rows[1::2]) / (2 * 0.1)
     else:
         g = torch.stack([(rows[q] - (rows.sum(0) - rows[q]) / 2) / 0.1 for q in range(3)])
+    if clip is not None:
+        assert 0.1 < (g.abs() > clip).float().mean() < 0.9
+        g = g.clamp(-clip, clip)
     for name in LAYERS:
         mean = torch.stack(inputs[name]).mean(0)
         noise = [z(f"{name}.weight", q, (6, model.get_submodule(name).out_features)) for q in range(3)]
@@ -149,6 +152,26 @@ def test_it_learns_where_perturbed_weights_have_hardly_begun():
             loss = opt.train_step(x[at], y[at])
         ends.append(loss.item())
     assert ends[0] < 0.6 * ends[1], ends
+
+
+def test_a_clip_keeps_large_weights_from_feeding_themselves():
+    """Large weights make large g, and large g large steps: labels that are partly noise set it going."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
+    x = randn(512, 12)
+    y = (x[:, 0] * x[:, 1] > 0).long() + 2 * (x[:, 2] > 0).long()
+    y[::5] = torch.arange(103) % 4
+    ends = []
+    for clip in (ezo.NodePerturbation.clip, None):
+        model = ezo.convert_(copy.deepcopy(start), head=0)
+        own = ezo.NodePerturbation(["0", "2", "4"], lr=1.0, clip=clip)
+        opt = ezo.ElasticZO(model, queries=4, node_perturbation=own)
+        for i in range(300):
+            at = torch.arange(32) + 32 * (i % 16)
+            opt.train_step(x[at], y[at])
+        with torch.no_grad():
+            ends.append(F.cross_entropy(model(x), y).item())
+    assert 5 * ends[0] < ends[1], ends
 
 
 def test_rows_that_do_not_count_and_drawn_ones():

@@ -75,7 +75,7 @@ def test_schedules_move_its_rate():
 
 def test_a_rate_that_cannot_be_is_named_as_its_own():
     opt = optimizer()
-    for name, value in (("lr", -1.0), ("eps", 0.0)):
+    for name, value in (("lr", -1.0), ("eps", 0.0), ("clip", 0.0)):
         held, opt.param_groups[-1][name] = opt.param_groups[-1][name], value
         with pytest.raises(ValueError, match=f"{name} of node_perturbation must be finite"):
             opt.train_step(*batch(6))
@@ -84,7 +84,7 @@ def test_a_rate_that_cannot_be_is_named_as_its_own():
 
 
 def test_a_run_goes_on_from_its_state():
-    whole, part = optimizer(queries=2), optimizer(queries=2)
+    whole, part = (optimizer(queries=2, nodes={"clip": 0.3}) for _ in range(2))
     for i in range(4):
         whole.train_step(*batch(6, i))
     for i in range(2):
@@ -93,7 +93,7 @@ def test_a_run_goes_on_from_its_state():
     torch.save((part.model.state_dict(), part.state_dict()), stream)
     stream.seek(0)
     weights, state = torch.load(stream, weights_only=True)
-    again = optimizer(queries=2, nodes={"lr": 0.9, "eps": 0.9})
+    again = optimizer(queries=2, nodes={"lr": 0.9, "eps": 0.9, "clip": None})
     again.model.load_state_dict(weights)
     again.load_state_dict(state)
     for i in range(2, 4):
@@ -105,9 +105,10 @@ def test_a_run_goes_on_from_its_state():
     plain = ezo.ElasticZO(ezo.convert_(lenet(), head=["fc3"]), queries=2)
     with pytest.raises(ValueError, match="the state is of node_perturbation"):
         plain.load_state_dict(state)
-    broken = {**state, "node_perturbation": {**state["node_perturbation"], "eps": -1}}
-    with pytest.raises(ValueError, match="eps of node_perturbation"):
-        again.load_state_dict(broken)
+    for name in ("eps", "clip"):
+        broken = {**state, "node_perturbation": {**state["node_perturbation"], name: -1}}
+        with pytest.raises(ValueError, match=f"{name} of node_perturbation"):
+            again.load_state_dict(broken)
 
 
 def test_a_copy_of_the_optimizer_trains_its_own_model():

@@ -26,6 +26,8 @@ from tests.test_step import batch, bits, lenet, same
         ({"lr": -1.0}, ValueError, "lr of node_perturbation must be finite and at least 0"),
         ({"eps": 0.0}, ValueError, "eps of node_perturbation must be finite and above 0"),
         ({"damping": 0}, ValueError, "damping of node_perturbation"),
+        ({"clip": 0}, ValueError, "clip of node_perturbation must be finite and above 0"),
+        ({"clip": "5"}, TypeError, "clip of node_perturbation"),
         ({"layers": ["fc9"]}, ValueError, "no layer 'fc9'; the trunk's linear layers are fc1, fc2"),
         ({"layers": ["conv1", "fc3"]}, NotImplementedError, "'conv1' .*; 'fc3' "),
     ],

@@ -102,6 +102,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     option("node_lr", "learning rate of these layers", type=float, metavar="X")
     option("node_eps", "how far their outputs are moved", type=float, metavar="X")
     option("node_damping", "of their inputs' second moments; 0: the plain gradient", type=float, metavar="X")
+    option("node_clip", "largest magnitude of an image's g; 0: none", type=float, metavar="X")
     option("freeze", "layers that stay as they were initialised", metavar="NAME,NAME", shown="none")
     option("mode", "all groups of a step in one pass, or one by one", choices=R.MODES)
     option("epochs", "passes over the training images", type=int, metavar="N")

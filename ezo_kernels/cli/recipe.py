@@ -20,7 +20,7 @@ MODES = ("auto", "stacked", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LOSSES = ("integer", "float")
 #: options of one kind of precision that are refused with the other
-_NODES = ("nodes", "node_lr", "node_eps", "node_damping")
+_NODES = ("nodes", "node_lr", "node_eps", "node_damping", "node_clip")
 FLOAT_ONLY = ("noise", "scales", "importance_rows", *_NODES, "freeze", "lr", "eps", "clip", "head_lr", "schedule")
 INT8_ONLY = ("r_max", "bits", "head_bits", "head_remainder", "loss", "fraction_bits")
 _OF_ZEROTH_ORDER = (
@@ -117,6 +117,7 @@ class Recipe:
     node_lr: float = NodePerturbation.lr
     node_eps: float = NodePerturbation.eps
     node_damping: float = NodePerturbation.damping
+    node_clip: float = NodePerturbation.clip
     freeze: str = ""
     mode: str = "auto"
     epochs: int = 10
@@ -217,16 +218,17 @@ class Recipe:
             self.node_perturbation  # noqa: B018 - refuses what it cannot take
         else:
             # of a run without them, so that two recipes that are one run are equal
-            for name in ("node_lr", "node_eps", "node_damping"):
+            for name in _NODES[1:]:
                 object.__setattr__(self, name, getattr(NodePerturbation, name.removeprefix("node_")))
 
     @property
     def node_perturbation(self) -> NodePerturbation | None:
-        """What ``nodes`` and its rates are for ElasticZO; a damping of 0 is none, PointNet has batch norms."""
+        """What ``nodes`` and its rates are for ElasticZO; a damping or a clip of 0 is none, PointNet has batch norms."""
         if not self.nodes:
             return None
         rates = self.node_lr, self.node_eps, self.node_damping or None
-        return NodePerturbation(names_in(self.nodes), *rates, constant_statistics=self.model == "pointnet")
+        constant = self.model == "pointnet"
+        return NodePerturbation(names_in(self.nodes), *rates, constant_statistics=constant, clip=self.node_clip or None)
 
     def check_given(self, given) -> None:
         """Refuse options that were given and that nothing in this run reads. Recipes made by code may hold them: at defaults.

@@ -37,6 +37,8 @@ class NodePerturbation:
             None: the plain gradient, which wants an lr as backpropagation has it.
         constant_statistics: allow batch norms in training, whose statistics then count as constants: a row's loss answers for
             its own noise, not for what that does to the others through mean and variance (docs/method.md). False refuses them.
+        clip: largest magnitude of a row's g, what its own loss (not its share of the mean) changes by along its noise; or None.
+            The default suits cross-entropy. Without one large weights make large g, large steps and larger weights.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, naming it.
@@ -47,6 +49,7 @@ class NodePerturbation:
     eps: float = 0.05
     damping: float | None = 0.001
     constant_statistics: bool = False
+    clip: float | None = 2.0
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
@@ -61,6 +64,12 @@ class NodePerturbation:
         if self.damping is not None:
             own = number(self.damping, "damping of node_perturbation", least=0.0, strict=True)
             object.__setattr__(self, "damping", own)
+        if self.clip is not None:
+            object.__setattr__(self, "clip", _clip(self.clip))
+
+
+def _clip(value) -> float:
+    return number(value, "clip of node_perturbation", least=0.0, strict=True, held=False)
 
 
 class Inputs:
@@ -144,7 +153,7 @@ class Nodes:
         self.weights = frozenset(own.module.site for own in self.layers)
         self.sites = self.weights | {own.module.bias_site for own in self.layers if own.bias is not None}
         self.group = {
-            "params": self.parameters, "lr": setting.lr, "eps": setting.eps, "clip": None, "name": "nodes",
+            "params": self.parameters, "lr": setting.lr, "eps": setting.eps, "clip": setting.clip, "name": "nodes",
         }  # fmt: skip
         self._lr = torch.full((1,), setting.lr, dtype=torch.float32, device=device)
         self._eps = torch.full((1,), setting.eps, dtype=torch.float32, device=device)
@@ -157,9 +166,11 @@ class Nodes:
         self.drop()
 
     def fill(self) -> None:
-        """Take the group's lr and eps to the device."""
+        """Look at the group's numbers, and take lr and eps to the device."""
         if any(p.dtype != torch.float32 for p in self.parameters):
             raise ValueError("node_perturbation: its layers are no longer float32, and only that is updated this way")
+        if self.group["clip"] is not None:
+            _clip(self.group["clip"])
         for name, tensor in (("lr", self._lr), ("eps", self._eps)):
             if (held := moved(self.group, name, self._filled, " of node_perturbation")) is not None:
                 tensor.fill_(held)
@@ -214,14 +225,15 @@ class Nodes:
         else:  # less the mean of the others: docs/method.md
             coef = (shares - shares.mean(0)) / ((queries - 1) * self._eps)
         bad = torch.stack(self._off).any().reshape(1)  # another loss than the first step's, that is no such mean
+        if (clip := self.group["clip"]) is not None:
+            coef = coef.clamp(-clip / coef.numel(), clip / coef.numel())
         for own in self.layers:
             x = self._inputs.of(own.module.site)
             if len(x) % coef.shape[1]:
                 raise ValueError(f"node_perturbation: {own.name} has {len(x)} rows for {coef.shape[1]} losses of rows")
             shape = (len(x), own.weight.shape[0])
             error = output_errors(coef, key, shape, site=own.module.site, noise=noise)
-            with torch.autocast(x.device.type, enabled=False):
-                step = decorrelated_gradient(x, error, self.setting.damping, own.bias is not None)
+            step = decorrelated_gradient(x, error, self.setting.damping, own.bias is not None)
             for p, d in zip((own.weight, own.bias), step, strict=True):
                 if p is not None:
                     bad |= ~torch.isfinite(d.sum())  # of a finite step the sum is, unless it is near what fp32 ends at
@@ -244,7 +256,7 @@ class Nodes:
 
 
 def check_nodes(nodes: Nodes | None, theirs) -> None:
-    """ValueError unless the state ``theirs`` is of a run with the same layers and damping, and has an lr and an eps."""
+    """ValueError unless the state ``theirs`` is of a run with the same layers and damping, and has an lr, an eps and a clip."""
     ours = None if nodes is None else nodes.fixed()
     try:
         fixed = [
@@ -253,6 +265,8 @@ def check_nodes(nodes: Nodes | None, theirs) -> None:
         if theirs is not None:
             rate(theirs["lr"], "lr of node_perturbation")
             number(theirs["eps"], "eps of node_perturbation", least=0.0, strict=True)
+            if theirs["clip"] is not None:
+                _clip(theirs["clip"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"node_perturbation in the state is none: {error}") from None
     if fixed[0] != fixed[1]:

@@ -46,6 +46,13 @@ MUTANTS = (
         "tests/interpret/test_node.py -k outputs",
     ),
     Mutant(
+        "the clip of a row's g holds its share of the mean loss",
+        _NODES,
+        "coef.clamp(-clip / coef.numel(), clip / coef.numel())",
+        "coef.clamp(-clip / len(coef), clip / len(coef))",
+        f"{_TEST} -k formula",
+    ),
+    Mutant(
         "inputs of the last group alone",
         _NODES,
         "            total += other\n",

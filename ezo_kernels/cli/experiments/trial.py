@@ -18,7 +18,7 @@ PROBES = ("g", "signs")
 #: Options that recipes had not when the first files were made: at these values they are left out, so that those files hold.
 LATER = {
     "scales": "", "head_remainder": False, "points": 128, "importance_rows": 0, "nodes": "", "node_lr": NodePerturbation.lr,
-    "node_eps": NodePerturbation.eps, "node_damping": NodePerturbation.damping, "freeze": "",
+    "node_eps": NodePerturbation.eps, "node_damping": NodePerturbation.damping, "node_clip": 0.0, "freeze": "",
 }  # fmt: skip
 
 
@@ -71,8 +71,8 @@ class Trial:
             del values[label]
         for recipe in filter(None, (values["recipe"], values["start"])):
             for name, value in LATER.items():
-                if recipe.get(name) == value:
-                    del recipe[name]
+                if recipe.get(name) == value or (name == "node_clip" and not recipe.get("nodes")):
+                    recipe.pop(name, None)
         if self.task == "choice":
             values["signal_batches"] = SIGNAL_BATCHES
         values["rng_version"] = rng_version(self.recipe.rounds)
