@@ -94,3 +94,45 @@ def test_rates_of_numpy_are_saved_as_numbers(tmp_path):
     saved = torch.load(tmp_path / "state", weights_only=True)
     assert (saved["trunk"]["lr"], saved["trunk"]["eps"]) == (opt.param_groups[0]["lr"], 1e-2)
     opt.load_state_dict(saved)
+
+
+MAKERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+}
+
+
+def headed(made: str):
+    torch.manual_seed(0)
+    model = ezo.convert_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), head="2")
+    return ezo.ElasticZO(model, seed=1, head_optimizer=MAKERS[made])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("saved", "here"), [("sgd", "adam"), ("momentum", "adam"), ("adam", "sgd"), ("adam", "momentum"), ("adam", "adamax")]
+)
+def test_a_state_of_another_head_optimizer_is_refused_and_changes_nothing(saved, here, kept):
+    state = stepped(headed(saved), 2).state_dict()
+    if not kept:  # states from before its name was kept
+        del state["head_optimizer"]
+        if here == "adamax":
+            pytest.skip("its settings are all in Adam's")
+    opt, twin = (stepped(headed(here), 2) for _ in range(2))
+    before = flat(opt.state_dict())
+    with pytest.raises(ValueError, match="none of"):
+        opt.load_state_dict(state)
+    assert flat(opt.state_dict()) == before
+    assert flat(stepped(opt, 2).state_dict()) == flat(stepped(twin, 2).state_dict())
+
+
+@pytest.mark.parametrize("lr", [float("nan"), -1.0, "fast"])
+def test_a_rate_of_the_head_that_cannot_be_is_refused_and_changes_nothing(lr):
+    opt = stepped(start(), 1)
+    state, before = copy.deepcopy(stepped(start(), 3).state_dict()), flat(opt.state_dict())
+    state["head"]["param_groups"][0]["lr"] = lr
+    with pytest.raises(ValueError, match="head"):
+        opt.load_state_dict(state)
+    assert flat(opt.state_dict()) == before

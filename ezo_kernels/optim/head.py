@@ -10,6 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..ops import _library
 from ..ops.coefficients import in_one_launch
+from .arguments import rate
 
 
 def _capturing() -> bool:
@@ -99,17 +100,42 @@ class GuardedOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but into the tensors that are there: a captured step goes on reading them."""
-        before = {p: dict(own) for p, own in self.optimizer.state.items()}
-        made = [{k: g[k] for k in ("fused", "foreach", "capturable") if k in g} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state_dict)
-        for group, own in zip(self.optimizer.param_groups, made, strict=True):
+        """As torch's, but into the tensors that are there: a captured step goes on reading them.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: a state of another optimizer; nothing is changed then.
+        """
+        optimizer = self.optimizer
+        held = {"state": optimizer.state, "param_groups": optimizer.param_groups}
+        before = {p: dict(own) for p, own in optimizer.state.items()}
+        made = [{k: g[k] for k in ("fused", "foreach", "capturable") if k in g} for g in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(state_dict)
+            self._require_loaded(held["param_groups"])
+        except BaseException:
+            optimizer.__dict__.update(held)  # torch's own has put its new ones there by then, and has written no old one
+            raise
+        for group, own in zip(optimizer.param_groups, made, strict=True):
             group.update(own)  # how a step is carried out is this run's business, not that of the run that was saved
-        for p, own in self.optimizer.state.items():
+        for p, own in optimizer.state.items():
             for name, new in own.items():
                 old = before.get(p, {}).get(name)
                 if torch.is_tensor(old) and old.shape == new.shape and old.dtype == new.dtype:
                     own[name] = old.copy_(new)
+
+    def _require_loaded(self, ours: list[dict]) -> None:
+        """Refuse settings, just loaded, that this optimizer cannot take a step with; ``ours`` it had before.
+
+        torch takes those of any other optimizer whose groups are as many and as large.
+        """
+        whose = type(self.optimizer).__name__
+        for group, own in zip(self.optimizer.param_groups, ours, strict=True):
+            if missing := sorted(name for name in self.optimizer.defaults if name in own and name not in group):
+                raise ValueError(f"the head's state in it is none of {whose}: it lacks {', '.join(missing)}")
+            if not torch.is_tensor(group["lr"]):
+                rate(group["lr"], "lr of the head")
+        if not all(isinstance(own, dict) for own in self.optimizer.state.values()):
+            raise ValueError(f"the head's state in it is none of {whose}")
 
     def _plain_sgd(self) -> bool:
         return type(self.optimizer) is torch.optim.SGD and not any(

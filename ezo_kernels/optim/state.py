@@ -105,6 +105,7 @@ class OptimizerState(Copies):
             "skipped": self.skipped.clone(),
             "trunk": trunk,
             "head": head,
+            "head_optimizer": None if head is None else type(self.head_optimizer.optimizer).__name__,
             "head_shapes": [list(p.shape) for p in self.head],
         }
 
@@ -156,6 +157,9 @@ class OptimizerState(Copies):
         if (head is None) != (self.head_optimizer is None):
             raise ValueError("the state and this run do not both have a head")
         if head is not None:
+            mine = type(self.head_optimizer.optimizer).__name__
+            if (theirs := state_dict.get("head_optimizer", mine)) != mine:  # states from before it was kept lack it
+                raise ValueError(f"the head's state in it is of {theirs}, none of {mine}, which this run has")
             try:
                 self.head_optimizer.load_state_dict(head)
             except (KeyError, TypeError, AttributeError) as error:
