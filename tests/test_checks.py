@@ -158,6 +158,45 @@ DRAWS = {
 }
 
 
+OWN = {"numpy": np.random.default_rng(0).normal, "python": random.Random(0).random}
+
+
+class Counting(nn.Module):
+    """``used``: its output depends on how often it ran."""
+
+    def __init__(self, used: bool):
+        super().__init__()
+        self.used, self.runs = used, 0
+        self.a, self.o = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        self.runs += 1
+        h = torch.tanh(self.a(x))
+        return self.o(h / max(0.1, 0.9**self.runs) if self.used else h)
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("mode", ["auto", "sequential"])
+@pytest.mark.parametrize("kind", [*OWN, "count"])
+def test_a_model_that_is_another_when_it_runs_again_is_refused(kind, mode, antithetic):
+    def model():
+        return Counting(True) if kind == "count" else Net(lambda h: h * (1 + 0.1 * OWN[kind]()))
+
+    opt = made(model, head=["o"], mode=mode, queries=2, antithetic=antithetic)
+    before = bits(opt.model)
+    with pytest.raises(ValueError, match="another output when they run again"):
+        opt.train_step(*examples(4))
+    assert opt.step_count.item() == 0 and opt.mode != "sequential" or mode == "sequential"
+    assert same(bits(opt.model), before)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_a_count_that_nothing_reads_is_the_users_business(mode):
+    opt = made(lambda: Counting(False), head=["o"], mode=mode)
+    opt.train_step(*examples(4))
+    assert opt.step_count.item() == 1
+
+
 @pytest.mark.parametrize("mode", ["auto", "sequential"])
 @pytest.mark.parametrize("kind", DRAWS)
 def test_whatever_is_random_is_refused(kind, mode):
@@ -200,8 +239,8 @@ def test_a_pass_that_failed_leaves_nothing_behind():
     try:
         with pytest.warns(UserWarning, match="one by one"):
             opt.train_step(torch.randint(0, 20, (6, 4)), torch.randint(0, 5, (4,)))
-        # of one batch for all groups, of a copy each, and the groups one by one
-        assert len(held) == 4 and not any(ref() is not None for ref in held)
+        # of one batch for all groups, of a copy each, the groups one by one, and what they give twice
+        assert len(held) == 8 and not any(ref() is not None for ref in held)
     finally:
         gc.enable()
 

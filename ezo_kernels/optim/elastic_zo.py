@@ -318,6 +318,8 @@ class ElasticZO(Passes, ImportanceRows, NodeRows, Updates, Scalars, OptimizerSta
                 if why:
                     error.add_note(why)
                 raise
+            if self._must_check:
+                self._require_alike(p, own_x, kwargs)
             if why:
                 warn_user(f"{why} from now on")
                 self.mode = "sequential"

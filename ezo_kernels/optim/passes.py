@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import traceback
+from dataclasses import replace
 
 import torch
 from torch.utils import _pytree as pytree
@@ -326,6 +327,25 @@ class Passes:
             with self.zo.running(group_pass(p, g)):
                 outputs.append(call(self.model, own, others))
         return outputs
+
+    def _require_alike(self, p: Perturbation, x, kwargs) -> None:
+        """Refuse a model that gives something else when a group runs again: what it counts, or draws from no generator that
+        is known, would be in g. Only a model that runs its groups one by one can be so: others have run alone, too.
+        """
+        p = replace(p, queries=min(p.queries, 3 - len(p.signs)))  # two groups, to know what a perturbation changes
+        stats, inputs = self.zo.batch_stats, self.zo.inputs
+        self.zo.inputs = None
+        try:
+            with eagerly(True):
+                first, again = (self._alone(p, x, kwargs) for _ in range(2))
+        finally:
+            self.zo.batch_stats, self.zo.inputs = stats, inputs
+        if not rows_apart(again, first):
+            raise ValueError(
+                "this model cannot take a zeroth-order step: the same weights and batch give another output when they run "
+                "again, and so would the groups of a step (random by a generator of its own, as numpy.random.default_rng, or "
+                "by what it counts in its forward?): draw or count before the step"
+            )
 
     def _plain(self, run) -> torch.Tensor:
         """The loss [1] of pure backpropagation; buffers that its forward writes are held, for a step that is skipped."""
