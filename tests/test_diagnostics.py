@@ -349,3 +349,22 @@ def test_a_step_after_a_reading_that_raised_is_watched(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run(opt, watch, batches(1))
     assert watch._hooks and not watch._scales
+
+
+@pytest.mark.parametrize("every", [20, 100])
+def test_a_run_that_blows_up_within_the_first_window_is_told_of(every):
+    """Afterwards all windows are alike, and g is zero: nothing is promised."""
+    opt = floats(head=0, lr=10.0)
+    watch = ezo.Diagnostics(opt, every=every, warn=False)
+    losses = []
+    found = run(opt, watch, batches(6 * every), losses)
+    assert min(map(float, losses[every:])) > 100 * float(losses[0])
+    assert [f.kind for f in found] == ["plateau"] and "has risen" in found[0].seen and "smaller lr" in found[0].advice
+
+
+def test_a_perturbation_that_no_loss_shows_is_told_of():
+    opt = floats(head=0, eps=1e-12)
+    watch = ezo.Diagnostics(opt, every=20, warn=False)
+    found = run(opt, watch, list(batches(1)) * 200)
+    assert not opt.g.any()
+    assert [f.kind for f in found] == ["plateau"] and found[0].advice.startswith("a larger eps")

@@ -38,6 +38,8 @@ PROMISED = 0.1
 #: A best loss of so many times the one before, and above that of the first window, has diverged, whatever g promises: dead
 #: units promise nothing. (A loss near zero may double by chance.)
 DIVERGED = 2.0
+#: A loss of so many times the first step's, at which a perturbation no longer shows, has blown up within the first window.
+BLOWN_UP = 10.0
 #: |L+ - L-| over the loss: above it the two points are too far apart for a difference to be a slope (healthy: under 0.01).
 EPS_LARGE = 0.25
 #: |L+ - L-| over the loss: below 32 units of fp32's last bit less than five bits of g are more than rounding.
@@ -101,6 +103,7 @@ class Diagnostics(Activations):
         self.active: dict[str, Finding] = {}
         self._windows: list[_Window] = []  # the best one, and those after which nothing may have been better
         self._first_loss: float | None = None
+        self._start = 0.0
         self._rows: torch.Tensor | None = None  # [every, 1 + groups + queries]: the loss, the groups' losses, g
         self._scales: list[float] = []  # of the same steps: lr, or nats a unit of the loss over 2^(n + 1)
         self._skipped = self._counter()
@@ -226,7 +229,7 @@ class Diagnostics(Activations):
         fall = differences.sum(1) if self.integer else rows[:, 1 + groups :].square().mean(1)
         self._windows.append(_Window(rows[:, 0].mean().item(), (scales * fall).sum().item(), differences.mean().item()))
         if self._first_loss is None:
-            self._first_loss = self._windows[0].loss
+            self._first_loss, self._start = self._windows[0].loss, rows[0, 0].item()
         if len(self._windows) <= PATIENCE:
             return None
         recent, before = self._windows[-PATIENCE:], self._windows[:-PATIENCE]
@@ -235,10 +238,15 @@ class Diagnostics(Activations):
         level = abs(loss)
         self._windows = [min(before, key=lambda w: w.loss), *recent]
         diverged = loss - best > (DIVERGED - 1) * abs(best) and loss > self._first_loss
-        if best - loss >= BETTER * abs(best) or (promised < PROMISED * level and not diverged):
+        difference = sum(w.difference for w in recent) / PATIENCE
+        # within the first window, whose mean says nothing of it then; a first batch may be an easy one, but g is alive there
+        if loss - self._start > (BLOWN_UP - 1) * abs(self._start) and difference < EPS_SMALL * level:
+            diverged, best = True, min(best, self._start)
+        # a perturbation that does not show promises nothing, or what rounding makes of it
+        dead = not self.integer and self.optimizer.nodes is None and difference < EPS_SMALL * level
+        if best - loss >= BETTER * abs(best) or (promised < PROMISED * level and not (diverged or dead)):
             return None
         span = PATIENCE * self.every
-        difference = sum(w.difference for w in recent) / PATIENCE
         seen = f"the loss has {'risen' if diverged else 'not fallen'} for {span} steps: {loss:.4g} at best, {best:.4g} before"
         if promised >= PROMISED * level:
             seen += f". g promised a fall of {promised:.3g} in these steps, so most of it is noise"
@@ -252,7 +260,7 @@ class Diagnostics(Activations):
             tries.append(
                 f"a smaller {'r_max' if self.integer else 'eps'}: the losses of {whose} differ by {relative:.0%}"
             )
-        elif 0 < relative < EPS_SMALL and not self.integer and not outputs:
+        elif relative < EPS_SMALL and (relative or not diverged) and not self.integer and not outputs:
             tries.append(f"a larger eps: the losses of {whose} differ by {relative:.1g} of the loss, fp32's rounding")
         tries.append(f"more queries (now {self.optimizer.queries}), a larger batch or {self._smaller_steps()}")
         tries.append("a cut that gives more layers to backpropagation")
