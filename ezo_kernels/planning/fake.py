@@ -63,7 +63,11 @@ def fake_model(model: nn.Module, mode) -> nn.Module:
     """A copy of ``model`` whose parameters and buffers are fake; ``model`` is read, never written, and not copied."""
     storages: dict[int, torch.Tensor] = {}
     memo = {id(t): _fake(t, mode, storages) for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+            module.momentum = 0.1  # torch asks the host how many batches there were; no byte depends on the average
+    return twin
 
 
 def fake_batch(batch, mode):
