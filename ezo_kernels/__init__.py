@@ -12,7 +12,7 @@ from . import models, nn, ops, optim, planning
 from ._version import __version__
 from .nn import convert_, head_parameters, summary, trunk_parameters, unconvert_
 from .ops.int8_tensor import Int8Tensor, quantize
-from .optim import Diagnostics, ElasticZO, ElasticZOInt8, NodePerturbation, chunked_cross_entropy
+from .optim import Diagnostics, ElasticZO, ElasticZOInt8, NodePerturbation, SeedLog, chunked_cross_entropy
 from .planning import choose_cut, memory_plan
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ElasticZOInt8",
     "Int8Tensor",
     "NodePerturbation",
+    "SeedLog",
     "__version__",
     "choose_cut",
     "chunked_cross_entropy",

@@ -8,6 +8,7 @@ from torch import nn
 
 import ezo_kernels as ezo
 from ezo_kernels.nn.grouped import _filled
+from ezo_kernels.planning import memory_plan
 from tests.tolerance import assert_bitwise_equal
 
 ROWS, CHANNELS, POINTS = 4, 32, 64
@@ -50,3 +51,17 @@ def test_batch_norm_holds_one_groups_output_beside_the_whole():
     peak = cut.bytes["stacked", "sgd"]
     held = (peak.activations + peak.workspace) / of_a_group
     assert 5 <= held < 5.5, held
+
+
+def test_a_batch_norm_with_a_cumulative_average_is_planned():
+    """torch's own asks the host for the number of batches, which a fake tensor cannot answer."""
+
+    def made(momentum):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(4, momentum=momentum)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+    batch = torch.randn(4, 1, 8, 8), torch.randint(3, (4,))
+    model = made(None)
+    assert str(memory_plan(model, batch)) == str(memory_plan(made(0.1), batch))
+    assert model[1].momentum is None

@@ -391,17 +391,3 @@ def test_a_frozen_trunk_is_planned_as_it_is_measured():
     assert planned == backprop_bytes(twin, x, y, F.cross_entropy, optimizer="sgd")
     everything = plan_step(model, x, y, F.cross_entropy, head=None)
     assert planned.total < 0.8 * everything.total and planned.parameters == everything.parameters
-
-
-def test_a_batch_norm_with_a_cumulative_average_is_planned():
-    """torch's own asks the host for the number of batches, which a fake tensor cannot answer."""
-
-    def made(momentum):
-        torch.manual_seed(0)
-        norm = nn.BatchNorm2d(4, momentum=momentum)
-        return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-
-    batch = torch.randn(4, 1, 8, 8), torch.randint(3, (4,))
-    model = made(None)
-    assert str(memory_plan(model, batch)) == str(memory_plan(made(0.1), batch))
-    assert model[1].momentum is None

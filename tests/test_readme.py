@@ -14,11 +14,12 @@ BLOCKS = re.findall(r"^### (.+?)$.*?^```python\n(.*?)^```", README, re.MULTILINE
 
 
 def test_no_example_is_missed():
-    assert len(BLOCKS) == README.count("```python\n") == 5
+    assert len(BLOCKS) == README.count("```python\n") == 6
 
 
 @pytest.mark.parametrize("title, code", BLOCKS, ids=[title for title, _ in BLOCKS])
-def test_examples_run(title, code):
+def test_examples_run(title, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     # Where it stands in the file, so that a traceback shows the line of the README.
     line = README[: README.index(code)].count("\n")
     names: dict = {}

@@ -1,4 +1,7 @@
-"""The program ``ezo``: train, eval, info, data, profile, experiment, cut. Every error is one line on stderr and exit code 2."""
+"""The program ``ezo``: train, eval, replay, info, data, profile, experiment, cut.
+
+Every error is one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         show = args.traceback
         if args.command == "train":
             from .train import train as command
+        elif args.command == "replay":
+            from .replay import replay as command
         elif args.command == "profile":
             from .profile import profile as command
         elif args.command == "cut":

@@ -199,6 +199,12 @@ def build() -> Parser:
     train.add_argument("--json", type=Path, metavar="FILE", help="write the results, the recipe and the versions")
     train.add_argument("--plot", type=Path, metavar="FILE.png", help="write the curves of loss and accuracy")
     train.add_argument("--checkpoint", type=Path, metavar="FILE", help="written after each epoch and on Ctrl-C")
+    train.add_argument(
+        "--seed-log",
+        type=Path,
+        metavar="FILE",
+        help="the whole run in a few bytes a step, for ezo replay; written with the checkpoint, and gone on with by --resume",
+    )
     train.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint; its recipe is taken over")
     train.add_argument(
         "--threads",
@@ -215,6 +221,17 @@ def build() -> Parser:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     add_data_dir(evaluate)
     add_device(evaluate)
+
+    replay = commands.add_parser(
+        "replay",
+        help="a trained model again, from its seed log",
+        description="Carry out the steps of a log of `ezo train --seed-log` on the model as it began, and test it.",
+    )
+    replay.add_argument("log", type=Path, metavar="FILE")
+    replay.add_argument("--weights", type=Path, metavar="FILE", help="write the model's state_dict, as torch.save does")
+    replay.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    add_data_dir(replay)
+    add_device(replay)
 
     info = commands.add_parser("info", help="versions, device, and how each layer of a model would be trained")
     info.add_argument("--model", choices=R.MODELS, default="lenet5", help="(default: lenet5)")

@@ -23,6 +23,7 @@ from . import checkpoint as ckpt
 from . import outputs, system
 from .methods import make_optimizer, noise_version
 from .recipe import CLOUD_DATA, Recipe
+from .replay import check_loggable, start_log, write_log
 from .run import Run, data_for, load_data
 
 #: where Ctrl-C leaves the run if no --checkpoint was given
@@ -158,7 +159,8 @@ def train(args: argparse.Namespace) -> int:
     outputs.check_writable("--json", args.json)
     outputs.check_writable("--checkpoint", args.checkpoint)
     outputs.check_plot(args.plot)
-    written = {"json": args.json, "plot": args.plot}
+    outputs.check_writable("--seed-log", args.seed_log)
+    written = {"json": args.json, "plot": args.plot, "seed_log": args.seed_log}
     outputs.check_apart(data_dir=args.data_dir, checkpoint=args.checkpoint, **written)
     outputs.check_apart(resume=args.resume, **written)  # whose checkpoint may be written again, and by nothing else
     if args.max_steps is not None and args.max_steps < 1:
@@ -170,6 +172,8 @@ def train(args: argparse.Namespace) -> int:
     resumed = ckpt.read(args.resume) if args.resume else None
     recipe = ckpt.merge(given, resumed, args.resume)
     recipe.check_given(given)
+    if args.seed_log:
+        check_loggable(recipe)
     if resumed:
         ckpt.check_rng(noise_version(recipe), resumed, args.resume)
     device = system.pick_device(args.device)
@@ -182,7 +186,13 @@ def train(args: argparse.Namespace) -> int:
         ckpt.load_model(run.model, resumed, args.resume)
         run.load_state(resumed)
 
-    def save(path: Path) -> None:
+    log = start_log(run, args.seed_log, bool(resumed))
+
+    def save(path: Path | None) -> None:
+        if log is not None:
+            write_log(log, run, args.seed_log)
+        if path is None:
+            return
         ckpt.save(
             path,
             recipe=recipe.as_dict(),
@@ -197,6 +207,8 @@ def train(args: argparse.Namespace) -> int:
     watch, findings = Diagnostics(run.optimizer, warn=False), []
 
     def after_step(run: Run) -> None:
+        if log is not None:
+            log.observe()
         progress.after_step(run)
         for finding in watch.observe(run.losses[(run.step - 1) % len(run.batches)]):
             progress.bar.write(f"ezo: WARNING: {finding}", file=sys.stderr)
@@ -204,8 +216,7 @@ def train(args: argparse.Namespace) -> int:
 
     def after_epoch(run: Run) -> None:
         progress.after_epoch(run)
-        if args.checkpoint:
-            save(args.checkpoint)
+        save(args.checkpoint)
 
     with interruptible() as received:
         finished = run.train(args.max_steps, lambda: bool(received), after_step, after_epoch)
@@ -216,8 +227,7 @@ def train(args: argparse.Namespace) -> int:
             save(path)
             say(f"stopped after step {run.step} of {run.steps}; go on with: ezo train --resume {path}")
             return 128 + received[0]
-        if args.checkpoint:
-            save(args.checkpoint)
+        save(args.checkpoint)
     history = list(run.history)
     if not history or history[-1]["step"] != run.step:
         history.append(run.row())

@@ -7,6 +7,7 @@ from .elastic_zo_int8 import ElasticZOInt8
 from .findings import Finding, TrainingWarning
 from .int8_state import IntegerSchedule
 from .nodes import NodePerturbation
+from .seed_log import SeedLog
 
 __all__ = [
     "Diagnostics",
@@ -15,6 +16,7 @@ __all__ = [
     "Finding",
     "IntegerSchedule",
     "NodePerturbation",
+    "SeedLog",
     "TrainingWarning",
     "chunked_cross_entropy",
 ]

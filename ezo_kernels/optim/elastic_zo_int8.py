@@ -245,6 +245,7 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
             if self._filled.get(name) != value:
                 getattr(self, name).fill_(value)
                 self._filled[name] = value
+        self._filled["noise"] = noise
         return noise
 
     # --------------------------------------------------------------------------------------------------------- steps

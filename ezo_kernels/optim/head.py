@@ -113,7 +113,8 @@ class GuardedOptimizer:
             optimizer.load_state_dict(state_dict)
             self._require_loaded(held["param_groups"])
         except BaseException:
-            optimizer.__dict__.update(held)  # torch's own has put its new ones there by then, and has written no old one
+            # torch's own has put its new ones there by then, and has written no old one
+            optimizer.__dict__.update(held)
             raise
         for group, own in zip(optimizer.param_groups, made, strict=True):
             group.update(own)  # how a step is carried out is this run's business, not that of the run that was saved
