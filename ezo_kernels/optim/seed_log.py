@@ -3,10 +3,10 @@
     w_{t+1} = w_t - (lr_t / queries) sum over q of g[t, q] z(seed, t, q)          floats, ops/update.py
     w_{t+1} = w_t - round(sum over q of g[t, q] z(seed, t, q) / 2^shift_t)        integers, ops/int8_update.py
 
-z is made again from the seed, so g and lr of each step are the whole of what the trunk learned: 4 bytes, and 4 a direction, whatever
-the size of the model (of integers 20 and 1). MeZO (Malladi et al., arXiv 2305.17333, section 2.1) says that a run can be stored so.
-:meth:`SeedLog.replay_` makes the weights of any step again, with the bits of the run, several steps in one pass over them.
-What the steps do not say, the head's parameters and the buffers, is kept as it is at the end.
+z is made again from the seed, so g and lr of each step are the whole of what the trunk learned: 4 bytes, and 4 a direction,
+whatever the size of the model (of integers 20 and 1). MeZO says that a run can be stored so (Malladi et al., arXiv 2305.17333,
+section 2.1). :meth:`SeedLog.replay_` makes the weights of any step again, with the bits of the run, several steps in one pass
+over them. What the steps do not say, the head's parameters and the buffers, is kept as it is at the end.
 """
 
 from __future__ import annotations
