@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -271,3 +272,100 @@ def test_lenet_and_a_closure(tmp_path):
     ezo.SeedLog.load(tmp_path / "log").replay_(twin)
     assert same(bits(twin), bits(opt.model))
     assert (tmp_path / "log").stat().st_size < 6_000 < sum(p.numel() for p in twin.parameters())
+
+
+def test_a_log_that_goes_on_replays_like_one_that_was_loaded(tmp_path):
+    """Its last step with the head and the buffers, and verified; a copy that went another way is refused."""
+    opt = made(queries=2)
+    log = ezo.SeedLog(opt)
+    run(opt, log, 6)
+    twin = made(queries=2).model
+    log.replay_(twin)
+    assert same(bits(twin), bits(opt.model))
+    held, twin = copy.deepcopy(opt.model.state_dict()), made(queries=2).model
+    with torch.no_grad():
+        opt.model.b.weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match="do not lead to the weights that the run ended with: 'b.weight'"):
+        log.replay_(twin)
+    opt.model.load_state_dict(held)
+    other = made(queries=2)
+    other.model.load_state_dict(held)
+    other.load_state_dict(opt.state_dict())
+    log.resume(other)  # steps that are on the device still are kept
+    run(other, log, 1, first=6)
+    assert log.steps == (0, 7)
+
+
+def test_what_no_replay_would_take_is_not_saved(tmp_path):
+    opt = made(head=(), dtype=torch.bfloat16)
+    log = ezo.SeedLog(opt)
+    log.observe()  # before any step, as of integers
+    run(opt, log, 3, dtype=torch.bfloat16)
+    opt.stochastic_rounding = False
+    with pytest.raises(ValueError, match="rounding changed while the log went on"):
+        log.save(tmp_path / "log")
+    opt.stochastic_rounding = True
+    for note in ({"accuracy": np.float64(0.5)}, {"folder": tmp_path}):
+        with pytest.raises(ValueError, match="note is to hold plain values"):
+            log.save(tmp_path / "log", note)
+    (tmp_path / "log.part").write_text("mine")
+    log.save(tmp_path / "log", {"of": "a test"})
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "log.part"}
+    more = ezo.SeedLog.load(tmp_path / "log")
+    more.resume(opt)
+    more.save(tmp_path / "log")
+    assert ezo.SeedLog.load(tmp_path / "log").note == {"of": "a test"}
+    state = opt.state_dict()
+    run(opt, log, 1, first=3, dtype=torch.bfloat16)
+    opt.load_state_dict(state)  # and the next step is the fourth again
+    opt.train_step(randn(6, 12).bfloat16(), torch.arange(6) % 3)
+    for call in (log.observe, lambda: log.save(tmp_path / "log")):
+        with pytest.raises(ValueError, match="has loaded a state since"):
+            call()
+    integers = ezo.ElasticZOInt8(int8_models.lenet(), seed=7)
+    log = ezo.SeedLog(integers)
+    log.observe()
+    assert log.steps == (0, 0)
+    integers.load_state_dict(integers.state_dict())
+    with pytest.raises(ValueError, match="has loaded a state since"):
+        log.observe()
+
+
+def test_a_buffer_that_is_expanded(tmp_path):
+    def build(value=0.0):
+        model = Normed()
+        model.register_buffer("e", torch.full((1,), value).expand(4))
+        return ezo.convert_(model, head=["o"])
+
+    opt = ezo.ElasticZO(build(), lr=1e-3)
+    log = ezo.SeedLog(opt)
+    run(opt, log, 3)
+    log.save(tmp_path / "log")
+    twin, loaded = build(), ezo.SeedLog.load(tmp_path / "log")
+    loaded.replay_(twin)
+    assert same(bits(twin), bits(opt.model))
+    twin = build(1.0)
+    held = bits(twin)
+    with pytest.raises(ValueError, match="the elements of 'e' share their memory"):
+        loaded.replay_(twin)
+    assert same(bits(twin), held)
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_under_another_default_device(integers, tmp_path):
+    """As with torch.set_default_device("cuda"): what the host keeps is on the host."""
+
+    def build():
+        return int8_models.lenet(("fc3",)) if integers else made().model
+
+    opt, twin = (ezo.ElasticZOInt8(build(), seed=7), build()) if integers else (made(), build())
+    log, batches = ezo.SeedLog(opt), [int8_models.lenet_batch(8, i) for i in range(6)]
+    if not integers:
+        batches = [(randn(6, 12, seed=i), torch.arange(6) % 3) for i in range(6)]
+    with torch.device("meta"):
+        for x, y in batches:
+            opt.train_step(x, y)
+            log.observe()
+        log.save(tmp_path / "log", {"a": torch.zeros(1, device="cpu")})
+        ezo.SeedLog.load(tmp_path / "log").replay_(twin)
+    assert same(bits(twin), bits(opt.model))

@@ -101,6 +101,7 @@ class Int8State(Copies):
         for name, value in saved.items():
             if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.numel() != 1:
                 raise ValueError(f"{name} of the state must be an int64 tensor of one element, got {value!r}")
+        self.states_loaded += 1
         with torch.no_grad():
             for name, value in saved.items():
                 tensors[name].copy_(value.reshape(tensors[name].shape))

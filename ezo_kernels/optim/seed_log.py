@@ -11,7 +11,9 @@ over them. What the steps do not say, the head's parameters and the buffers, is 
 
 from __future__ import annotations
 
+import io
 import os
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,6 +34,8 @@ _HELD = 1024
 #: Steps that one pass over the weights makes again.
 _AT_ONCE = 64
 _DTYPES = {"step": torch.int64, "lr": torch.float32, "shift": torch.int32}
+#: What all steps of a log have alike.
+_ALIKE = ("integer", "rng_version", "seed", "queries", "noise", "scales", "rounding", "manifest")
 
 
 def _digests(tensors) -> list[int]:
@@ -54,6 +58,33 @@ def _rest(model) -> dict[str, torch.Tensor]:
     heads = {id(p) for p in head_parameters(model)}
     own = [(n, p) for n, p in model.named_parameters() if id(p) in heads]
     return {name: t.detach().clone() for name, t in (*own, *model.named_buffers())}
+
+
+def _alike(optimizer) -> dict:
+    """:data:`_ALIKE` of the next step."""
+    integer = isinstance(optimizer, ElasticZOInt8)
+    noise = sparse_noise(optimizer.rounds) if integer else optimizer.noise
+    return {
+        "integer": integer,
+        "rng_version": optimizer.rng_version,
+        "seed": int(optimizer._seed.item()),
+        "queries": optimizer.queries,
+        "noise": {"name": noise.name, "rounds": noise.rounds, "p_zero": noise.p_zero},
+        "scales": {} if integer else {int(site): float(value) for site, value in optimizer.scales.items()},
+        "rounding": optimizer.rounding if integer else bool(optimizer.stochastic_rounding),
+        "manifest": _manifest(optimizer.model),
+    }
+
+
+def _check_note(note) -> None:
+    """ValueError unless :meth:`SeedLog.load` reads it back: it takes no objects, those of numpy among them."""
+    kept = io.BytesIO()
+    try:
+        torch.save(note, kept)
+        kept.seek(0)
+        torch.load(kept, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"note is to hold plain values, which load() takes back, got {note!r:.200}") from error
 
 
 class SeedLog:
@@ -86,8 +117,7 @@ class SeedLog:
         problems = []
         if getattr(optimizer, "nodes", None) is not None:
             problems.append("node_perturbation makes its steps of each row of a batch, not of a few numbers")
-        integer = isinstance(optimizer, ElasticZOInt8)
-        if not integer and not optimizer.noise.portable:
+        if not isinstance(optimizer, ElasticZOInt8) and not optimizer.noise.portable:
             problems.append(f"the bits of noise {optimizer.noise.name!r} are those of one family of GPUs")
         if problems:
             raise NotImplementedError("SeedLog: " + "; ".join(problems))
@@ -95,17 +125,9 @@ class SeedLog:
             raise ValueError(
                 "the model has no trunk: all of it learns by backpropagation, and nothing is made of seeds"
             )
-        noise = sparse_noise(optimizer.rounds) if integer else optimizer.noise
         self._header = {
             "format": FORMAT,
-            "integer": integer,
-            "rng_version": optimizer.rng_version,
-            "seed": int(optimizer._seed.item()),
-            "queries": optimizer.queries,
-            "noise": {"name": noise.name, "rounds": noise.rounds, "p_zero": noise.p_zero},
-            "scales": {} if integer else {int(site): float(value) for site, value in optimizer.scales.items()},
-            "rounding": optimizer.rounding if integer else bool(optimizer.stochastic_rounding),
-            "manifest": _manifest(optimizer.model),
+            **_alike(optimizer),
             "begin": {"step": int(optimizer.step_count.item()), "digests": _digests(optimizer.trunk)},
         }
         self.note: dict = {}
@@ -119,15 +141,20 @@ class SeedLog:
         self._device = {name: torch.zeros(_HELD, dtype=_DTYPES[name], device=optimizer.device) for name in names}
         self._device["g"] = torch.zeros(_HELD, optimizer.queries, dtype=g, device=optimizer.device)
         self._host: list[tuple[float, int]] = []  # p_zero and r_max, which the host has
-        self._count = 0
+        self._count, self._loads = 0, optimizer.states_loaded
         self._end: dict | None = None
 
     # -------------------------------------------------------------------------------------------------------- recording
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Note the step just taken; one that was skipped, or noted before, leaves no trace."""
+        """Note the step just taken; one that was skipped, or noted before, leaves no trace.
+
+        Raises:
+            ValueError: the optimizer has loaded a state since: its steps are another log's.
+        """
         opt = self._require_optimizer()
+        self._require_own(opt)
         if self._count == _HELD:
             self._flush()
         at, own = self._count, self._device
@@ -135,7 +162,7 @@ class SeedLog:
         own["g"][at].copy_(opt.g)
         if self._header["integer"]:
             own["shift"][at : at + 1].copy_(opt._shift)
-            noise = opt._filled["noise"]
+            noise = opt._filled.get("noise") or sparse_noise(opt.rounds)  # none before a first step
             self._host.append((noise.p_zero, noise.r_max))
         else:
             own["lr"][at : at + 1].copy_(opt._lr)
@@ -145,6 +172,24 @@ class SeedLog:
         if self._optimizer is None:
             raise ValueError("this log was loaded: resume(optimizer) goes on with it")
         return self._optimizer
+
+    def _require_own(self, opt) -> None:
+        if opt.states_loaded != self._loads:
+            raise ValueError("the optimizer has loaded a state since this log was begun or resumed: begin another log")
+
+    def _ending(self) -> dict:
+        """What a log that goes on would end with now; ValueError where steps are missing, or one was of another run."""
+        opt = self._require_optimizer()
+        self._require_own(opt)
+        self._flush()
+        if (taken := int(opt.step_count.item())) != self._last:
+            raise ValueError(
+                f"the optimizer is at step {taken} and the log at step {self._last}: observe() is to follow each step"
+            )
+        now = _alike(opt)
+        if differ := [name for name in _ALIKE if now[name] != self._header[name]]:
+            raise ValueError(f"{', '.join(differ)} changed while the log went on: no steps of it lead to these weights")
+        return {"digests": _digests(opt.trunk), "rest": {n: t.cpu() for n, t in _rest(opt.model).items()}}
 
     def _flush(self) -> None:
         """Take what the device holds to the host, without steps that did not count.
@@ -156,9 +201,10 @@ class SeedLog:
             return
         part = {name: t[: self._count].cpu().clone() for name, t in self._device.items()}
         if self._header["integer"]:
-            part["p_zero"] = torch.tensor([p for p, _ in self._host], dtype=torch.float64)
-            part["r_max"] = torch.tensor([r for _, r in self._host], dtype=torch.int64)
-        before = torch.cat([torch.tensor([self._last]), part["step"]])[: self._count]
+            part["p_zero"] = torch.tensor([p for p, _ in self._host], dtype=torch.float64, device="cpu")
+            part["r_max"] = torch.tensor([r for _, r in self._host], dtype=torch.int64, device="cpu")
+        # on the host, whatever torch.set_default_device says
+        before = torch.cat([torch.tensor([self._last], device="cpu"), part["step"]])[: self._count]
         moved = part["step"] - before
         for at in ((moved != 0) & (moved != 1)).nonzero().flatten().tolist():
             raise ValueError(
@@ -191,23 +237,21 @@ class SeedLog:
 
         Args:
             path: the file.
-            note: plain values to keep beside it, in :attr:`note` of a log that is loaded: how to build the model, say.
+            note: plain values to keep beside it, in :attr:`note` of a log that is loaded: how to build the model, say. That of
+                a log that was resumed by default.
 
         Raises:
-            ValueError: the optimizer took a step that was not observed.
+            ValueError: the optimizer took a step that was not observed, or loaded a state; its noise, its rounding or the
+                model's dtypes have changed; a note that could not be loaded.
         """
-        opt = self._require_optimizer()
-        self._flush()
-        if (taken := int(opt.step_count.item())) != self._last:
-            raise ValueError(
-                f"the optimizer is at step {taken} and the log at step {self._last}: observe() is to follow each step"
-            )
+        note = self.note if note is None else note
+        _check_note(note)
+        end = self._ending()
         joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        end = {"digests": _digests(opt.trunk), "rest": {n: t.cpu() for n, t in _rest(opt.model).items()}}
         path = Path(path)
-        temporary = path.with_name(path.name + ".part")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            torch.save({**self._header, "columns": joined, "end": end, "note": note or {}}, temporary)
+            torch.save({**self._header, "columns": joined, "end": end, "note": note}, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -261,7 +305,9 @@ class SeedLog:
             ValueError: it is not the same run, naming what differs.
         """
         begun = SeedLog(optimizer)
-        for name in ("integer", "rng_version", "seed", "queries", "noise", "scales", "rounding", "manifest"):
+        if self._optimizer is not None:
+            self._flush()  # of the optimizer that it followed so far
+        for name in _ALIKE:
             if begun._header[name] != self._header[name]:
                 raise ValueError(f"the log is of another run: {name} differs")
         start = begun._header["begin"]
@@ -288,18 +334,19 @@ class SeedLog:
         step = last if step is None else check_index(step, "step", 1 << 63)
         if not begin <= step <= last:
             raise ValueError(f"step is {step}: the log has {begin} to {last}")
+        whole = step == last
+        end = self._ending() if whole and self._optimizer is not None else self._end
         self._require_fit(model)
+        rest = self._rest_of(model, end["rest"]) if end is not None else []
         params = trunk_parameters(model)
         if verify and (differ := self._unlike(params, header["begin"]["digests"])):
             raise ValueError(f"the model does not have the weights that the log begins at: {differ}")
         made = [p.detach().clone(memory_format=torch.contiguous_format) for p in params]
         columns = {name: torch.cat([part[name] for part in self._parts])[: step - begin] for name in self._parts[0]}
         (self._replay_integers if header["integer"] else self._replay_floats)(made, columns)
-        whole = step == last and self._end is not None
-        if verify and whole and (differ := self._unlike(made, self._end["digests"])):
+        if verify and whole and (differ := self._unlike(made, end["digests"])):
             raise ValueError(f"the steps do not lead to the weights that the run ended with: {differ}")
-        rest = self._rest_of(model) if whole else []
-        for p, value in (*zip(params, made, strict=True), *rest):
+        for p, value in (*zip(params, made, strict=True), *(rest if whole else [])):
             p.copy_(value)
 
     def _unlike(self, tensors, digests) -> str:
@@ -319,17 +366,20 @@ class SeedLog:
             raise ValueError(f"the log has other dtypes, of weights or of their z, than {', '.join(map(repr, differ))}")
         if (mine := rng_version(header["noise"]["rounds"])) != header["rng_version"]:
             raise ValueError(f"the log is of the noise contract {header['rng_version']!r}, this is {mine!r}")
-        if self._end is not None:
-            self._rest_of(model)
 
-    def _rest_of(self, model) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    @staticmethod
+    def _rest_of(model, kept: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The model's own tensors that no step makes, each with what the log has for it."""
         own = dict(model.named_parameters()) | dict(model.named_buffers())
-        kept = self._end["rest"]
+        fixed = [n for n, t in own.items() if any(a > 1 and b == 0 for a, b in zip(t.shape, t.stride(), strict=True))]
         unlike = [n for n, t in kept.items() if n not in own or own[n].shape != t.shape or own[n].dtype != t.dtype]
         if unlike or set(kept) != set(_rest(model)):
             raise ValueError(f"the log's head and buffers are not the model's: {', '.join(unlike) or 'other names'}")
-        return [(own[name], value) for name, value in kept.items()]
+        if differ := [name for name in fixed if name in kept and not torch.equal(own[name].cpu(), kept[name])]:
+            raise ValueError(
+                f"the elements of {', '.join(map(repr, differ))} share their memory, and the log's are others"
+            )
+        return [(own[name], value) for name, value in kept.items() if name not in fixed]
 
     def _key(self, at: int, device) -> torch.Tensor:
         """Of the log's step ``at``, counted from 0."""

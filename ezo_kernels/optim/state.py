@@ -21,7 +21,13 @@ def plain_group(group: dict) -> dict:
 
 
 class Copies:
-    """deepcopy and pickle of an optimiser, which go with its model, and what a captured step asks of it."""
+    """deepcopy and pickle of an optimiser, which go with its model, and what a captured step asks of it.
+
+    Attributes:
+        states_loaded: how often ``load_state_dict`` was called: a log of the steps before is of another run.
+    """
+
+    states_loaded = 0
 
     def __getstate__(self) -> dict:
         # torch's own keeps its three attributes alone. "step" is there once a scheduler has wrapped it, around this object.
@@ -168,6 +174,7 @@ class OptimizerState(Copies):
                 ) from error
             last = [] if self.nodes is None else [self.nodes.group]
             self.param_groups[1:] = [*self.head_optimizer.optimizer.param_groups, *last]
+        self.states_loaded += 1
         with torch.no_grad():
             for mine, saved in tensors:
                 mine.copy_(saved)
