@@ -12,7 +12,7 @@ from materialised import randn
 from torch import nn
 
 import ezo_kernels as ezo
-from ezo_kernels.ops import materialize
+from ezo_kernels.ops import materialize, output_errors
 from tests.test_step import batch, bits, lenet, same
 
 LAYERS = ["fc1", "fc2"]
@@ -277,3 +277,30 @@ def test_a_regression_by_torchs_loss():
     losses = [opt.train_step(x, y, nn.MSELoss()).item() for _ in range(80)]
     assert losses[-1] < 0.7 * losses[0] and opt.skipped == 0
     assert opt.train_step(x, y, F.mse_loss).item() < losses[0]
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_the_clip_is_of_a_rows_own_loss_where_others_do_not_count(antithetic, monkeypatch):
+    """clip is of what a row's own loss changes by, so rows that are ignored make no other row's smaller."""
+    seen = []
+
+    def noted(coef, *args, **kwargs):
+        seen.append(coef)
+        return output_errors(coef, *args, **kwargs)
+
+    monkeypatch.setattr("ezo_kernels.optim.nodes.output_errors", noted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[1].weight *= 50
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    y[2:] = -100
+    for clip in (1e300, 2.0):  # the first is above what fp32 holds
+        own = ezo.NodePerturbation(["0"], lr=0.0, clip=clip)
+        opt = ezo.ElasticZO(
+            ezo.convert_(copy.deepcopy(model), head=0), queries=3, antithetic=antithetic, node_perturbation=own
+        )
+        opt.train_step(x, y)
+    free, clipped = (6 * coef for coef in seen)  # 3 queries, 2 rows that count
+    assert free.abs().max() > 10
+    torch.testing.assert_close(clipped, free.clamp(-2.0, 2.0))

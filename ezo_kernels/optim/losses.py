@@ -120,6 +120,15 @@ def by_row(loss_fn):
 
 
 @torch.no_grad()
+def counted_rows(loss_fn, output, target) -> torch.Tensor | None:
+    """Rows that have a part in the mean, fp64 [] on the device and at least 1; None where all have."""
+    ignored = ignored_by(loss_fn)
+    if ignored is None or not isinstance(output, torch.Tensor) or output.dim() < 2 or target.dtype != torch.int64:
+        return None
+    return (target != ignored).view(len(target), -1).any(1).sum().clamp(min=1).double()
+
+
+@torch.no_grad()
 def row_shares(loss_fn, output, target, groups: int) -> torch.Tensor:
     """What each row adds to its group's loss, fp32 [groups, B]: the loss is their sum, where it is a mean over rows.
 

@@ -19,10 +19,10 @@ from ..nn.grouped import batch_statistics
 from ..nn.linear import ZOLinear
 from ..ops import Noise, Perturbation, decorrelated_gradient, output_errors
 from ..ops._perturbation import PassError
-from .arguments import moved, number, rate
+from .arguments import LARGEST, moved, number, rate
 from .batches import call, picked, rows_of
 from .check import differ, largest, unwritten
-from .losses import by_row, ignored_by, row_shares
+from .losses import by_row, counted_rows, ignored_by, row_shares
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class Nodes:
         """Forget what was collected."""
         self._inputs: Inputs | None = None
         self._shares: list[torch.Tensor] = []
+        self._counted: torch.Tensor | None = None
         self._off: list[torch.Tensor] = []
         self._steps: list[tuple] = []
 
@@ -210,6 +211,7 @@ class Nodes:
                 f"node_perturbation: the loss is {whole[0].item():.6g}, and the mean of its rows, by reduction='none', "
                 f"{sums[0].item():.6g}: it must be a mean in which every row counts alike"
             )
+        self._counted = counted_rows(loss_fn, output, y)
         self._shares.append(shares)
 
     @torch.no_grad()
@@ -226,7 +228,10 @@ class Nodes:
             coef = (shares - shares.mean(0)) / ((queries - 1) * self._eps)
         bad = torch.stack(self._off).any().reshape(1)  # another loss than the first step's, that is no such mean
         if (clip := self.group["clip"]) is not None:
-            coef = coef.clamp(-clip / coef.numel(), clip / coef.numel())
+            # in fp64, as Python divides
+            rows = coef.new_full((), coef.shape[1], dtype=torch.float64) if self._counted is None else self._counted
+            most = (min(clip, LARGEST) / (coef.shape[0] * rows)).float()
+            coef = coef.clamp(-most, most)
         for own in self.layers:
             x = self._inputs.of(own.module.site)
             if len(x) % coef.shape[1]:
