@@ -12,6 +12,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def _draws(func, args, kwargs) -> bool:
+    """Whether an operator that may draw does, from a generator that nobody gave it: attention has dropout of 0, too."""
+    given = {a.name: a.default_value for a in func._schema.arguments}
+    given |= dict(zip(given, args, strict=False)) | kwargs
+    off = any(given.get(name, 1) == 0 for name in ("dropout_p", "dropout", "p", "train", "training"))
+    return given.get("generator") is None and not off
+
+
 class LiveBytes(TorchDispatchMode):
     """Follows every storage that an operator returns while this is entered, until it is freed.
 
@@ -24,6 +32,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: bytes alive. peak: the most since :meth:`restart`.
+        draws: names of the operators that drew from a generator of torch's own.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -34,9 +43,12 @@ class LiveBytes(TorchDispatchMode):
         self._made, self._role = 0, None
         self._at_peak: list[tuple[int, int]] = []
         self.now = self.peak = 0
+        self.draws: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs or {}):
+            self.draws.append(func._schema.name.partition("::")[2])
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
                 self._follow(leaf)

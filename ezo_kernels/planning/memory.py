@@ -219,6 +219,17 @@ def _watch_gradients(live: LiveBytes, model: nn.Module) -> None:
             p.register_post_accumulate_grad_hook(lambda p: live.mark([p.grad], "gradients"))
 
 
+def _require_forward(model: nn.Module, held: dict, draws: list[str]) -> None:
+    """Refuse what a real first step refuses of its forward, as far as fakes show it."""
+    problems = [f"random in a way that would differ between the signs: {draws[0]}"] if draws else []
+    now = dict(model.named_buffers())
+    written = sorted(n for n, (b, version) in held.items() if now.get(n) is not b or b._version != version)
+    if written:
+        problems.append(f"buffers written by the forward: {', '.join(map(repr, written))}")
+    if problems:
+        raise ValueError("this model cannot take a zeroth-order step: " + "; ".join(problems))
+
+
 def step_bytes(model: nn.Module, x, y, loss_fn, *, mode: str, optimizer: str, queries: int = 1) -> Parts:
     """Bytes of the second :meth:`ezo_kernels.ElasticZO.train_step` of a converted model, real or fake, which takes two.
 
@@ -232,11 +243,14 @@ def step_bytes(model: nn.Module, x, y, loss_fn, *, mode: str, optimizer: str, qu
             model, queries=queries, mode=mode, head_optimizer=new_optimizer(optimizer, head) if head else None
         )
         _watch_gradients(live, model)
-        finish = opt._finish
+        finish, held = opt._finish, {name: (b, b._version) for name, b in model.named_buffers()}
 
         def finish_as_workspace() -> None:
+            if opt.trunk:
+                _require_forward(model, held, live.draws)
             with live.role("workspace"):
                 finish()
+            held.update({name: (b, b._version) for name, b in model.named_buffers()})  # batch norms' are written there
 
         opt._finish = finish_as_workspace
         # What a real first step checks of the model's values fakes do not have, but which weights it leaves out they show.
