@@ -58,8 +58,8 @@ MUTANTS = (
     Mutant(
         "what has converged is a plateau",
         _WATCH,
-        "(promised < PROMISED * level and not diverged)",
-        "(promised < 0 and not diverged)",
+        "(promised < PROMISED * level and not (diverged or dead))",
+        "(promised < 0 and not (diverged or dead))",
         "tests/test_diagnostics.py -k converged",
     ),
     Mutant(
