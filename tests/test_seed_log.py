@@ -13,7 +13,7 @@ from recording_graphs import RecordingGraphs
 from torch import nn
 
 import ezo_kernels as ezo
-from ezo_kernels.optim import IntegerSchedule, seed_log
+from ezo_kernels.optim import IntegerSchedule, replay, seed_log
 from tests import int8_models
 from tests.test_step import batch, bits, lenet, same
 
@@ -21,7 +21,7 @@ from tests.test_step import batch, bits, lenet, same
 @pytest.fixture(autouse=True)
 def few_steps_on_the_device(monkeypatch):
     monkeypatch.setattr(seed_log, "_HELD", 4)
-    monkeypatch.setattr(seed_log, "_AT_ONCE", 3)
+    monkeypatch.setattr(replay, "_AT_ONCE", 3)
 
 
 class Normed(nn.Module):

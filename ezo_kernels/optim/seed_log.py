@@ -15,49 +15,23 @@ import io
 import os
 import threading
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 
-from ..nn.convert import context_of, head_parameters, is_int8, trunk_parameters
-from ..ops import Noise, update_
+from ..nn import trunk_parameters
 from ..ops.int8_pass import sparse_noise
-from ..ops.int8_update import int8_update_
-from ..ops.noise import check_index, key_tensor, rng_version
+from ..ops.noise import check_index
 from .elastic_zo import ElasticZO
 from .elastic_zo_int8 import ElasticZOInt8
+from .replay import digests, manifest, replay_floats, replay_integers, require_fit, rest, rest_to_write
 
 FORMAT = "ezo-seed-log-1"
 #: Steps whose numbers stay on the device before the host waits for them.
 _HELD = 1024
-#: Steps that one pass over the weights makes again.
-_AT_ONCE = 64
 _DTYPES = {"step": torch.int64, "lr": torch.float32, "shift": torch.int32}
 #: What all steps of a log have alike.
 _ALIKE = ("integer", "rng_version", "seed", "queries", "noise", "scales", "rounding", "manifest")
-
-
-def _digests(tensors) -> list[int]:
-    """CRC-32 of each tensor's bytes, row by row as its shape has them."""
-    flat = (t.detach().cpu().contiguous().reshape(-1) for t in tensors)
-    return [zlib.crc32(t.view(torch.uint8).numpy()) if t.numel() else 0 for t in flat]
-
-
-def _manifest(model) -> list:
-    """Each parameter of the trunk: site, names, shape, layout, dtype, and the dtype of its z."""
-    sites = zip(context_of(model).manifest, trunk_parameters(model), strict=True)
-    return [
-        [s.site, list(s.names), list(s.shape), s.layout, str(p.dtype).removeprefix("torch."), s.z_dtype_for(p)]
-        for s, p in sites
-    ]
-
-
-def _rest(model) -> dict[str, torch.Tensor]:
-    """What no step says: the head's parameters and all buffers, by name."""
-    heads = {id(p) for p in head_parameters(model)}
-    own = [(n, p) for n, p in model.named_parameters() if id(p) in heads]
-    return {name: t.detach().clone() for name, t in (*own, *model.named_buffers())}
 
 
 def _alike(optimizer) -> dict:
@@ -72,7 +46,7 @@ def _alike(optimizer) -> dict:
         "noise": {"name": noise.name, "rounds": noise.rounds, "p_zero": noise.p_zero},
         "scales": {} if integer else {int(site): float(value) for site, value in optimizer.scales.items()},
         "rounding": optimizer.rounding if integer else bool(optimizer.stochastic_rounding),
-        "manifest": _manifest(optimizer.model),
+        "manifest": manifest(optimizer.model),
     }
 
 
@@ -128,7 +102,7 @@ class SeedLog:
         self._header = {
             "format": FORMAT,
             **_alike(optimizer),
-            "begin": {"step": int(optimizer.step_count.item()), "digests": _digests(optimizer.trunk)},
+            "begin": {"step": int(optimizer.step_count.item()), "digests": digests(optimizer.trunk)},
         }
         self.note: dict = {}
         self._parts: list[dict[str, torch.Tensor]] = []
@@ -189,7 +163,7 @@ class SeedLog:
         now = _alike(opt)
         if differ := [name for name in _ALIKE if now[name] != self._header[name]]:
             raise ValueError(f"{', '.join(differ)} changed while the log went on: no steps of it lead to these weights")
-        return {"digests": _digests(opt.trunk), "rest": {n: t.cpu() for n, t in _rest(opt.model).items()}}
+        return {"digests": digests(opt.trunk), "rest": {n: t.cpu() for n, t in rest(opt.model).items()}}
 
     def _flush(self) -> None:
         """Take what the device holds to the host, without steps that did not count.
@@ -280,9 +254,7 @@ class SeedLog:
             self._optimizer, self._end, self.note = None, contents.pop("end"), contents.pop("note")
             self._parts, self._header = [contents.pop("columns")], contents
             self._check()
-        except (
-            Exception
-        ) as error:  # torch raises whatever its zip reader, its unpickler or a bad offset happen to raise
+        except Exception as error:  # torch raises whatever its zip reader or its unpickler happen to raise
             what = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{path}: corrupt or no seed log: {what}") from None
         return self
@@ -336,77 +308,20 @@ class SeedLog:
             raise ValueError(f"step is {step}: the log has {begin} to {last}")
         whole = step == last
         end = self._ending() if whole and self._optimizer is not None else self._end
-        self._require_fit(model)
-        rest = self._rest_of(model, end["rest"]) if end is not None else []
+        require_fit(header, model)
+        others = rest_to_write(model, end["rest"]) if end is not None else []
         params = trunk_parameters(model)
         if verify and (differ := self._unlike(params, header["begin"]["digests"])):
             raise ValueError(f"the model does not have the weights that the log begins at: {differ}")
         made = [p.detach().clone(memory_format=torch.contiguous_format) for p in params]
         columns = {name: torch.cat([part[name] for part in self._parts])[: step - begin] for name in self._parts[0]}
-        (self._replay_integers if header["integer"] else self._replay_floats)(made, columns)
+        (replay_integers if header["integer"] else replay_floats)(header, columns, made)
         if verify and whole and (differ := self._unlike(made, end["digests"])):
             raise ValueError(f"the steps do not lead to the weights that the run ended with: {differ}")
-        for p, value in (*zip(params, made, strict=True), *(rest if whole else [])):
+        for p, value in (*zip(params, made, strict=True), *(others if whole else [])):
             p.copy_(value)
 
-    def _unlike(self, tensors, digests) -> str:
+    def _unlike(self, tensors, theirs: list[int]) -> str:
         names = [row[1][0] for row in self._header["manifest"]]
-        found = [n for n, own, wanted in zip(names, _digests(tensors), digests, strict=True) if own != wanted]
+        found = [n for n, own, wanted in zip(names, digests(tensors), theirs, strict=True) if own != wanted]
         return ", ".join(map(repr, found))
-
-    def _require_fit(self, model) -> None:
-        header = self._header
-        if is_int8(model) != header["integer"]:
-            raise ValueError(f"the log is of {'integers' if header['integer'] else 'floats'}, and the model is not")
-        ours = _manifest(model)
-        if [row[:4] for row in ours] != [list(row[:4]) for row in header["manifest"]]:
-            raise ValueError("the log is of another model, or of one converted with another head")
-        differ = [a[1][0] for a, b in zip(ours, header["manifest"], strict=True) if a[4:] != list(b[4:])]
-        if differ:
-            raise ValueError(f"the log has other dtypes, of weights or of their z, than {', '.join(map(repr, differ))}")
-        if (mine := rng_version(header["noise"]["rounds"])) != header["rng_version"]:
-            raise ValueError(f"the log is of the noise contract {header['rng_version']!r}, this is {mine!r}")
-
-    @staticmethod
-    def _rest_of(model, kept: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The model's own tensors that no step makes, each with what the log has for it."""
-        own = dict(model.named_parameters()) | dict(model.named_buffers())
-        fixed = [n for n, t in own.items() if any(a > 1 and b == 0 for a, b in zip(t.shape, t.stride(), strict=True))]
-        unlike = [n for n, t in kept.items() if n not in own or own[n].shape != t.shape or own[n].dtype != t.dtype]
-        if unlike or set(kept) != set(_rest(model)):
-            raise ValueError(f"the log's head and buffers are not the model's: {', '.join(unlike) or 'other names'}")
-        if differ := [name for name in fixed if name in kept and not torch.equal(own[name].cpu(), kept[name])]:
-            raise ValueError(
-                f"the elements of {', '.join(map(repr, differ))} share their memory, and the log's are others"
-            )
-        return [(own[name], value) for name, value in kept.items() if name not in fixed]
-
-    def _key(self, at: int, device) -> torch.Tensor:
-        """Of the log's step ``at``, counted from 0."""
-        return key_tensor(self._header["seed"] % (1 << 64), self._header["begin"]["step"] + at, device)
-
-    def _replay_floats(self, weights, columns) -> None:
-        header, device = self._header, weights[0].device
-        noise = Noise(header["noise"]["name"], header["noise"]["rounds"], header["noise"]["p_zero"])
-        rows = header["manifest"]
-        # as ops/coefficients.py makes it
-        coef = torch.div(columns["lr"][:, None] * columns["g"], header["queries"]).to(device)
-        for first in range(0, len(coef), _AT_ONCE):
-            own = coef[first : first + _AT_ONCE]
-            keys = torch.stack([self._key(first + i, device) for i in range(len(own))])
-            update_(
-                weights, keys, own, sites=[row[0] for row in rows], layouts=[row[3] for row in rows],
-                noise=noise, stochastic_rounding=header["rounding"], z_dtypes=[row[5] for row in rows],
-                scales=[header["scales"].get(row[0], 1.0) for row in rows],
-            )  # fmt: skip
-
-    def _replay_integers(self, weights, columns) -> None:
-        header, device = self._header, weights[0].device
-        rows = header["manifest"]
-        g, shift = columns["g"].int().to(device), columns["shift"].to(device)
-        for i in range(len(g)):
-            noise = sparse_noise(header["noise"]["rounds"], columns["p_zero"][i].item(), int(columns["r_max"][i]))
-            int8_update_(
-                weights, self._key(i, device), g[i], shift[i : i + 1], sites=[row[0] for row in rows],
-                layouts=[row[3] for row in rows], noise=noise, rounding=header["rounding"],
-            )  # fmt: skip

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from .mutant import Mutant
 
-_LOG = "ezo_kernels/optim/seed_log.py"
+_LOG, _REPLAY = "ezo_kernels/optim/seed_log.py", "ezo_kernels/optim/replay.py"
 _TEST = "tests/test_seed_log.py"
 
 MUTANTS = (
     Mutant(
         "a replayed step has the key of the next one",
-        _LOG,
+        _REPLAY,
         '["begin"]["step"] + at, device)',
         '["begin"]["step"] + at + 1, device)',
         f"{_TEST} -k 'every_step or integers'",
@@ -45,7 +45,7 @@ MUTANTS = (
     ),
     Mutant(
         "a replay forgets that parameters were perturbed by scales",
-        _LOG,
+        _REPLAY,
         'scales=[header["scales"].get(row[0], 1.0) for row in rows]',
         "scales=None",
         f"{_TEST} -k scales",
