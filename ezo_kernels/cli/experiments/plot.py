@@ -75,6 +75,12 @@ def write(path: Path, table: list[dict], columns: tuple[Column, ...], title: str
     title += f" (left out: {diverged} that diverged)" if diverged else ""
     names = list(dict.fromkeys(row["data"] for row in table))
     panels = [c for c in columns if any(c.name in row["metrics"] for row in table)]
+    if not panels:  # all have diverged, and the title is all there is to say
+        figure = Figure(figsize=(7, 1), layout="constrained")
+        figure.suptitle(title)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+        return
     height = max(3.5, 0.35 * max(sum(row["data"] == name and row["x"] is None for row in table) for name in names))
     # Long names of bars take room beside the first panel.
     names_of_bars = max((len(row["arm"]) for row in table if row["x"] is None), default=0)

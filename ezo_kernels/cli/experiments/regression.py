@@ -68,6 +68,10 @@ class RegressionRecipe:
     head_bits: int = 0
     rounds: int = 7
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs is {self.epochs}: at least 1 is needed")
+
     @property
     def integer(self) -> bool:
         return self.precision == "int8"

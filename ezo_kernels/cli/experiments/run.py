@@ -51,9 +51,10 @@ def carry_out(
     A trial that was cut off starts again from nothing, so a restarted experiment gives what an undisturbed one gives.
     """
     missing = {t.key: t for t in trials if t.key not in store.trials}
+    read = len(missing) < len({t.key for t in trials})
     watched = sys.stderr.isatty()
     steps = sum(steps_of(t, len(data[t.recipe.data].x_train)) for t in missing.values())
-    if len(missing) < len({t.key for t in trials}):
+    if read:
         print(f"{store.path}: {len({t.key for t in trials}) - len(missing)} trials are there, {len(missing)} to run")
     with tqdm(total=steps, unit="step", disable=not watched, dynamic_ncols=True, smoothing=0.05) as bar:
         for i, (key, trial) in enumerate(missing.items(), 1):
@@ -84,8 +85,16 @@ def carry_out(
             bar.write(f"{i}/{len(missing)} {trial.recipe.data}, {label}", file=sys.stdout)
     # From the file's own values, so that what was just run and what was read are alike to the last digit.
     done = [Finished(t, store.trials[t.key]["result"], store.trials[t.key]["timings"]) for t in trials]
-    store.table = experiment.refine(summarise(done), done)
-    store.notes = experiment.notes(store.table)
+    try:
+        store.table = experiment.refine(summarise(done), done)
+        store.notes = experiment.notes(store.table)
+    except (LookupError, TypeError, AttributeError) as error:
+        if not read:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{store.path}: corrupt: its results were changed ({what}); move it away to start anew"
+        ) from error
     store.write()
     return done
 

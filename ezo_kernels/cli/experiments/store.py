@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .. import outputs
 
 FORMAT = "ezo-experiment-1"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Of processes that ask for one folder one at a time, where the system has locks of folders."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # which ends the lock
 
 
 class Store:
@@ -34,7 +55,7 @@ class Store:
     def _read(self) -> dict[str, dict]:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}: corrupt: {error}; move it away to start anew") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"{self.path}: not a file of the format {FORMAT}; it is left alone")
@@ -61,14 +82,18 @@ class Store:
         self.write()
 
     def write(self) -> None:
-        outputs.write_lines(
-            self.path,
-            {
-                "format": FORMAT,
-                "experiment": self.name,
-                "quick": self.quick,
-                "table": self.table,
-                "notes": self.notes,
-                "trials": self.trials,
-            },
-        )
+        """Write the trials of this process and those that another one, with other arms or seeds, has filed since."""
+        with locked(self.path.parent):
+            if self.path.exists():
+                self.trials = {**self._read(), **self.trials}
+            outputs.write_lines(
+                self.path,
+                {
+                    "format": FORMAT,
+                    "experiment": self.name,
+                    "quick": self.quick,
+                    "table": self.table,
+                    "notes": self.notes,
+                    "trials": self.trials,
+                },
+            )
