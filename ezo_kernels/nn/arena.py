@@ -121,6 +121,11 @@ class Arena:
         self._zeros: torch.Tensor | None = None
         self._live: dict[int, tuple[int, int]] = {}
 
+    def __getstate__(self) -> dict:
+        # a copy of a model, or its file, is of its weights: not of what its last step left in memory
+        nothing = {"owner": None, "buffer": None, "_places": {}, "_zeros": None, "_live": {}}
+        return {**self.__dict__, **nothing}
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[ArenaPlan]]:
         """Record a trial pass on the meta device; the list holds its plan afterwards."""

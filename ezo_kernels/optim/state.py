@@ -31,7 +31,9 @@ class Copies:
 
     def __getstate__(self) -> dict:
         # torch's own keeps its three attributes alone. "step" is there once a scheduler has wrapped it, around this object.
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        state = {name: value for name, value in self.__dict__.items() if name != "step"}
+        # of integers one launch leaves both in the same memory, as two dtypes, which torch.save refuses
+        return {**state, "losses": self.losses.clone(), "g": self.g.clone()}
 
     @property
     def capture_counters(self) -> dict[str, int] | None:
