@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import ezo_kernels as ezo
 import ezo_kernels.data as D
 from ezo_kernels.data.modelnet import read_hdf5, read_off, sample_surface
 from ezo_kernels.data.pointcloud import image_clouds, unit_sphere
@@ -185,6 +186,7 @@ def test_modelnet_from_hdf5(tmp_path, lists):
         ({"data": h5py.Empty("f4")}, "data is empty"),
         ({"label": h5py.Empty("u1")}, "label is empty"),
         ({"label": np.zeros((4, 1), "u1")}, r"label has shape \[4, 1\], \[5, 1\] expected"),
+        ({"label": "chairs"}, r"label has shape \[\], \[5, 1\] expected"),
         ({"label": np.full((5, 1), 40, "u1")}, "labels from 40 to 40, 0 to 39"),
         ({"label": np.full((5, 1), 0.5)}, "label float64"),
     ],
@@ -193,6 +195,20 @@ def test_hdf5_refuses(tmp_path, changed, match):
     write_hdf5(tmp_path / "bad.h5", 5, **changed)
     with pytest.raises(ValueError, match=f"bad.h5: .*{match}"):
         read_hdf5(tmp_path / "bad.h5", 16)
+
+
+def test_a_list_of_files_that_is_no_text_is_named(tmp_path):
+    for part in ("train", "test"):
+        write_hdf5(tmp_path / f"ply_data_{part}0.h5", 12, 1)
+    (tmp_path / "train_files.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="train_files.txt: corrupt: "):
+        D.load_modelnet40(tmp_path, points=16)
+
+
+def test_integer_clouds_are_refused_by_type():
+    x = ezo.quantize(torch.zeros(4, 3, 5))
+    with pytest.raises(TypeError, match="x is Int8Tensor, float32 expected"):
+        D.CloudBatches(x, torch.zeros(4), 2)
 
 
 def test_damaged_and_missing_hdf5_files(tmp_path):

@@ -26,7 +26,11 @@ def _listed(root: Path, part: str) -> list[Path]:
             raise FileNotFoundError(f"{root}: neither {part}_files.txt nor ply_data_{part}*.h5 is in it")
         return found
     # The release's list has paths from the folder of its authors' code: the names are what counts.
-    files = [root / Path(line.strip()).name for line in names.read_text().splitlines() if line.strip()]
+    try:
+        lines = names.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{names}: corrupt: {error}") from None
+    files = [root / Path(line.strip()).name for line in lines if line.strip()]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise FileNotFoundError(f"{names}: " + (f"no {', '.join(missing)} in {root}" if files else "it names no file"))
@@ -67,6 +71,8 @@ def read_hdf5(path: str | Path, points: int) -> tuple[np.ndarray, np.ndarray]:
                 raise ValueError(f"data has shape {list(data.shape)}, [n, points, 3] expected")
             if data.shape[1] < points:
                 raise ValueError(f"{data.shape[1]} points a cloud, {points} are asked for")
+            if label.ndim == 0:  # of which h5py makes no array: bytes, of a text
+                raise ValueError(f"label has shape [], [{len(data)}, 1] expected")
             clouds, labels = data[:, :points], label[()]
     except (
         OSError,

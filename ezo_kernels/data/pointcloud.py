@@ -198,8 +198,8 @@ class CloudBatches(Batches):
         clip: float = 0.05,
     ):
         super().__init__(x, y, batch_size, seed, drop_last=drop_last)
-        if x.dtype != torch.float32:
-            raise TypeError(f"x is {x.dtype}, float32 expected")
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+            raise TypeError(f"x is {getattr(x, 'dtype', type(x).__name__)}, float32 expected")
         if x.dim() != 3 or x.shape[1] != 3 or x.shape[2] == 0:
             raise ValueError(f"x has shape {list(x.shape)}, [n, 3, N] with N above 0 expected")
         _check_augmentation(points, jitter, clip)
