@@ -8,16 +8,17 @@ another key, such as a short last batch, runs eagerly on the same kernels and th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from .cuda_graphs import CudaGraphs
 
 #: Eager steps with one key in a row before it is captured: the first checks the model, those after it load every kernel and
 #: fill the allocator's caches.
@@ -30,52 +31,6 @@ def may_be_left_out(hook: Callable) -> Callable:
     """Mark a hook that a replay, which calls none, may leave out: it does not keep a step from being captured."""
     hook.may_be_left_out = True
     return hook
-
-
-class CudaGraphs:
-    """torch's CUDA graphs, as much of them as :class:`CapturedStep` needs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream: torch.cuda.Stream | None = None
-        self._failed: list[torch.cuda.CUDAGraph] = []
-
-    def __getstate__(self) -> dict:
-        return {"device": self.device, "_stream": None, "_failed": []}
-
-    @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        """Run on the capture stream, after what the current one was given and before what it will be."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            current.wait_stream(self._stream)
-
-    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of ``run()``, which is not carried out; waits for the device."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the threads of a DataLoader may go on allocating pinned memory.
-        where = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        before = torch.cuda.current_stream(self.device)
-        try:
-            with torch.cuda.device(self.device), where:
-                run()
-        except BaseException:
-            torch.cuda.set_stream(before)  # torch leaves the capture stream current if ending the capture fails, too
-            # and its allocator goes on asking the graph which allocations are its own
-            self._failed.append(graph)
-            raise
-        return graph
-
-    def drop(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Give the graph's memory back once nothing on the device uses it."""
-        torch.cuda.synchronize(self.device)
-        graph.reset()
 
 
 def graphs_for(device: torch.device) -> CudaGraphs:
