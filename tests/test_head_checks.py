@@ -292,3 +292,27 @@ def test_the_default_dtype_rounds_no_rate_of_a_head():
             torch.set_default_dtype(torch.float32)
         runs.append(bits(opt.model))
     assert same(*runs)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_a_large_head_in_16_bits_are_looked_at(dtype, bad, monkeypatch):
+    """What torch's check of CUDA takes: no bf16."""
+    check = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def on_cuda(grads, found, scale):
+        if any(grad.dtype == torch.bfloat16 for grad in grads):
+            raise NotImplementedError("not implemented for 'BFloat16'")
+        return check(grads, found, scale)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", on_cuda)
+    model = ezo.convert_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)).to(dtype), head=["1"])
+    opt, (x, y) = ezo.ElasticZO(model), examples(4)
+    before, seen = bits(model), []
+    if bad is not None:
+        model[1].bias.register_hook(lambda grad: torch.full_like(grad, bad))
+    for _ in range(2):
+        seen.append(opt.train_step(x.to(dtype), y))
+    assert opt.skipped.item() == (0 if bad is None else 2) and all(map(torch.isfinite, seen))
+    assert same(bits(model), before) == (bad is not None)
+    assert opt._bad.item() == 0

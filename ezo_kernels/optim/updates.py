@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -110,15 +111,25 @@ class Updates:
         if grads and _library.bound_by_launches(self.device) and in_one_launch(grads):
             small = {"grads": grads, **self.head_optimizer.small_sgd(learning)}
         elif grads:
-            # the check of torch's GradScaler: one launch for all of them, where isfinite takes five for each
             bad = self._bad if bad is None else bad
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self._one)
+            self._find_bad(grads, bad)
         clip = self.param_groups[0]["clip"]
         own = coefficients(
             self.losses, self._lr, self._eps, queries=self.queries if self.trunk else 0, antithetic=self.antithetic,
             clip=None if clip is None else min(clip, LARGEST), bad=bad, step=self._step, skipped=self.skipped, **small,
         )  # fmt: skip
         return own, "weights" in small
+
+    def _find_bad(self, grads: list[torch.Tensor], bad: torch.Tensor) -> None:
+        """Set ``bad`` fp32 [1] to something above 0 if a gradient is not finite."""
+        brain = [grad for grad in grads if grad.dtype == torch.bfloat16 and grad.numel()]
+        others = [grad for grad in grads if grad.dtype != torch.bfloat16]
+        if others:
+            # the check of torch's GradScaler: one launch for all of them, where isfinite takes five for each
+            torch._amp_foreach_non_finite_check_and_unscale_(others, bad, self._one)
+        if brain:  # which that one does not take on CUDA; a NaN is its tensor's largest magnitude
+            largest = torch.stack(torch._foreach_norm(brain, math.inf))
+            bad.add_(~torch.isfinite(largest).all())
 
     def _renew_plan(self) -> None:
         if self._plan is None or not self._plan.fits(self._weights):
