@@ -7,9 +7,12 @@ time, run with the same tiles: that is what makes eps = 0 give equal losses bit 
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 import torch
+
+from ._triton import triton
 
 #: Architectures with 227 KB of shared memory a block, and a matrix instruction of 64 rows and more.
 LARGE = frozenset((90, 100))
@@ -45,11 +48,19 @@ def element_tile(rows: int, noise: str, scattered: bool = False) -> ElementTile:
 
 
 def update_tile(noise: str) -> ElementTile:
-    """Tile of the update: one for all parameters of a launch."""
+    """Tile of the update: one for all parameters of a launch. No bit depends on it."""
+    rows = 1 if _registers_are_few() else 2
     if noise == "hadamard":
-        return ElementTile(64, 64)
+        return ElementTile(32 * rows, 64)
     # the exact Gaussian holds twice the registers of the others; int8 keeps a sum, its rounding words and byte addresses
-    return ElementTile(8 if noise in ("gaussian", "sparse", "sparse_int8") else 16, 256)
+    return ElementTile(8 if noise in ("gaussian", "sparse", "sparse_int8") else 8 * rows, 256)
+
+
+@functools.cache
+def _registers_are_few() -> bool:
+    """Whether this triton is one before 3.7, whose updates take twice the instructions: 16 rows spill 600 bytes and more."""
+    found = re.match(r"(\d+)\.(\d+)", getattr(triton, "__version__", ""))
+    return found is not None and tuple(map(int, found.groups())) < (3, 7)
 
 
 @dataclass(frozen=True)
