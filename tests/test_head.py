@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ezo_kernels as ezo
+from ezo_kernels.optim.head import GuardedOptimizer
 
 
 def start(**options):
@@ -68,6 +69,20 @@ def test_a_skipped_first_step_leaves_no_trace_in_the_head(name):
         opt.train_step(x, y)
         runs.append(bits(model))
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("name", ["ASGD", "Rprop", "Adam", "Adagrad", "RMSprop", "Adadelta", "Adafactor"])
+def test_optimizers_whose_counts_are_the_hosts_are_refused_on_a_gpu(name, monkeypatch):
+    """To put such a count back a step would wait for the device."""
+    parameters = [nn.Parameter(torch.zeros(3))]
+    optimizer = getattr(torch.optim, name)(parameters, lr=0.01)
+    assert GuardedOptimizer(optimizer).optimizer is optimizer
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    with pytest.raises(NotImplementedError, match=f"{name} keeps its step count on the host"):
+        GuardedOptimizer(optimizer)
+    assert GuardedOptimizer(torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
+    if "capturable" in optimizer.defaults:
+        assert GuardedOptimizer(getattr(torch.optim, name)(parameters, lr=0.01, capturable=True))
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])

@@ -46,13 +46,16 @@ class GuardedOptimizer:
                 f"{type(optimizer).__name__} cannot train the head: it needs a closure or sparse gradients, and a step has "
                 "the dense gradients of one batch"
             )
+        counts = isinstance(optimizer, (torch.optim.Adagrad, torch.optim.Adafactor))
         if any(
-            p.is_cuda and "betas" in g and not (g.get("capturable") or g.get("fused"))
+            p.is_cuda and (counts or "betas" in g or "capturable" in g) and not (g.get("capturable") or g.get("fused"))
             for g in groups
             for p in g["params"]
         ):
+            ways = [f"{name}=True" for name in ("fused", "capturable") if name in optimizer.defaults]
             raise NotImplementedError(
-                f"{type(optimizer).__name__} keeps its step count on the host: make it with fused=True or capturable=True"
+                f"{type(optimizer).__name__} keeps its step count on the host: "
+                + (f"make it with {' or '.join(ways)}" if ways else "take another head optimizer")
             )
         self._lrs: list[torch.Tensor] = []
         self._filled: list[float] = []
