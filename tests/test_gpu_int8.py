@@ -124,6 +124,12 @@ def test_pointwise_and_losses():
             assert torch.equal(ours.cpu(), ops.round_shift(wide, 17, rounding, key=key, site=9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_floats_are_exactly_the_cpus(dtype):
+    x = Int8Tensor(ints((258, 3), 4, -128), torch.arange(-64, 65, dtype=torch.int32))
+    assert torch.equal(x.to("cuda").dequantize(dtype).cpu(), x.dequantize(dtype))
+
+
 @pytest.mark.parametrize("head", LENET_HEADS, ids=str)
 def test_two_hundred_steps_are_the_cpus_bit_for_bit(head):
     states, losses = [], []

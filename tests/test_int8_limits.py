@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import ezo_kernels as ezo
 from ezo_kernels import ops
 from ezo_kernels.ops import Int8Tensor
+from ezo_kernels.ops.int8_tensor import power_of_two
 from ezo_kernels.optim import IntegerSchedule
 from tests.int8_models import exponents, randint, same, state, tiny, tiny_batch
 
@@ -323,3 +325,14 @@ def test_arguments_of_another_type_are_named(arguments):
 def test_a_schedule_of_another_optimizer_is_refused():
     with pytest.raises(TypeError, match="ElasticZOInt8, got SGD"):
         IntegerSchedule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), {1: {"bits": 1}})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_powers_of_two_are_exact(dtype):
+    info = torch.finfo(dtype)
+    least, most = math.frexp(info.smallest_normal)[1] - 1, math.frexp(info.max)[1] - 1
+    exponents = torch.arange(least, most + 1, dtype=torch.int32)
+    found = power_of_two(exponents, dtype)
+    assert found.dtype == dtype and found.tolist() == [2.0**s for s in exponents.tolist()]
+    beyond = torch.tensor([least - 1, most + 1, -(1 << 31), (1 << 31) - 1], dtype=torch.int32)
+    assert power_of_two(beyond, dtype).tolist() == [0.0, math.inf, 0.0, math.inf]

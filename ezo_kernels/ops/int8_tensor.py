@@ -177,7 +177,7 @@ class Int8Tensor:
         if self._beyond_float32():
             wide = torch.float64
         per_row = self.exponent.repeat_interleave(self.values.shape[0] // self.groups)
-        scale = torch.ldexp(torch.ones_like(per_row, dtype=wide), per_row)
+        scale = power_of_two(per_row, wide)
         return (self.values.to(wide) * scale.view(-1, *(1,) * (self.values.dim() - 1))).to(dtype)
 
     def _beyond_float32(self) -> bool:
@@ -227,6 +227,22 @@ class Int8Tensor:
 
     def __getattr__(self, name: str):
         raise AttributeError(f"an Int8Tensor has no {name!r}: {_PARTS}; in a forward, {integer_forms()}")
+
+
+#: dtype -> bits of its fraction, bias of its exponent, integers of its size.
+_FORMS = {
+    torch.float32: (23, 127, torch.int32),
+    torch.bfloat16: (7, 127, torch.int16),
+    torch.float64: (52, 1023, torch.int64),
+}
+
+
+def power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """2^exponent by its bits, 0 or infinite beyond the normal numbers: a GPU's ``pow``, and so its ``ldexp``, is off by one."""
+    if dtype not in _FORMS:
+        return torch.ldexp(torch.ones_like(exponent, dtype=dtype), exponent)
+    fraction, bias, whole = _FORMS[dtype]
+    return ((exponent.long() + bias).clamp(0, 2 * bias + 1) << fraction).to(whole).view(dtype)
 
 
 #: What :attr:`Int8Tensor.spent` says after a relu.
