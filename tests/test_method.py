@@ -162,6 +162,10 @@ def test_numbers_of_the_baseline():
     pure = [right[d, "full ZO, fp32"] for d in data]
     assert "pure ZO {:.2f} and {:.2f} (128 forwards".format(*pure) in claim
     assert f"{pure[0]:.2f} ± " in row("89.78 and") and f"{pure[1]:.2f} ± " in row("89.78 and")
+    table = json.loads((RESULTS / "experiments/nodes.json").read_text())["table"]
+    nodes = {r["data"]: r["metrics"]["test_error"] for r in table if r["arm"] == "full ZO, perturbed outputs"}
+    both = ["{:.2f} ± {:.2f}".format(100 * (1 - nodes[d]["mean"]), 100 * nodes[d]["spread"]) for d in data]
+    assert " and ".join(both) in row("89.78 and")
     for said, head in (("fc3 by BP", "fc3"), ("fc2 and fc3 by BP", "fc2,fc3")):
         own = [right[d, f"{HEADS[head]}, fp32"] for d in data]
         gains = [a - b for a, b in zip(own, pure, strict=True)]
