@@ -72,3 +72,16 @@ def poisoned_empty(monkeypatch):
         wrap(torch, name)
     wrap(torch.Tensor, "new_empty")
     wrap(torch.Tensor, "new_empty_strided")
+
+
+@pytest.fixture
+def quick(tmp_path, capsys):
+    """``ezo experiment NAME --quick`` into a folder of the test's: (exit code, stdout, stderr)."""
+
+    from ezo_kernels.cli import main
+
+    def run(name, *argv):
+        code = main([str(arg) for arg in ("experiment", name, "--quick", "--out", tmp_path, *argv)])
+        return code, *capsys.readouterr()
+
+    return run

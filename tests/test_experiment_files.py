@@ -6,21 +6,9 @@ import json
 
 import pytest
 
-from ezo_kernels.cli import main
 from ezo_kernels.cli.experiments import plot
 from ezo_kernels.cli.experiments.store import Store
 from ezo_kernels.cli.experiments.summary import Column
-
-
-@pytest.fixture
-def quick(tmp_path, capsys):
-    """``ezo experiment NAME --quick`` into a folder of the test's: (exit code, stdout, stderr)."""
-
-    def run(name, *argv):
-        code = main([str(arg) for arg in ("experiment", name, "--quick", "--out", tmp_path, *argv)])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_two_processes_file_into_one_file(tmp_path):

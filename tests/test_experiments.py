@@ -36,17 +36,6 @@ def digits():
     return load("digits")
 
 
-@pytest.fixture
-def quick(tmp_path, capsys):
-    """``ezo experiment NAME --quick`` into a folder of the test's: (exit code, stdout, stderr)."""
-
-    def run(name, *argv):
-        code = main([str(arg) for arg in ("experiment", name, "--quick", "--out", tmp_path, *argv)])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def numbers(path) -> dict:
     """What has to be the same on every run: specification and result of every trial by key."""
     trials = json.loads(path.read_text())["trials"]
