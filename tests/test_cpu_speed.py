@@ -60,14 +60,14 @@ print((faults() - before) / 50)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
 @pytest.mark.parametrize(
-    "model",
-    ["ezo.models.LeNet5(), torch.randn(32, 1, 28, 28)", "wide(), torch.randn(16, 3, 32, 32)"],
+    ("model", "most"),
+    [("ezo.models.LeNet5(), torch.randn(32, 1, 28, 28)", 10), ("wide(), torch.randn(16, 3, 32, 32)", 100)],
     ids=["lenet5", "wide"],
 )
-def test_a_step_faults_no_memory_in_again(model):
+def test_a_step_faults_no_memory_in_again(model, most):
     """A process of its own: another test may have taught the allocator. It was 20 to 830 a step of LeNet-5, a third of the
-    time, and 6,263 of the wide one, half of it.
+    time, and 6,263 of the wide one, half of it, of whose 5,000 pages a system that reclaims idle ones took 21 a step away.
     """
     code = STEPS.replace("{model}", model)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 10
+    assert float(run.stdout) < most

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ._triton import triton
-
 #: Architectures with 227 KB of shared memory a block, and a matrix instruction of 64 rows and more.
 LARGE = frozenset((90, 100))
 
@@ -59,6 +57,8 @@ def update_tile(noise: str) -> ElementTile:
 @functools.cache
 def _registers_are_few() -> bool:
     """Whether this triton is one before 3.7, whose updates take twice the instructions: 16 rows spill 600 bytes and more."""
+    from ._triton import triton  # which the package itself does not import
+
     found = re.match(r"(\d+)\.(\d+)", getattr(triton, "__version__", ""))
     return found is not None and tuple(map(int, found.groups())) < (3, 7)
 
