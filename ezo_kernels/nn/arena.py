@@ -98,7 +98,9 @@ class _Block:
         self._arena, self._index, self._pass = arena, index, arena._pass
 
     def __del__(self) -> None:
-        self._arena._drop(self._index, self._pass)
+        # torch.compile makes some without __init__
+        if hasattr(self, "_arena"):
+            self._arena._drop(self._index, self._pass)
 
 
 class Arena:

@@ -96,7 +96,8 @@ class ZOConv2d(_ZOConv, nn.Conv2d):
 @torch.fx.wrap  # one node of a trace: the branch is about speed and cannot be seen by one
 def max_pool_2x2(x: torch.Tensor) -> torch.Tensor:
     """F.max_pool2d(x, 2); on a CPU without autograd in a fifth of its time, with the same bits."""
-    if not isinstance(x, torch.Tensor) or x.is_cuda or x.requires_grad:  # not a tensor: int8 with its exponents
+    # not a tensor: int8 with its exponents; less than a window: torch's error
+    if not isinstance(x, torch.Tensor) or x.is_cuda or x.requires_grad or min(x.shape[-2:]) < 2:
         return F.max_pool2d(x, 2)
     # torch would write indices that nobody reads
     height, width = (n // 2 * 2 for n in x.shape[-2:])

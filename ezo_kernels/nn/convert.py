@@ -83,7 +83,7 @@ def convert_(
         raise TypeError(f"filter_fn must be a function of a module and its name, got {type(filter_fn).__name__}")
     if "_ezo" in model.__dict__:
         raise ValueError("the model is converted already: unconvert_ it first")
-    if any("zo" in m.__dict__ for m in model.modules()):
+    if any(isinstance(m.__dict__.get("zo"), ZOContext) for m in model.modules()):
         raise ValueError("a part of the model is converted already: unconvert_ that part first")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -99,19 +99,24 @@ def convert_(
     sites = {name: s for s in plan.sites for name in s.names}
     modules = dict(model.named_modules())
     held = {n: p.requires_grad for n, p in parameters.items() if n in sites or n in plan.frozen}
-    for name in held:
-        parameters[name].requires_grad_(False)
-    for name, cls in plan.fused.items():
-        own = {
-            path: sites[f"{name}.{path}".lstrip(".")].site for path, _ in modules[name].named_parameters(recurse=False)
-        }
-        make = next(f for f in ("from_linear", "from_conv1d", "from_conv", "from_embedding") if hasattr(cls, f))
-        getattr(cls, make)(modules[name], zo, own)
-    for name, paths in plan.grouped.items():
-        own = [sites[f"{name}.{path}".lstrip(".")] for path in paths]
-        group_(modules[name], zo, [(path, s.site, s.layout) for path, s in zip(paths, own, strict=True)])
-    for index, name in enumerate(plan.dropouts):
-        ZODropout.from_dropout(modules[name], zo, index)
+    try:
+        for name in held:
+            parameters[name].requires_grad_(False)
+        for name, cls in plan.fused.items():
+            own = {
+                path: sites[f"{name}.{path}".lstrip(".")].site
+                for path, _ in modules[name].named_parameters(recurse=False)
+            }
+            make = next(f for f in ("from_linear", "from_conv1d", "from_conv", "from_embedding") if hasattr(cls, f))
+            getattr(cls, make)(modules[name], zo, own)
+        for name, paths in plan.grouped.items():
+            own = [sites[f"{name}.{path}".lstrip(".")] for path in paths]
+            group_(modules[name], zo, [(path, s.site, s.layout) for path, s in zip(paths, own, strict=True)])
+        for index, name in enumerate(plan.dropouts):
+            ZODropout.from_dropout(modules[name], zo, index)
+    except BaseException:  # a class of a user's that cannot be inherited from
+        _plain_again(model, held)
+        raise
     model.__dict__["_ezo"] = zo
     model.__dict__["_ezo_plan"] = plan
     model.__dict__["_ezo_requires_grad"] = held
@@ -142,17 +147,28 @@ def unconvert_(model: nn.Module) -> nn.Module:
     if is_int8(model):
         unconvert_int8_(model)
         return model
-    held = model.__dict__.pop("_ezo_requires_grad")
+    _plain_again(model, model.__dict__.pop("_ezo_requires_grad"))
+    del model.__dict__["_ezo"], model.__dict__["_ezo_plan"]
+    return model
+
+
+def _plain_again(model: nn.Module, held: dict[str, bool]) -> None:
+    """Every layer as torch's; ``held`` is ``requires_grad`` by name."""
     for module in model.modules():
+        # a layer that was wrapped since has other names: its trunk parameters are those that required grad
         if isinstance(module, Grouped):
+            own = [module.get_parameter(path) for path, _, _ in module.zo_owned]
             ungroup_(module)
         elif "plain_class" in module.__dict__:
+            own = list(module.parameters(recurse=False))
             release(module)
+        else:
+            continue
+        for parameter in own:
+            parameter.requires_grad_(True)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in held:
             parameter.requires_grad_(held[name])
-    del model.__dict__["_ezo"], model.__dict__["_ezo_plan"]
-    return model
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -162,15 +178,41 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def trunk_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of a converted model that zeroth order trains, by site; ValueError if it no longer has one of them."""
+    """Parameters of a converted model that zeroth order trains, by site; ValueError if it no longer has one of them.
+
+    So it is where parameters were tied or untied since, as ``load_state_dict(assign=True)`` unties them.
+    """
     manifest, parameters = context_of(model).manifest, dict(model.named_parameters(remove_duplicate=False))
-    gone = [s.names[0] for s in manifest if s.names[0] not in parameters]
+    gone = [name for s in manifest for name in s.names if name not in parameters]
     if gone:
         raise ValueError(
             f"the model has no {', '.join(map(repr, gone))} any more: a trunk's layer was replaced, pruned or parametrized "
             "since convert_. unconvert_ the model and convert_ it anew, as it is now"
         )
+    first: dict[nn.Parameter, str] = {}
+    for s in manifest:
+        name, *others = s.names
+        for other in others:
+            if not _is_one(parameters[name], parameters[other]):
+                raise ValueError(
+                    f"{name!r} and {other!r} were one parameter and are two now (load_state_dict(assign=True) unties them), of "
+                    "which one would not learn: tie them again, or unconvert_ the model and convert_ it anew"
+                )
+        known = first.setdefault(parameters[name], name)
+        if known != name:
+            raise ValueError(
+                f"{known!r} and {name!r} were tied since convert_: unconvert_ the model and convert_ it anew, as it is now"
+            )
     return [parameters[s.names[0]] for s in manifest]
+
+
+def _is_one(a: nn.Parameter, b: nn.Parameter) -> bool:
+    """Whether what is written into one is in the other."""
+    if a is b:
+        return True
+    alike = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    return alike and same
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -43,8 +43,10 @@ class ZODropout(nn.modules.dropout._DropoutNd):
             return self.plain_class.forward(self, input)
         if zo.undropped:
             return input
+        if self.inplace and zo.is_shared(input):
+            raise NotStackedError("Dropout: inplace=True writes into what all groups share")
         if self.p == 1:
-            return input * 0.0
+            return self._times(input, 0.0)
         call = zo.calls.get(self.site, 0)
         if call >= _CALLS:
             raise NotImplementedError(f"a dropout module ran more than {_CALLS} times in one forward: give it copies")
@@ -61,8 +63,10 @@ class ZODropout(nn.modules.dropout._DropoutNd):
         if input.dim() == 0:
             return self.forward(input[None])[0]
         rows = input.shape[0] // (1 if shared else p.groups)
-        per_channel = DROPOUTS[self.plain_class] and input.dim() > 2
-        shape = (rows, *input.shape[1:2]) if per_channel else (rows, *input.shape[1:])
+        per_channel = DROPOUTS[self.plain_class] and input.dim() > 1
+        # torch's forms without a batch, whose channels are dimension 0 (Dropout2d has none: it takes [N, C] and [N, C, L])
+        alone = input.dim() == {nn.Dropout1d: 2, nn.Dropout3d: 4}.get(self.plain_class)
+        shape = (rows, *input.shape[1 : 1 if alone else 2]) if per_channel else (rows, *input.shape[1:])
         features = math.prod(shape[1:])
         scale = 65536.0 / (65536 - round(65536 * self.p))
         masks = []
@@ -73,5 +77,8 @@ class ZODropout(nn.modules.dropout._DropoutNd):
             masks += [mask] * (1 if shared else p.groups // len(queries))
         mask = torch.cat(masks) if len(masks) > 1 else masks[0]
         if per_channel:
-            mask = mask.view(*mask.shape, *(1,) * (input.dim() - 2))
-        return input * (mask * scale).to(input.dtype)
+            mask = mask.view(*mask.shape, *(1,) * (input.dim() - mask.dim()))
+        return self._times(input, (mask * scale).to(input.dtype))
+
+    def _times(self, input: torch.Tensor, factor) -> torch.Tensor:
+        return input.mul_(factor) if self.inplace else input * factor

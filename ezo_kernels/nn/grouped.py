@@ -31,11 +31,11 @@ class Grouped(nn.Module):
 
     Attributes:
         zo: the model's context.
-        owned: (path below this module, site, layout) of the trunk parameters that it reads.
+        zo_owned: (path below this module, site, layout) of the trunk parameters that it reads.
     """
 
     zo: ZOContext
-    owned: tuple[tuple[str, int, str], ...]
+    zo_owned: tuple[tuple[str, int, str], ...]
 
     def forward(self, *args, **kwargs):
         if self.zo.p is None:
@@ -46,9 +46,13 @@ class Grouped(nn.Module):
         return forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time; a pickle names its base.
-        state = self.__dict__.copy()
-        return _rebuild, (type(self).base,), state
+        # The class is made at run time; a pickle names its base, which may say itself what of it is kept.
+        return _rebuild, (type(self).base,), (self.__getstate__(), self.zo, self.zo_owned)
+
+    def __setstate__(self, state):
+        state, zo, owned = state
+        super().__setstate__(state)
+        self.__dict__.update(zo=zo, zo_owned=owned)
 
 
 class GroupedBatchNorm(Grouped):
@@ -56,7 +60,7 @@ class GroupedBatchNorm(Grouped):
 
     def forward(self, input):
         zo = self.zo
-        if zo.p is not None and zo.is_shared(input) and not self.owned:
+        if zo.p is not None and zo.is_shared(input) and not self.zo_owned:
             return self._shared(input)
         p, stacked = zo.p, zo.p is not None and (not zo.stacked or zo.is_stacked(input))
         own = self.training or self.running_mean is None
@@ -68,7 +72,7 @@ class GroupedBatchNorm(Grouped):
         if any(t.requires_grad or t.device != input.device for t in held):
             return super().forward(input)
         affine = {"weight": self.weight, "bias": self.bias}
-        affine |= {path: copies(self, path, site, layout, zo) for path, site, layout in self.owned}
+        affine |= {path: copies(self, path, site, layout, zo) for path, site, layout in self.zo_owned}
         y, mean, var = batch_norm(input, affine["weight"], affine["bias"], p.groups, self.eps)
         if self._tracks():
             zo.batch_stats.setdefault(self, []).append((mean, var))
@@ -115,7 +119,7 @@ class GroupedLinear(EndsInRelu, Grouped):
 
     def forward(self, input, *, relu: bool = False):
         p = self.zo.p
-        apart = p is None or self.owned or (self.zo.stacked and not self.zo.is_stacked(input))
+        apart = p is None or self.zo_owned or (self.zo.stacked and not self.zo.is_stacked(input))
         if apart or not is_for_groups(input, self.weight, self.bias, p.groups):
             y = super().forward(input)
             return F.relu(y) if relu else y
@@ -135,14 +139,15 @@ def _rebuild(base: type):
 
 def group_(module: nn.Module, zo: ZOContext, owned=()) -> None:
     """Make ``module`` run once a group, in place."""
-    module.__class__ = grouped_class(type(module))
-    module.zo, module.owned = zo, tuple(owned)
+    cls = grouped_class(type(module))
+    object.__setattr__(module, "__class__", cls)  # a class of a user's may guard its attributes
+    module.__dict__.update(zo=zo, zo_owned=tuple(owned))
 
 
 def ungroup_(module: nn.Module) -> None:
     """Undo :func:`group_`."""
-    del module.zo, module.owned
-    module.__class__ = type(module).base
+    del module.__dict__["zo"], module.__dict__["zo_owned"]
+    object.__setattr__(module, "__class__", type(module).base)
 
 
 def copies(module: nn.Module, path: str, site: int, layout: str, zo: ZOContext):
@@ -170,15 +175,15 @@ def swapped(module: nn.Module, tensors: dict[str, torch.Tensor]):
 
 def _run(module: Grouped, forward, args, kwargs):
     zo = module.zo
-    if module.owned and torch.is_grad_enabled():
+    if module.zo_owned and torch.is_grad_enabled():
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
-                check_order(leaf, type(module).base.__name__, module.owned[0][1])
-    spread = {path: copies(module, path, site, layout, zo) for path, site, layout in module.owned}
+                check_order(leaf, type(module).base.__name__, module.zo_owned[0][1])
+    spread = {path: copies(module, path, site, layout, zo) for path, site, layout in module.zo_owned}
     if not zo.stacked:
         with swapped(module, {path: t[0] for path, t in spread.items()}):
             return forward(*args, **kwargs)
-    if not module.owned and not module._modules and len(args) == 1 and not kwargs and zo.is_stacked(args[0]):
+    if not module.zo_owned and not module._modules and len(args) == 1 and not kwargs and zo.is_stacked(args[0]):
         # nothing to swap or to narrow
         return zo.made(_joined(module, (forward(own) for own in zo.parts(args[0]))))
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -187,7 +192,7 @@ def _run(module: Grouped, forward, args, kwargs):
         raise NotStackedError(
             f"{type(module).base.__name__}: no argument holds the {zo.p.groups} groups of this pass along dimension 0 "
             f"(shapes {shapes}); run them one by one (mode='sequential')",
-            module.owned[0][1] if module.owned else None,
+            module.zo_owned[0][1] if module.zo_owned else None,
         )
     mask = _mask_of_all(module, args, kwargs)
     split = [
@@ -237,7 +242,7 @@ def _joined(module: Grouped, outputs):
             raise NotStackedError(
                 f"{type(module).base.__name__} gives a tensor without rows, one of each group: run the groups one by one "
                 "(mode='sequential')",
-                module.owned[0][1] if module.owned else None,
+                module.zo_owned[0][1] if module.zo_owned else None,
             )
         joined.append(torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0])
     return pytree.tree_unflatten(joined, flat[0][1])

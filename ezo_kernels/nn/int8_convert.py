@@ -176,7 +176,7 @@ def convert_int8_(model: nn.Module, head, filter_fn=None, sample=None) -> nn.Mod
             module, zo,
             sites={leaf: sites[n].site for leaf, n in own.items() if n in sites},
             head_names={leaf: n for leaf, n in own.items() if in_head(n, chosen) and n not in plan.frozen},
-            rounding="nearest", strategy="buffer", weights="auto",
+            rounding="nearest", strategy="buffer", weights="auto", was={leaf: held[n] for leaf, n in own.items()},
         )  # fmt: skip
     model.__dict__["_ezo"] = zo
     model.__dict__["_ezo_plan"] = plan
@@ -208,17 +208,16 @@ def _put(module: nn.Module, parts: dict[str, Int8Tensor]) -> None:
 @torch.no_grad()
 def unconvert_int8_(model: nn.Module) -> None:
     """Dequantise in place: plain torch modules, the same Parameters as floats."""
-    held = model.__dict__.pop("_ezo_requires_grad")
-    for name, module in model.named_modules():
+    for module in model.modules():
         if "plain_class" not in module.__dict__:
             continue
         for leaf, p in module._parameters.items():
             if p is None:
                 continue
-            requires_grad, dtype = held[f"{name}.{leaf}".lstrip(".")]
+            requires_grad, dtype = module.was[leaf]
             exponent = module._buffers.pop(leaf + "_exponent")
             p.data = torch.ldexp(p.data.to(torch.float32), exponent).to(dtype)
             p.requires_grad_(requires_grad)
         release(module)
-    for key in ("_ezo", "_ezo_plan", "_ezo_arena"):
+    for key in ("_ezo", "_ezo_plan", "_ezo_requires_grad", "_ezo_arena"):
         del model.__dict__[key]

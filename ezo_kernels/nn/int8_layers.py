@@ -42,6 +42,7 @@ class _Int8Layer:
         sites: "weight" (and "bias") -> id of a trunk parameter; empty if frozen or in the head.
         head_names: "weight" (and "bias") -> qualified name of a head parameter; empty elsewhere.
         rounding, strategy, weights: as in :func:`ezo_kernels.ops.int8_linear`.
+        was: "weight" (and "bias") -> (requires_grad, dtype) of the float parameter.
     """
 
     zo: ZOContext
@@ -50,6 +51,7 @@ class _Int8Layer:
     rounding: str
     strategy: str
     weights: str
+    was: dict[str, tuple[bool, torch.dtype]]
     _kind = "linear"
 
     @classmethod

@@ -255,6 +255,13 @@ def make_plan(model: nn.Module, head, filter_fn=None, sample=None, strategy: str
             fused = plan.fused.get(name)
             linear = fused is ZOLinear and path == "weight"
             use(parameter, f"{name}.{path}".lstrip("."), layout, "fused" if fused else "workspace", linear)
+    for name in plan.grouped:
+        module = model.get_submodule(name)
+        taken = next((own for own in ("zo", "zo_owned") if hasattr(module, own)), None)
+        if taken is not None:
+            raise NotImplementedError(
+                f"{name or 'the model'} ({type(module).__name__}) has a {taken!r} of its own, and convert_ needs that name"
+            )
     order = sorted(names, key=lambda p: names[p][0])
     for i, p in enumerate(order):
         if p in uses:

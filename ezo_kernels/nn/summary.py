@@ -221,12 +221,14 @@ def summary(model: nn.Module, sample=None, *, noise: str = "gaussian", arch: int
             row = ("frozen", frozen_backend.get(device, "torch"), plan.frozen[first])
         elif in_head(name, plan.head):
             row = ("BP", "integer backward" if integer else "torch autograd", "in the head")
-        elif name in plan.fused:
+        elif "plain_class" in module.__dict__:
             reason = f"tied to {tied}" if tied else "a fused layer exists"
             row = ("ZO", fused_backend.get(device, f"none for {device}"), reason)
-        else:
+        elif first in kinds and name not in plan.fused:
             reason = plan.reasons.get(name, "read by its parent module")
             row = ("ZO", "workspace, a copy a group", reason)
+        else:
+            row = ("frozen", "torch", "not what convert_ saw: nothing trains it")
         own = chosen.get(name, Strategy(""))
         reason = "; ".join(filter(None, (row[2], own.reason)))
         rows.append(Row(name or "(model)", cls.__name__, row[0], count, row[1], reason, own.name, own.workspace_bytes))

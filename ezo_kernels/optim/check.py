@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -125,10 +126,15 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class Places:
-    """Where a model keeps some of its parameters, to see at each step that they are still its own."""
+    """Where a model keeps some of its parameters, to see at each step that they are still its own.
 
-    def __init__(self, model: nn.Module, names: dict[str, nn.Parameter]) -> None:
-        slots = {}
+    Those of the ``trunk`` (by all their names) must be what their layers read, too: a weight that is computed from one (pruned,
+    parametrized) would be perturbed in its place. The ``head`` learns by autograd, through whatever is computed.
+    """
+
+    def __init__(self, model: nn.Module, trunk: dict[str, nn.Parameter], head: dict[str, nn.Parameter]) -> None:
+        slots, names = {}, {**trunk, **head}
+        self._trunk = trunk
         for name, p in names.items():
             module, (*path, leaf) = model, name.split(".")
             for part in path:
@@ -141,10 +147,24 @@ class Places:
         """Refuse a model that has another parameter in the place of one."""
         if all(table.get(name) is held for table, name, held in self._slots):
             return
-        own = {id(p) for p in model.parameters()}  # it may have another name: of a module that was wrapped
+        now = dict(model.named_parameters(remove_duplicate=False))
+        own = {id(p) for p in now.values()}  # it may have another name: of a module that was wrapped
         for name, p in self._names.items():
-            if id(p) not in own:
+            if id(p) not in own or (name in self._trunk and now.get(name, p) is not p):
                 raise ValueError(f"{name!r} was replaced by another Parameter: make a new {whose}")
+        read, reads = _leaves(now), _leaves(self._trunk)
+        for name, p in self._trunk.items():
+            leaf = id(p), name.rpartition(".")[2]
+            if read[leaf] < reads[leaf]:
+                raise ValueError(
+                    f"a layer of {name!r} was pruned, parametrized or taken out since convert_, and what is computed of it "
+                    "would be perturbed in its place: undo that, or unconvert_ the model and convert_ it anew, as it is now"
+                )
+
+
+def _leaves(names: dict[str, nn.Parameter]) -> Counter:
+    """How often each parameter is held under each last part of a name."""
+    return Counter((id(p), name.rpartition(".")[2]) for name, p in names.items())
 
 
 def eagerly(now: bool):

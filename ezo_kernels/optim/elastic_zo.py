@@ -167,8 +167,10 @@ class ElasticZO(Passes, ImportanceRows, NodeRows, Updates, Scalars, OptimizerSta
         self._checks, self._told = Checks(model), False
         heads = {id(p) for p in self.head}
         self._head_names = {n: p for n, p in model.named_parameters() if id(p) in heads}
-        of_trunk = {site.names[0]: p for site, p in zip(self.zo.manifest, self.trunk, strict=True)}
-        self._places = Places(model, {**of_trunk, **self._head_names})
+        all_names = dict(model.named_parameters(remove_duplicate=False))
+        self._places = Places(
+            model, {n: all_names[n] for site in self.zo.manifest for n in site.names}, self._head_names
+        )
         self._losses: torch.Tensor | None = None
         self._micro = 0
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []

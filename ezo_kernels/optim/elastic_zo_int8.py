@@ -179,8 +179,8 @@ class ElasticZOInt8(Int8Passes, Int8Memory, Int8State, torch.optim.Optimizer):
         self._update_plan: Int8UpdatePlan | None = None
         self._sites = tuple(s.site for s in self.zo.manifest)
         self._layouts = tuple(s.layout for s in self.zo.manifest)
-        of_trunk = {site.names[0]: p for site, p in zip(self.zo.manifest, self.trunk, strict=True)}
-        self._places = Places(model, {**of_trunk, **self._head})
+        all_names = dict(model.named_parameters(remove_duplicate=False))
+        self._places = Places(model, {n: all_names[n] for site in self.zo.manifest for n in site.names}, self._head)
 
         def scalar(value, dtype, shape=(1,)):
             return torch.full(shape, value, dtype=dtype, device=self.device)
