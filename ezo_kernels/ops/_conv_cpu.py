@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from ._jit import kept
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kept
 def pool_2x2(x, relu, out):
     """out [planes, h, w]: the largest of each whole 2 x 2 window of x [planes, H, W]; with ``relu`` not below 0. NaN stays."""
     planes, height, width = out.shape

@@ -12,10 +12,10 @@ import numpy as np
 from numba import njit
 
 from ._constants import ADD_SHIFT, BIAS_SHIFT
+from ._jit import kept as _jit
 
 i8, i32, i64, u16, u64 = np.int8, np.int32, np.int64, np.uint16, np.uint64
 
-_jit = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
 _inline = functools.partial(njit, nogil=True, inline="never", error_model="numpy")
 
 _kept = threading.local()

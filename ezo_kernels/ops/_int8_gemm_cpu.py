@@ -16,11 +16,12 @@ import functools
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_jit = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
+from ._jit import kept as _jit
+
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _V8, _V16 = ir.VectorType(_I32, 8), ir.VectorType(_I16, 16)
 #: Register tiles: rows of w by columns of ``planes``, rows of x by rows of w of ``dots``; sixteen vectors hold each.

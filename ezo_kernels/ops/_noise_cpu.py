@@ -14,6 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic, register_jitable
 
 from . import _constants as C
+from ._jit import kept as _jit
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 
@@ -62,7 +63,6 @@ def _unsigned_float(typingctx, a):
     return types.float32(types.uint32), codegen
 
 
-_jit = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
 _inline = functools.partial(njit, nogil=True, inline="never", error_model="numpy")
 #: What a factory's closure may hold and still be cached: a plain function, named in the cache by where it is defined.
 _put = register_jitable(nogil=True, error_model="numpy")
