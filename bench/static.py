@@ -362,6 +362,8 @@ def run(args: argparse.Namespace) -> int:
     jobs = tested() if args.tested or args.write_budgets else [(n, a) for n, v in variants().items() for a in v.archs]
     part = args.only or args.kernel or ""
     jobs = [(name, arch) for name, arch in jobs if (not args.arch or arch in args.arch) and part in name]
+    if not jobs:
+        raise SystemExit(f"python -m bench static: no variant of these architectures has {part!r} in its name")
     rows, faulty = [], 0
     for row in measure_all(jobs, args.jobs):
         rows.append(row)

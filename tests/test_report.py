@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench import memory, plots, report, targets
+from bench import memory, plots, report, static, targets
 from bench.derivative import cosine
 
 
@@ -89,3 +89,21 @@ def test_a_cosine_and_an_efficiency_for_each_strategy():
     plain, along = torch.randn(3, 4, dtype=torch.float64), x @ z.T
     assert cosine(torch.cat([plain + along, plain - along]), along[:2]) == pytest.approx(1.0)
     assert cosine(torch.cat([plain - along, plain + along]), along) == pytest.approx(-1.0)
+
+
+def test_the_static_reports_are_of_what_there_is_and_of_one_compiler_run():
+    """The table's file and the six whole ones: every variant that there is, and where both have one the same counts."""
+    pytest.importorskip("triton")
+    counts = ("registers", "spill_bytes", "local_bytes", "shared_bytes", "matrix_instructions", "instructions")
+    table = {
+        (row["variant"], row["arch"]): row for row in json.loads((report.RESULTS / "static.json").read_text())["rows"]
+    }
+    assert set(table) == set(static.tested())
+    for arch in static.ARCHS:
+        rows = {
+            row["variant"]: row for row in json.loads((report.RESULTS / f"static_sm{arch}.json").read_text())["rows"]
+        }
+        assert set(rows) == {name for name, variant in static.variants().items() if arch in variant.archs}
+        for name, row in rows.items():
+            other = table.get((name, arch), row)
+            assert {k: row[k] for k in counts} == {k: other[k] for k in counts}, (name, arch)
