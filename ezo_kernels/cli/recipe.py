@@ -307,7 +307,7 @@ class Recipe:
             raise ValueError(f"options that this version does not know: {', '.join(sorted(unknown))}")
         if "p_zero" in values:  # a number in the first checkpoints
             values = {**values, "p_zero": str(values["p_zero"])}
-        return cls(**{"head_remainder": False, **values})  # what they were before there was one
+        return cls(**{"head_remainder": False, "node_clip": 0.0, **values})  # what they were before there was one
 
     def difference(self, other: Recipe) -> str:
         """The options in which two recipes differ, for an error message; "" if they are equal."""

@@ -50,7 +50,11 @@ class Grouped(nn.Module):
         return _rebuild, (type(self).base,), (self.__getstate__(), self.zo, self.zo_owned)
 
     def __setstate__(self, state):
-        state, zo, owned = state
+        if isinstance(state, dict):  # as it was pickled before zo_owned had its name
+            state = {**state}
+            zo, owned = state.pop("zo"), state.pop("owned")
+        else:
+            state, zo, owned = state
         super().__setstate__(state)
         self.__dict__.update(zo=zo, zo_owned=owned)
 

@@ -208,13 +208,18 @@ def _put(module: nn.Module, parts: dict[str, Int8Tensor]) -> None:
 @torch.no_grad()
 def unconvert_int8_(model: nn.Module) -> None:
     """Dequantise in place: plain torch modules, the same Parameters as floats."""
-    for module in model.modules():
+    held = model.__dict__["_ezo_requires_grad"]
+    for name, module in model.named_modules():
         if "plain_class" not in module.__dict__:
             continue
+        # models that were pickled before layers knew it themselves have it by name alone
+        was = module.__dict__.get("was") or {
+            leaf: held[f"{name}.{leaf}".lstrip(".")] for leaf, p in module._parameters.items() if p is not None
+        }
         for leaf, p in module._parameters.items():
             if p is None:
                 continue
-            requires_grad, dtype = module.was[leaf]
+            requires_grad, dtype = was[leaf]
             exponent = module._buffers.pop(leaf + "_exponent")
             p.data = torch.ldexp(p.data.to(torch.float32), exponent).to(dtype)
             p.requires_grad_(requires_grad)

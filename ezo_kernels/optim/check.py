@@ -7,9 +7,7 @@ eval or back, and for the rows where a batch has other shapes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import math
 import random
 import sys
 from collections import Counter
@@ -131,6 +129,8 @@ class Places:
     Those of the ``trunk`` (by all their names) must be what their layers read, too: a weight that is computed from one (pruned,
     parametrized) would be perturbed in its place. The ``head`` learns by autograd, through whatever is computed.
     """
+
+    _trunk: dict[str, nn.Parameter] = {}  # noqa: RUF012 - of one that was pickled before it was kept
 
     def __init__(self, model: nn.Module, trunk: dict[str, nn.Parameter], head: dict[str, nn.Parameter]) -> None:
         slots, names = {}, {**trunk, **head}
@@ -361,40 +361,3 @@ def _checked(model: nn.Module, zo, names: dict[int, str], listed: dict[int, str]
         )
     if problems:
         raise ValueError("this model cannot take a zeroth-order step: " + "; ".join(problems))
-
-
-def differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The largest difference, 0 where both are the same infinity or no number; infinite where one of them alone is."""
-    same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0.0, a - b).abs().nan_to_num(nan=math.inf).max()
-
-
-def largest(t: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of its finite values."""
-    return torch.where(t.isfinite(), t, 0.0).abs().max()
-
-
-def rows_apart(stacked: list, alone: list) -> bool:
-    """Whether the stacked pass gave every group what the group gives alone.
-
-    Compared by the outputs: they may differ by a fiftieth of what the perturbation itself changes, and by rounding.
-    """
-    flat = [
-        [t for t in pytree.tree_leaves(o) if torch.is_tensor(t) and t.is_floating_point()] for o in (*stacked, *alone)
-    ]
-    together, apart = flat[: len(stacked)], flat[len(stacked) :]
-    for a, b in zip(together, apart, strict=True):
-        if [t.shape for t in a] != [t.shape for t in b]:
-            return False
-    # the group furthest from any has the most or the least somewhere: no group is held against each other one
-    highest = [functools.reduce(torch.maximum, outputs) for outputs in zip(*apart, strict=True)]
-    lowest = [functools.reduce(torch.minimum, outputs) for outputs in zip(*apart, strict=True)]
-    for a, b in zip(together, apart, strict=True):
-        for s, t, high, low in zip(a, b, highest, lowest, strict=True):
-            if not t.numel():
-                continue
-            moved = torch.maximum(differ(high, t), differ(low, t))
-            floor = 64 * torch.finfo(t.dtype).eps * largest(t)
-            if bool(differ(s, t) > moved / 50 + floor):
-                return False
-    return True

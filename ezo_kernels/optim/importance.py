@@ -14,7 +14,8 @@ from ..ops import Perturbation
 from ..ops.importance import MOST_ROWS, importance_rows
 from ..ops.noise import check_index
 from .batches import call, picked, rows_of
-from .check import differ, largest, unwritten
+from .check import unwritten
+from .compare import differ, largest
 from .losses import WeightedCrossEntropy, ignored_by
 
 #: Of the plain forward's dropouts and of the draw: no direction has it, whose number is below.

@@ -21,7 +21,8 @@ from ..ops import Noise, Perturbation, decorrelated_gradient, output_errors
 from ..ops._perturbation import PassError
 from .arguments import LARGEST, moved, number, rate
 from .batches import call, picked, rows_of
-from .check import differ, largest, unwritten
+from .check import unwritten
+from .compare import differ, largest
 from .losses import by_row, counted_rows, ignored_by, row_shares
 
 

@@ -15,7 +15,8 @@ from ..nn.convert import plan_of
 from ..ops import Perturbation
 from ..ops._perturbation import NotStackedError, PassError
 from .batches import Unwritten, call, copied, dense, lengths_of, parts_of, rows_of, stack
-from .check import checked_forward, eagerly, quiet_fakes, rows_apart, unvisited
+from .check import checked_forward, eagerly, quiet_fakes, unvisited
+from .compare import rows_apart
 from .given import Given
 from .losses import grouped_losses, loss_for, losses_and_gradient
 from .provenance import OfEveryRow, Own

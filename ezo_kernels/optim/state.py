@@ -20,6 +20,14 @@ def plain_group(group: dict) -> dict:
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in group.items()}
 
 
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """The name of torch's own optimizer that it is, whatever a subclass calls itself; of another its class's."""
+    known = (
+        c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim.") and c is not torch.optim.Optimizer
+    )
+    return next(known, type(optimizer)).__name__
+
+
 class Copies:
     """deepcopy and pickle of an optimiser, which go with its model, and what a captured step asks of it.
 
@@ -113,7 +121,7 @@ class OptimizerState(Copies):
             "skipped": self.skipped.clone(),
             "trunk": trunk,
             "head": head,
-            "head_optimizer": None if head is None else type(self.head_optimizer.optimizer).__name__,
+            "head_optimizer": None if head is None else kind_of(self.head_optimizer.optimizer),
             "head_shapes": [list(p.shape) for p in self.head],
         }
 
@@ -165,7 +173,7 @@ class OptimizerState(Copies):
         if (head is None) != (self.head_optimizer is None):
             raise ValueError("the state and this run do not both have a head")
         if head is not None:
-            mine = type(self.head_optimizer.optimizer).__name__
+            mine = kind_of(self.head_optimizer.optimizer)
             if (theirs := state_dict.get("head_optimizer", mine)) != mine:  # states from before it was kept lack it
                 raise ValueError(f"the head's state in it is of {theirs}, none of {mine}, which this run has")
             try:

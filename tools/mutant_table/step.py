@@ -223,7 +223,7 @@ MUTANTS = (
     ),
     Mutant(
         "groups compared where their outputs are numbers alone",
-        "ezo_kernels/optim/check.py",
+        "ezo_kernels/optim/compare.py",
         "torch.where(same, 0.0, a - b)",
         "(a - b)",
         "tests/test_importance_step.py -k no_batch",
