@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ezo_kernels as ezo
-from ezo_kernels.optim import check
+from ezo_kernels.optim import compare
 from tests.test_step import bits, same
 
 
@@ -280,10 +280,10 @@ def test_cross_entropy_of_each_group_is_the_models_own():
 
 def test_the_check_of_rows_takes_as_long_as_it_has_groups(monkeypatch):
     """Each group held against each other one was minutes at a thousand queries."""
-    calls, differ = [], check.differ
-    monkeypatch.setattr(check, "differ", lambda a, b: (calls.append(1), differ(a, b))[1])
+    calls, differ = [], compare.differ
+    monkeypatch.setattr(compare, "differ", lambda a, b: (calls.append(1), differ(a, b))[1])
     groups = [[torch.randn(5, 3, generator=torch.Generator().manual_seed(g))] for g in range(40)]
-    assert check.rows_apart(groups, [[t + 1e-4] for (t,) in groups])
+    assert compare.rows_apart(groups, [[t + 1e-4] for (t,) in groups])
     assert len(calls) <= 3 * 40
     for wrong in (groups[1:] + groups[:1], [*groups[:-1], [groups[-1][0].roll(1, 0)]], [[t[:4]] for (t,) in groups]):
-        assert not check.rows_apart(groups, wrong)
+        assert not compare.rows_apart(groups, wrong)
