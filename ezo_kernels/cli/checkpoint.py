@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from ..data.files import replacing
+from .._files import read_saved, replacing
 from .recipe import Recipe
 
 FORMAT = "ezo-checkpoint-1"
@@ -47,19 +46,7 @@ def read(path: Path) -> dict:
         FileNotFoundError: there is none.
         ValueError: corrupt, truncated, or no checkpoint of this program; names the file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        # torch writes the checksums of its zip but does not read them: a flipped bit would be a weight.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        # weights_only: tensors and plain values, no code.
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its zip reader, its unpickler or a bad offset happen to raise
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: corrupt or no checkpoint: {what}") from None
+    contents = read_saved(path, "checkpoint")
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of the format {FORMAT}")
     missing = [key for key in KEYS if key not in contents]

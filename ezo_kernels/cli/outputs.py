@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..data.files import replacing
+from .._files import replacing
 
 
 def check_writable(option: str, path: Path | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.files import replacing
+from .._files import replacing
 from ..optim import SeedLog
 from . import outputs, system
 from .methods import make_optimizer

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from .._files import replacing
 from .idx import idx_bytes, parse_idx, read_bytes
 
 NAMES = ("mnist", "fashion_mnist")
@@ -166,20 +165,6 @@ def read_folder(path: str | Path, name: str) -> tuple[Arrays, str]:
     raise FileNotFoundError(
         f"{path}: neither {name}.npz nor the four IDX files (train-images-idx3-ubyte, ...) are in it"
     )
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; renamed to it at the end, or removed if anything was raised.
-
-    A reader sees the old file or the whole of the new one, whenever this process dies.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_cache(arrays: Arrays, name: str) -> Path:

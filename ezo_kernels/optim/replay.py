@@ -35,7 +35,7 @@ def rest(model) -> dict[str, torch.Tensor]:
     """What no step says: the head's parameters and all buffers, by name."""
     heads = {id(p) for p in head_parameters(model)}
     own = [(n, p) for n, p in model.named_parameters() if id(p) in heads]
-    return {name: t.detach().clone() for name, t in (*own, *model.named_buffers())}
+    return {name: t.detach() for name, t in (*own, *model.named_buffers())}
 
 
 def require_fit(header: dict, model) -> None:

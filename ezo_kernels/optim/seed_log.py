@@ -12,13 +12,11 @@ over them. What the steps do not say, the head's parameters and the buffers, is 
 from __future__ import annotations
 
 import io
-import os
-import threading
-import zipfile
 from pathlib import Path
 
 import torch
 
+from .._files import read_saved, replacing
 from ..nn import trunk_parameters
 from ..ops.int8_pass import sparse_noise
 from ..ops.noise import check_index
@@ -163,7 +161,7 @@ class SeedLog:
         now = _alike(opt)
         if differ := [name for name in _ALIKE if now[name] != self._header[name]]:
             raise ValueError(f"{', '.join(differ)} changed while the log went on: no steps of it lead to these weights")
-        return {"digests": digests(opt.trunk), "rest": {n: t.cpu() for n, t in rest(opt.model).items()}}
+        return {"digests": digests(opt.trunk), "rest": {n: t.cpu().clone() for n, t in rest(opt.model).items()}}
 
     def _flush(self) -> None:
         """Take what the device holds to the host, without steps that did not count.
@@ -222,13 +220,8 @@ class SeedLog:
         _check_note(note)
         end = self._ending()
         joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
+        with replacing(Path(path)) as temporary:
             torch.save({**self._header, "columns": joined, "end": end, "note": note}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -240,23 +233,16 @@ class SeedLog:
             FileNotFoundError: there is none.
             ValueError: corrupt, or no log; names the file.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such log")
+        contents = read_saved(Path(path), "seed log")
         try:
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {damaged} is wrong")
-            contents = torch.load(path, map_location="cpu", weights_only=True)
             if contents["format"] != FORMAT:
                 raise ValueError(f"its format is {contents['format']!r}, not {FORMAT!r}")
             self = cls.__new__(cls)
             self._optimizer, self._end, self.note = None, contents.pop("end"), contents.pop("note")
             self._parts, self._header = [contents.pop("columns")], contents
             self._check()
-        except Exception as error:  # torch raises whatever its zip reader or its unpickler happen to raise
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path}: corrupt or no seed log: {what}") from None
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: corrupt or no seed log: {error}") from None
         return self
 
     def _check(self) -> None:

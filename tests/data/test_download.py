@@ -17,8 +17,9 @@ from offline import NetworkError
 from synthetic_idx import write_idx
 
 from ezo_kernels import data as D
+from ezo_kernels._files import replacing
 from ezo_kernels.data import download as _download_function  # noqa: F401  (the name in the package is the function)
-from ezo_kernels.data.files import PARTS, cache_dir, read_folder, replacing, which_genuine
+from ezo_kernels.data.files import PARTS, cache_dir, read_folder, which_genuine
 from ezo_kernels.data.idx import idx_bytes
 
 download_module = sys.modules["ezo_kernels.data.download"]

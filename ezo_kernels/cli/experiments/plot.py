@@ -6,7 +6,7 @@ import itertools
 import math
 from pathlib import Path
 
-from ...data.files import replacing
+from ..._files import replacing
 from .summary import Column
 from .trial import Finished
 

@@ -70,9 +70,11 @@ class Trial:
         for label in ("arm", "x"):
             del values[label]
         for recipe in filter(None, (values["recipe"], values["start"])):
-            for name, value in LATER.items():
-                if recipe.get(name) == value or (name == "node_clip" and not recipe.get("nodes")):
-                    recipe.pop(name, None)
+            early = [name for name, value in LATER.items() if recipe.get(name) == value]
+            # of a run without perturbed outputs nothing reads them
+            unread = [] if recipe.get("nodes") else [name for name in recipe if name.startswith("node_")]
+            for name in {*early, *unread}:
+                del recipe[name]
         if self.task == "choice":
             values["signal_batches"] = SIGNAL_BATCHES
         values["rng_version"] = rng_version(self.recipe.rounds)
